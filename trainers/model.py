@@ -1,0 +1,337 @@
+"""The backbone: a decoder shaped as Llama (Touvron et al. 2023), with few and large parameters.
+
+Query, key and value projections are one matrix, gate and up projections another: ZeRO's hooks cost host time per
+parameter. `trainers/export.py` splits them. Positions go on across the documents of a row, as in the exported model.
+
+Legend: B rows, T positions, S positions attended to, D model width, N heads, K key/value heads, H head width,
+F width inside the MLP, V vocabulary, L layers.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainers.objectives import linear_cross_entropy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and initialisation of the decoder."""
+
+    vocab_size: int = 0
+    """Entries of the embedding; 0 takes the tokenizer's."""
+    hidden_size: int = 384
+    """Width of the residual stream."""
+    num_layers: int = 6
+    """Blocks of attention and MLP."""
+    num_heads: int = 6
+    """Query heads; hidden_size / num_heads is the head width."""
+    num_kv_heads: int = 0
+    """Key and value heads, shared by groups of query heads; 0 gives each query head its own."""
+    intermediate_size: int = 1_024
+    """Width inside the gated MLP."""
+    max_positions: int = 2_048
+    """Longest row that the exported configuration promises, in tokens."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output head too."""
+    document_mask: bool = False
+    """Keep attention within a document."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; those that write to the residual stream have it / sqrt(2 L)."""
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def problems(self, at: str) -> Iterator[str]:
+        """Yield a line for each value that no model can have."""
+        for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"):
+            if getattr(self, key) < 1:
+                yield f"{at}.{key}={getattr(self, key)} must be at least 1"
+        for key in ("rope_theta", "norm_eps", "init_std"):
+            if getattr(self, key) <= 0:
+                yield f"{at}.{key}={getattr(self, key)} must be above 0"
+        if self.vocab_size < 0:
+            yield f"{at}.vocab_size={self.vocab_size} must be positive, or 0 to take the tokenizer's"
+        if self.num_heads < 1 or self.hidden_size < 1:
+            return
+        if self.hidden_size % self.num_heads:
+            nearest = _nearest_divisor(self.hidden_size, self.num_heads)
+            yield f"{at}.num_heads={self.num_heads} does not divide {at}.hidden_size={self.hidden_size}; nearest: {nearest}"
+        elif self.head_width % 2:
+            yield (
+                f"{at}.hidden_size={self.hidden_size} / {at}.num_heads={self.num_heads} gives heads of odd width "
+                f"{self.head_width}, which rotary positions cannot halve; nearest {at}.hidden_size: "
+                f"{self.num_heads * (self.head_width + 1)}"
+            )
+        if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
+            nearest = _nearest_divisor(self.num_heads, self.num_kv_heads)
+            yield (
+                f"{at}.num_kv_heads={self.num_kv_heads} does not divide {at}.num_heads={self.num_heads}; "
+                f"nearest: {nearest}"
+            )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = (d for d in range(1, number + 1) if number % d == 0)
+    return min(divisors, key=lambda d: abs(d - wanted))
+
+
+class ParameterCount(NamedTuple):
+    embedding: int
+    """Embedding, and output head where it is not tied."""
+    non_embedding: int
+    total: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count by formula, without building the model."""
+    D, H = config.hidden_size, config.head_width
+    attention = D * (config.num_heads + 2 * config.kv_heads) * H + config.num_heads * H * D
+    mlp = 3 * D * config.intermediate_size
+    non_embedding = config.num_layers * (attention + mlp + 2 * D) + D
+    embedding = config.vocab_size * D * (1 if config.tie_embeddings else 2)
+    return ParameterCount(embedding, non_embedding, embedding + non_embedding)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Return the floating-point operations of one training token, forward and backward.
+
+    6 for each weight of a matrix product and 12 L N H T for attention, the causal half counted as if it were computed
+    (PaLM, Chowdhery et al. 2022, appendix B), so that MFU compares with published figures.
+    """
+    D, V = config.hidden_size, config.vocab_size
+    norms = (2 * config.num_layers + 1) * D
+    matrices = count_parameters(config).non_embedding - norms + V * D
+    return 6.0 * matrices + 12.0 * config.num_layers * config.num_heads * config.head_width * seq_len
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, for each layer; room for `capacity` tokens."""
+
+    def __init__(self, config: ModelConfig, num_rows: int, capacity: int, like: Tensor) -> None:
+        shape = (config.num_layers, num_rows, config.kv_heads, capacity, config.head_width)
+        self.keys_LBKSH = like.new_empty(shape)
+        self.values_LBKSH = like.new_empty(shape)
+        self.segments_BS = torch.zeros(num_rows, capacity, dtype=torch.long, device=like.device)
+        self.length = 0
+
+    def extend(self, layer: int, keys_BKTH: Tensor, values_BKTH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens of a layer and return all its keys and values, [B, K, S, H] each."""
+        stop = self.length + keys_BKTH.shape[2]
+        self.keys_LBKSH[layer, :, :, self.length : stop] = keys_BKTH
+        self.values_LBKSH[layer, :, :, self.length : stop] = values_BKTH
+        return self.keys_LBKSH[layer, :, :, :stop], self.values_LBKSH[layer, :, :, :stop]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_width = config.head_width
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
+        self.qkv_proj = nn.Linear(
+            config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_width, bias=False
+        )
+        self.o_proj = nn.Linear(self.num_heads * self.head_width, config.hidden_size, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        heads_BTAH = self.qkv_proj(x_BTD).view(B, T, -1, self.head_width)
+        q_BTNH, k_BTKH, v_BTKH = heads_BTAH.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q = rotate(q_BTNH, *rotation).transpose(1, 2)
+        k = rotate(k_BTKH, *rotation).transpose(1, 2)
+        v = v_BTKH.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        mixed_BNTH = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return self.o_proj(mixed_BNTH.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate_BTF) * up_BTF)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, mask, cache)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Head(nn.Linear):
+    """Output projection, with the loss inside: ZeRO stage 3 gathers a weight for the forward pass of its module."""
+
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, targets_BT: Tensor | None = None, weights_BT: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits [B, T, V], or with targets the loss sum and each row's sum [B]."""
+        if targets_BT is None:
+            return F.linear(x_BTD, self.weight)
+        if weights_BT is None:
+            weights_BT = torch.ones_like(targets_BT, dtype=torch.float32)
+        total, losses_N = linear_cross_entropy(
+            x_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), weights_BT.flatten()
+        )
+        return total, losses_N.view(targets_BT.shape).sum(dim=1)
+
+
+class Decoder(nn.Module):
+    """Token ids in; hidden states, or with targets the loss, out.
+
+    Under `torch.device("meta")` it holds no memory. `build` makes one with initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        assert config.vocab_size > 0, "model.vocab_size=0: fill in the tokenizer's size first"
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Share embedding and head where configured; needed again after `to_empty`, which separates them."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        targets_BT: Tensor | None = None,
+        weights_BT: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return hidden states [B, T, D]; with `targets_BT` the loss sum (float32, nats) and each row's sum [B].
+
+        A position attends to the earlier ones of its segment; without `segments_BT` to all earlier ones.
+        `weights_BT` (float32, default 1) multiplies each target's loss. A `cache` supplies the earlier positions and
+        takes in the new ones.
+        """
+        x_BTD = self.embed_tokens(tokens_BT)
+        start = cache.length if cache is not None else 0
+        rotation = rotary_table(self.config, start, tokens_BT.shape[1], x_BTD)
+        mask = attention_mask(segments_BT, cache, x_BTD)
+        for block in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, rotation, mask, cache, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, rotation, mask, cache)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        x_BTD = self.norm(x_BTD)
+        return x_BTD if targets_BT is None else self.lm_head(x_BTD, targets_BT, weights_BT)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the scores of every next token, [B, T, V]."""
+        return self.lm_head(hidden_BTD)
+
+
+def rotary_table(config: ModelConfig, start: int, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [T, 1, H] (RoFormer, Su et al. 2021), in halves as transformers' Llama has them.
+
+    Computed in float32 at each call: a buffer would be cast to bf16 by the engine and lost on the meta device.
+    """
+    exponents = torch.arange(0, config.head_width, 2, device=like.device, dtype=torch.float32) / config.head_width
+    positions = torch.arange(start, start + num_positions, device=like.device, dtype=torch.float32)
+    angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
+    angles_T1H = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles_T1H.cos().to(like.dtype), angles_T1H.sin().to(like.dtype)
+
+
+def rotate(x_BTNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
+    first, second = x_BTNH.chunk(2, dim=-1)
+    return x_BTNH * cos_T1H + torch.cat((-second, first), dim=-1) * sin_T1H
+
+
+def attention_mask(segments_BT: Tensor | None, cache: Cache | None, like: Tensor) -> Tensor | None:
+    """Return what is added to the scores, [B, 1, T, S], or None where plain causal attention does.
+
+    Additive and in the compute type, made once for all layers: fused kernels take it as it is, on CPU and CUDA.
+    Plain causal attention needs no mask and takes the faster kernel.
+    """
+    if segments_BT is None:
+        assert cache is None, "a cache needs segments"
+        return None
+    num_new = segments_BT.shape[1]
+    keys_BS = segments_BT
+    if cache is not None:
+        cache.segments_BS[:, cache.length : cache.length + num_new] = segments_BT
+        keys_BS = cache.segments_BS[:, : cache.length + num_new]
+    same_BTS = segments_BT[:, :, None] == keys_BS[:, None, :]
+    num_keys = keys_BS.shape[1]
+    causal_TS = torch.ones(num_new, num_keys, dtype=torch.bool, device=like.device).tril(num_keys - num_new)
+    visible_B1TS = (same_BTS & causal_TS)[:, None]
+    return torch.zeros_like(visible_B1TS, dtype=like.dtype).masked_fill(~visible_B1TS, -torch.inf)
+
+
+def build(
+    config: ModelConfig, seed: int, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """Make a decoder with the initial weights of `seed`."""
+    with torch.device("meta"):
+        model = Decoder(config).to(dtype)
+    model.to_empty(device=device)
+    model.tie()
+    initialize(model, seed)
+    return model
+
+
+def initialize(model: Decoder, seed: int) -> None:
+    """Set every parameter to its initial value."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(model.config, seed, name, parameter.shape))
+
+
+def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
+    """Return a parameter's initial value, float32 on the CPU.
+
+    Normal with `init_std`; output projections of attention and MLP divided by sqrt(2 L), as in GPT-2 (Radford et al.
+    2019, section 2.3); norms one. A pure function of (seed, name): any shard can be made anywhere, in any order.
+    """
+    if len(shape) == 1:
+        return torch.ones(shape)
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    writes_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = config.init_std / math.sqrt(2 * config.num_layers) if writes_to_residual else config.init_std
+    return torch.randn(shape, generator=generator) * std
