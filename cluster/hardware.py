@@ -1,0 +1,210 @@
+"""What a machine has, how fast it could be at best, and what it draws: the ground under plan, MFU and energy.
+
+Peaks of accelerators are the makers' figures for dense matrix products; a CPU, and an accelerator that is not
+in the table, is measured. Power is an assumption, never a measurement, and is printed as such.
+"""
+
+import functools
+import os
+import platform
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+Precision = Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A row of the table: devices with all of `words` in their name, unless an earlier row has them."""
+
+    words: tuple[str, ...]
+    bf16: float
+    """FLOP/s, dense, tensor cores, float32 accumulation."""
+    fp32: float
+    """FLOP/s without TF32, torch's default for float32 matrix products."""
+    watts: float
+    """Board power limit (TDP)."""
+    source: str
+
+
+H100 = "NVIDIA H100 data sheet, halved where it counts sparsity"
+ACCELERATORS = (
+    Accelerator(("b200",), 2250e12, 75e12, 1000, "NVIDIA HGX B200 data sheet / 8, halved for sparsity"),
+    Accelerator(("h200", "nvl"), 836e12, 60e12, 600, "NVIDIA H200 data sheet, halved for sparsity"),
+    Accelerator(("h200",), 989e12, 67e12, 700, "NVIDIA H200 data sheet, halved for sparsity"),
+    Accelerator(("h100", "pcie"), 756e12, 51e12, 350, H100),
+    Accelerator(("h100", "nvl"), 835e12, 60e12, 400, H100),
+    Accelerator(("h100",), 989e12, 67e12, 700, H100),
+    Accelerator(("a100", "sxm4"), 312e12, 19.5e12, 400, "NVIDIA A100 data sheet"),
+    Accelerator(("a100",), 312e12, 19.5e12, 300, "NVIDIA A100 data sheet"),
+    Accelerator(("a10g",), 70e12, 35e12, 300, "NVIDIA A10G data sheet, halved for sparsity"),
+    Accelerator(("a10",), 125e12, 31.2e12, 150, "NVIDIA A10 data sheet"),
+    Accelerator(("l40s",), 362e12, 91.6e12, 350, "NVIDIA L40S data sheet"),
+    Accelerator(("l4",), 121e12, 30.3e12, 72, "NVIDIA L4 data sheet, halved for sparsity"),
+    Accelerator(("4090",), 165.2e12, 82.6e12, 450, "NVIDIA Ada GPU architecture, appendix A"),
+    Accelerator(("3090",), 71e12, 35.6e12, 350, "NVIDIA GA102 GPU architecture, appendix A"),
+    Accelerator(("mi300x",), 1307.4e12, 163.4e12, 750, "AMD Instinct MI300X data sheet"),
+)
+
+UNKNOWN_ACCELERATOR_WATTS = 400.0
+"""Assumed for an accelerator that is not in the table: an A100 in SXM form."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergyConfig:
+    """What the energy estimate assumes. None of it is measured."""
+
+    watts_per_core: float = 12.0
+    """Watts per host core in use; "Any" CPU in the data of Green Algorithms (Lannelongue et al. 2021)."""
+    watts_per_device: float = 0.0
+    """Watts per accelerator in use; 0: its board power limit."""
+    overhead: float = 1.58
+    """Site's power / computers' power (PUE): mean of Uptime Institute's survey of 2023; 1 on a laptop."""
+    grams_per_kwh: float = 445.0
+    """CO2 in grams per kWh of electricity: world mean of 2024, IEA, Electricity 2025."""
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The best FLOP/s of one device, and how it is known."""
+
+    flops_per_second: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One host as a process on it sees it, container limits included."""
+
+    host: str
+    cores: int
+    memory_bytes: int
+    device: Literal["cuda", "cpu"]
+    device_name: str
+    num_devices: int
+    """Accelerators; 0 on a machine without."""
+    device_memory_bytes: int
+    """Per accelerator; 0 on a machine without."""
+
+
+@dataclass(frozen=True)
+class Energy:
+    """An estimate with its assumption in words."""
+
+    kwh: float
+    co2_grams: float
+    assumption: str
+
+
+def this_host() -> Hardware:
+    """Looks at this machine; imports torch, which is the one to say what it can use."""
+    import torch
+
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.cuda.get_device_properties(0) if num_devices else None
+    return Hardware(
+        host=platform.node(),
+        cores=available_cores(),
+        memory_bytes=available_memory_bytes(),
+        device="cuda" if device else "cpu",
+        device_name=device.name if device else cpu_name(),
+        num_devices=num_devices,
+        device_memory_bytes=device.total_memory if device else 0,
+    )
+
+
+def available_cores() -> int:
+    """Cores that this process may use: the affinity mask, or the container's quota where that is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = (*_control_group("cpu.max").split(), "max", "max")[:2]
+    return cores if "max" in (quota, period) else max(1, min(cores, int(quota) // int(period)))
+
+
+def available_memory_bytes() -> int:
+    """Memory of this machine, or the container's limit where that is less."""
+    total: int = psutil.virtual_memory().total
+    limit = _control_group("memory.max").strip()
+    return min(total, int(limit)) if limit.isdecimal() else total
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    information = Path("/proc/cpuinfo")
+    for line in information.read_text().splitlines() if information.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def find_accelerator(device_name: str) -> Accelerator | None:
+    """The table's row for a device as torch names it ("NVIDIA H100 80GB HBM3"); None if it has none."""
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    return next((row for row in ACCELERATORS if words.issuperset(row.words)), None)
+
+
+def peak_of(device: Literal["cuda", "cpu"], device_name: str, precision: Precision, threads: int = 1) -> Peak:
+    """The best FLOP/s of one worker's device: from the table, else measured here in about 0.3 s."""
+    row = find_accelerator(device_name) if device == "cuda" else None
+    if row is not None:
+        return Peak(row.bf16 if precision == "bf16" else row.fp32, row.source)
+    flops = measured_flops_per_second(device, precision, threads)
+    return Peak(flops, f"measured: {precision} products of 1,024 x 1,024 matrices, {threads} threads")
+
+
+@functools.cache
+def measured_flops_per_second(device: str, precision: Precision, threads: int, seconds: float = 0.2) -> float:
+    """The fastest of the n x n matrix products that fit into `seconds`, n = 1,024, as 2 n^3 FLOP each.
+
+    Leaves torch's number of threads as it was.
+    """
+    import torch
+
+    size = 1024 if device == "cpu" else 8192
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        matrix = torch.ones(size, size, dtype=dtype, device=device)
+        best, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            _ = (matrix @ matrix)[0, 0].item()  # reading one element waits for the device
+            best = min(best, time.perf_counter() - start)
+        return 2 * size**3 / best
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def worker_watts(
+    config: EnergyConfig, device: Literal["cuda", "cpu"], device_name: str, cores: float
+) -> float:
+    """Watts that one worker is taken to draw: its host cores, and its accelerator where it has one."""
+    watts = config.watts_per_core * cores
+    if device == "cuda":
+        row = find_accelerator(device_name)
+        watts += config.watts_per_device or (row.watts if row else UNKNOWN_ACCELERATOR_WATTS)
+    return watts
+
+
+def estimate_energy(config: EnergyConfig, watts: float, seconds: float) -> Energy:
+    """Energy of computers that draw `watts` together for `seconds`, the site's overhead included."""
+    kwh = watts * config.overhead * seconds / 3.6e6  # J per kWh
+    return Energy(
+        kwh=kwh,
+        co2_grams=kwh * config.grams_per_kwh,
+        assumption=(
+            f"assumed, not measured: {watts:,.0f} W in all while running, "
+            f"x {config.overhead:g} for the site (PUE), {config.grams_per_kwh:g} g CO2 per kWh"
+        ),
+    )
+
+
+def _control_group(file: str) -> str:
+    """A limit of the container (cgroup v2), empty where there is none."""
+    path = Path("/sys/fs/cgroup") / file
+    return path.read_text() if path.exists() else ""
