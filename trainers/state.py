@@ -1,8 +1,8 @@
-"""What passes between the engine and a checkpoint: float32 ranges of flattened tensors, whatever the ZeRO stage.
+"""What passes between engine and checkpoint: float32 ranges of flattened tensors, whatever the ZeRO stage.
 
-A parameter's value and each of its optimiser moments is a tensor of the parameter's shape. Whoever holds a part of it,
-holds a range of its row-major flattening; the ranges of all workers together cover every tensor exactly once. A
-checkpoint in these terms has no world size and no stage in it, so it loads at any other.
+A parameter's value and each of its optimiser moments is a tensor of the parameter's shape. Whoever holds a
+part of it, holds a range of its row-major flattening; the ranges of all workers together cover every tensor
+exactly once. A checkpoint in these terms has no world size and no stage in it, so it loads at any other.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 VALUE = "value"
-"""Kind of the parameter itself; every other kind is a moment of the optimiser, by its name there (`exp_avg`, …)."""
+"""Kind of the parameter itself; every other kind is a moment of the optimiser, by its name there."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StateSlice:
     start: int
     """First element, in the row-major flattening of the whole."""
     data: torch.Tensor
-    """1-D float32, on any device. The receiver must not keep it: it may be a view into live training state."""
+    """1-D float32, on any device. The receiver must not keep it: it may be a view of live training state."""
 
 
 class StateSource(Protocol):

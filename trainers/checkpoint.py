@@ -1,0 +1,199 @@
+"""Which checkpoints a run has: how often one is made, which to go on from, which to keep.
+
+A checkpoint is what `trainers/checkpoint_commit.py` calls valid; folders without a commit record are not
+checkpoints, whatever stands in them. All functions take the run's store, which holds `checkpoints/` and
+`best.json`.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.storage import Store
+from trainers.checkpoint_commit import (
+    FOLDER,
+    RECORD,
+    CheckpointError,
+    CheckpointRecord,
+    faults,
+    file_path,
+    parse_folder_name,
+    read_record,
+)
+
+BEST = "best.json"
+ATTEMPTS = "attempts"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 500
+    """Steps between two checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept. With 1, a damaged one leaves nothing to go back to."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this many steps are kept for good; 0: none but the best and the last."""
+    file_bytes: int = 256 << 20
+    """Largest file that a worker writes; also the unit of its host memory, of upload and of retry."""
+    upload_threads: int = 4
+    """Files that one worker uploads at the same time."""
+    commit_timeout_seconds: float = 900.0
+    """How long worker 0 waits for the others' parts before it gives the checkpoint up."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        for key in ("every_steps", "keep_last", "upload_threads"):
+            if getattr(self, key) < 1:
+                yield f"{at}.{key}={getattr(self, key)} must be at least 1"
+        if self.keep_every_steps < 0:
+            yield f"{at}.keep_every_steps={self.keep_every_steps} is negative; 0 keeps none for good"
+        elif self.every_steps > 0 and self.keep_every_steps % self.every_steps:
+            nearest = max(1, round(self.keep_every_steps / self.every_steps)) * self.every_steps
+            yield (
+                f"{at}.keep_every_steps={self.keep_every_steps} is not a multiple of "
+                f"{at}.every_steps={self.every_steps}; nearest: {nearest}"
+            )
+        if not 1 << 20 <= self.file_bytes <= 4 << 30:
+            yield f"{at}.file_bytes={self.file_bytes:,} must be 1 MiB to 4 GiB: S3 takes 5 GB in one put"
+        if self.commit_timeout_seconds <= 0:
+            yield f"{at}.commit_timeout_seconds={self.commit_timeout_seconds} must be positive"
+
+
+def claim_attempt(store: Store) -> int:
+    """A number that no other start of this run has, above all former ones. One worker calls it per start."""
+    attempt = latest_attempt(store) + 1
+    while not store.put_if_absent(f"{ATTEMPTS}/{attempt:05d}", b""):
+        attempt += 1
+    return attempt
+
+
+def latest_attempt(store: Store) -> int:
+    """The number claimed last; 0 if none was."""
+    return max((int(info.path.rpartition("/")[2]) for info in store.list(f"{ATTEMPTS}/")), default=0)
+
+
+def committed(store: Store) -> list[str]:
+    """Names of the checkpoints that have a commit record, newest first: by step, then by attempt."""
+    names = {name for name, files in _folders(store).items() if RECORD in files}
+    return sorted(names, key=_age, reverse=True)
+
+
+def latest_checkpoint(
+    store: Store,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> CheckpointRecord | None:
+    """The newest committed checkpoint whose every file has the recorded size and hash; None if there is none.
+
+    A damaged one is refused with a warning that names the file, and the one before is taken. With several
+    workers, each reads every `world_size`-th file and `gather` (all workers' values, on every worker) joins
+    their findings, so that all take the same checkpoint; RuntimeError if they do not even see the same one.
+    """
+    for name in committed(store):
+        record, found = _examine(store, name, rank, world_size)
+        answers = gather((name, found))
+        if {other for other, _ in answers} != {name}:
+            raise RuntimeError(f"workers see different newest checkpoints: {sorted({n for n, _ in answers})}")
+        all_faults = [fault for _, faults_of_worker in answers for fault in faults_of_worker]
+        if record is not None and not all_faults:
+            return record
+        if rank == 0:
+            logger.warning("checkpoint %s is refused, the one before is taken: %s", name, _some(all_faults))
+    return None
+
+
+def checkpoint_at(store: Store, which: int | Literal["best", "last"]) -> CheckpointRecord:
+    """The checkpoint after that many steps, the one that validation chose, or the newest good one.
+
+    CheckpointError if there is none or, for a step and for `best`, if it is damaged: who asks for one
+    checkpoint gets no other.
+    """
+    names = committed(store)
+    steps = [_age(name)[0] for name in names]
+    if which == "last":
+        record = latest_checkpoint(store)
+        if record is None:
+            raise CheckpointError(f"no good checkpoint in {store.uri}/{FOLDER}; committed: {names}")
+        return record
+    name = best_name(store) if which == "best" else next((n for n in names if _age(n)[0] == which), None)
+    if name not in names:
+        what = f"{which} ({name})" if which == "best" else f"step {which}"
+        raise CheckpointError(f"no checkpoint for {what} in {store.uri}; steps: {sorted(set(steps))}")
+    assert name is not None
+    record, found = _examine(store, name, rank=0, world_size=1)
+    if record is None or found:
+        raise CheckpointError(f"checkpoint {name} is damaged: {_some(found)}")
+    return record
+
+
+def best_name(store: Store) -> str | None:
+    """Name of the checkpoint in `best.json` (its key `checkpoint`); None before the first validation."""
+    try:
+        return json.loads(store.read(BEST))["checkpoint"]
+    except FileNotFoundError:
+        return None
+
+
+def retire(store: Store, config: CheckpointConfig, newest: str) -> list[str]:
+    """Delete what is no longer kept; the names. Called by worker 0 alone, after it committed `newest`.
+
+    Kept: the last k by step, every n-th, and the best. The record goes first: one that is half deleted is not
+    a checkpoint. Folders without a record are leftovers if an earlier attempt made them, or this one before
+    `newest`, since each worker writes one checkpoint after the other; what a later attempt writes is never
+    touched.
+    """
+    folders = _folders(store)
+    own_step, own_attempt = _age(newest)
+    names = sorted((name for name, files in folders.items() if RECORD in files), key=_age, reverse=True)
+    kept = {newest, best_name(store), *names[: config.keep_last]}
+    if config.keep_every_steps:
+        kept |= {name for name in names if _age(name)[0] % config.keep_every_steps == 0}
+    old = [name for name in names if name not in kept and _age(name)[1] <= own_attempt]
+    torn = [
+        name for name in folders.keys() - set(names)
+        if (_age(name)[1], _age(name)[0]) < (own_attempt, own_step)
+    ]  # fmt: skip
+    for name in old:
+        store.delete(file_path(name, RECORD))
+    for name in (*old, *torn):
+        for file in folders[name] - {RECORD}:
+            store.delete(file_path(name, file))
+    return [*old, *torn]
+
+
+def _folders(store: Store) -> dict[str, set[str]]:
+    """Checkpoint folders, committed or not, and the names of the files in each."""
+    folders: dict[str, set[str]] = {}
+    for info in store.list(f"{FOLDER}/"):
+        _, name, *file = info.path.split("/", 2)
+        if file and parse_folder_name(name):
+            folders.setdefault(name, set()).add(file[0])
+    return folders
+
+
+def _age(name: str) -> tuple[int, int]:
+    parsed = parse_folder_name(name)
+    assert parsed is not None, name
+    step, _, attempt = parsed
+    return step, attempt
+
+
+def _examine(
+    store: Store, name: str, rank: int, world_size: int
+) -> tuple[CheckpointRecord | None, list[str]]:
+    """The record, and what is wrong with this worker's share of the files; None for a bad record."""
+    try:
+        record = read_record(store, name)
+    except (CheckpointError, FileNotFoundError) as error:
+        return None, [str(error)]
+    return record, faults(store, name, record.files[rank::world_size])
+
+
+def _some(found: Collection[str], limit: int = 5) -> str:
+    shown = "; ".join(list(found)[:limit])
+    return shown if len(found) <= limit else f"{shown}; and {len(found) - limit:,} more"
