@@ -1,0 +1,102 @@
+"""A Ray session: the cluster that the driver finds itself in, or a single-node one of its own."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+# Read by Ray when it is imported, in the driver; a value that the user set stays.
+RAY_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else each print of a training worker appears twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else relative paths mean another folder in a worker
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default 2 s is added to every start, end and restart
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # do not touch CUDA_VISIBLE_DEVICES of tasks without GPUs
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the run has one progress line of its own
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing about a run leaves the machine unasked
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Which machines to use, and how much of them each training worker gets."""
+
+    address: str = "auto"
+    """`auto`: the cluster of the Ray job or of RAY_ADDRESS, else a local one for this run; `local`: always a
+    local one; else the address of a running cluster (host:port or ray://…)."""
+    num_workers: int = 1
+    """Training workers; with GPUs, one for each."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray reserves for a training worker. Some must stay free for Ray Data's reads."""
+    gpus_per_worker: float = 0.0
+    """GPUs for a training worker: 1 uses NCCL, 0 uses gloo on CPUs."""
+    threads_per_worker: int = 0
+    """Threads of a worker's matrix products; 0: its CPUs rounded up."""
+    object_store_bytes: int = 0
+    """Shared memory for Ray's object store on a local cluster; 0: a tenth of the memory, at most 2 GiB."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        if self.num_workers < 1:
+            yield f"{at}.num_workers={self.num_workers} must be at least 1"
+        if self.cpus_per_worker <= 0:
+            yield f"{at}.cpus_per_worker={self.cpus_per_worker} must be positive; on shared cores, try 0.75"
+        if self.gpus_per_worker not in (0, 1):
+            yield f"{at}.gpus_per_worker={self.gpus_per_worker} must be 0 or 1: a training worker drives one GPU"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the session is a single-node Ray of this process's own."""
+        return self.address == "local" or (self.address == "auto" and "RAY_ADDRESS" not in os.environ)
+
+    @property
+    def threads(self) -> int:
+        return self.threads_per_worker or max(1, round(self.cpus_per_worker))
+
+
+def cpu_problem(config: ClusterConfig, read_cpus: float, num_cpus: float, at: str = "cluster") -> str | None:
+    """Why Ray Data could not read beside the workers on this many CPUs, or None: reads would wait for ever."""
+    wanted = config.num_workers * config.cpus_per_worker
+    if wanted + read_cpus <= num_cpus:
+        return None
+    fitting = (num_cpus - read_cpus) / config.num_workers
+    return (
+        f"{at}.num_workers={config.num_workers} x {at}.cpus_per_worker={config.cpus_per_worker:g} = {wanted:g} of "
+        f"{num_cpus:g} CPUs leave less than the {read_cpus:g} that a read of Ray Data needs; "
+        f"at most {at}.cpus_per_worker={max(0, int(fitting * 100) / 100):g} fits, or fewer workers"
+    )
+
+
+@contextmanager
+def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
+    """Join or start Ray for the length of a with-block; yields the cluster's resources by name.
+
+    Raises:
+        ConnectionError: `config.address` names a cluster that does not answer.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray  # here, because it reads the variables above when imported
+
+    if config.is_local:
+        # A local session is this user's alone: loopback, no dashboard to open.
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        object_store = config.object_store_bytes or min(memory // 10, 2 << 30)
+        arguments = {
+            "address": "local",
+            "object_store_memory": object_store,
+            "include_dashboard": False,
+            "runtime_env": {"env_vars": {"PYTHONPATH": str(PROJECT)}},
+        }
+    else:
+        # In a Ray job the working directory is uploaded already, and inherited.
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        runtime_env = {} if in_job else {"working_dir": str(PROJECT), "excludes": ["/.venv", "/runs", "/corpora"]}
+        address = None if config.address == "auto" else config.address
+        arguments = {"address": address, "runtime_env": runtime_env}
+    ray.init(log_to_driver=True, logging_level="WARNING", **arguments)
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,144 @@
+"""The configuration of a pretraining run: one section per part, each a dataclass beside the code that it configures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.config import nearest_multiple, to_dict
+from cluster.session import ClusterConfig, cpu_problem
+from cluster.storage import open_store
+from data.corpus import CorpusConfig
+from data.order import OrderConfig
+from trainers.checkpoint import CheckpointConfig
+from trainers.engine import EngineConfig
+from trainers.guard import GuardConfig
+from trainers.heartbeat import HeartbeatConfig
+from trainers.model import ModelConfig
+from trainers.optimizer import OptimizerConfig
+from trainers.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run keeps its state, and how often it may be started anew."""
+
+    name: str = "pretrain"
+    """The run's folder under `run.storage`; the same name goes on where the run was."""
+    storage: str = "runs"
+    """URI of the folder of runs: a path, file://, s3:// or gs://; every node must reach it."""
+    seed: int = 0
+    """Of the initial weights. The order of the rows has a seed of its own, `order.seed`."""
+    max_failures: int = 3
+    """Restarts from the last committed checkpoint before the run gives up; -1: no limit."""
+    log_every_seconds: float = 10.0
+    """Seconds between two progress lines where the output is not a terminal."""
+    prompts: tuple[str, ...] = ("The ",)
+    """Continued by the finished model, for the report."""
+    floor_bytes: int = 8_000_000
+    """Bytes of training text for the byte 6-gram that the report compares with; 0 leaves it out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """What one optimiser step is made of, whatever the number of workers."""
+
+    seq_len: int = 1_024
+    """Target tokens per row."""
+    rows_per_step: int = 512
+    """Rows of a global batch: all workers, all accumulation."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        for key, value in (("seq_len", self.seq_len), ("rows_per_step", self.rows_per_step)):
+            if value < 1:
+                yield f"{at}.{key}={value} must be at least 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """How the validation split chooses the checkpoint, and stops a run that no longer improves."""
+
+    every_steps: int = 500
+    """Steps between two validations; the last step is always validated."""
+    max_rows: int = 2_048
+    """Rows of the fixed set; 0: the whole split."""
+    patience: int = 0
+    """Validations without a better loss before the run stops early; 0: never."""
+    min_improvement: float = 0.0
+    """Nats per token by which a loss must be lower to count as better."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        if self.every_steps < 1:
+            yield f"{at}.every_steps={self.every_steps} must be at least 1"
+        if self.max_rows < 0:
+            yield f"{at}.max_rows={self.max_rows} must not be negative; 0 takes the whole split"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """A pretraining run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    order: OrderConfig = field(default_factory=OrderConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+
+    def problems(self, at: str = "") -> Iterator[str]:
+        """What does not fit between sections; each section has its own `problems`."""
+        batch, lanes = self.batch, self.order.lanes
+        if batch.rows_per_step % lanes:
+            near = nearest_multiple(batch.rows_per_step, lanes)
+            yield f"batch.rows_per_step={batch.rows_per_step:,} is not a multiple of order.lanes={lanes}; nearest: {near:,}"
+        if self.cluster.num_workers > lanes:
+            yield (
+                f"cluster.num_workers={self.cluster.num_workers} is more than order.lanes={lanes}: a worker owns whole "
+                f"lanes; use at most {lanes} workers, or more lanes in a new run"
+            )
+        if batch.seq_len > self.model.max_positions:
+            yield (
+                f"batch.seq_len={batch.seq_len:,} is more than model.max_positions={self.model.max_positions:,}; "
+                f"raise model.max_positions to {batch.seq_len:,} or shorten the rows"
+            )
+
+
+def storage_problems(config: PretrainConfig) -> Iterator[str]:
+    """What stands in the way of reading the corpus and writing its results; speaks to the object store."""
+    run = f"{config.run.storage}/{config.run.name}"
+    for key, uri in (("corpus.prepared", config.corpus.prepared), ("run.storage", run)):
+        if problem := open_store(uri).problem_writing():
+            yield f"{key}: {problem}"
+    for key, uri in config.corpus.source_uris().items():
+        if problem := open_store(uri).problem_reading():
+            yield f"{key}: {problem}"
+
+
+# What a run may change when it goes on; everything else is part of what its numbers mean.
+CHANGEABLE = ("run.", "cluster.", "checkpoint.", "heartbeat.", "engine.", "order.read_cpus", "schedule.steps",
+              "validation.patience", "corpus.prepared", "corpus.uri", "corpus.sources")
+
+
+def changed_keys(before: dict[str, Any], now: PretrainConfig) -> list[str]:
+    """One line per key that a run cannot change under way, comparing its stored configuration with this one."""
+    old, new = dict(flatten(before)), dict(flatten(to_dict(now)))
+    return [
+        f"{key}={new.get(key)!r}, but the run was started with {old.get(key)!r}; give it back, or choose a new run.name"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE)
+    ]
+
+
+def flatten(tree: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """("section.key", value) of each leaf of nested mappings; sequences are leaves, as lists."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", list(value) if isinstance(value, tuple) else value
