@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.permutation import below, combine, key_of, mix64, permute
+
+keys = st.integers(0, 2**64 - 1)
+
+
+@given(size=st.integers(1, 3_000), key=keys)
+def test_every_place_is_taken_once(size, key):
+    places = permute(np.arange(size), size, key)
+    assert np.array_equal(np.sort(places), np.arange(size))
+
+
+@given(size=st.integers(1, 2**62), key=keys, data=st.data())
+def test_places_of_huge_permutations_lie_in_range_and_differ(size, key, data):
+    index = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20, unique=True)))
+    places = permute(index, size, key)
+    assert places.min() >= 0 and places.max() < size
+    assert len(np.unique(places)) == len(index)
+
+
+@given(sizes=st.lists(st.integers(1, 10**9), min_size=1, max_size=20), data=st.data())
+def test_many_permutations_at_once_equal_each_alone(sizes, data):
+    index = [data.draw(st.integers(0, size - 1)) for size in sizes]
+    each_key = [data.draw(keys) for _ in sizes]
+    together = permute(index, sizes, np.array(each_key, np.uint64))
+    alone = [int(permute(i, size, key)) for i, size, key in zip(index, sizes, each_key, strict=True)]
+    assert together.tolist() == alone
+
+
+def test_the_bits_never_change():
+    # A change here changes the order of every run that was ever started.
+    assert permute(np.arange(10), 10, 0).tolist() == GOLDEN_SMALL
+    assert permute([0, 1, 10**6, 10**12 - 1], 10**12, 2**64 - 1).tolist() == GOLDEN_LARGE
+    assert [hex(hashed) for hashed in mix64([0, 1, 2**64 - 1])] == GOLDEN_MIX
+    assert hex(key_of("order", 1, "web")) == GOLDEN_KEY
+    assert combine(7, [0, 1], 3).tolist() == GOLDEN_COMBINED
+    assert below(mix64(np.arange(5)), 100).tolist() == GOLDEN_BELOW
+
+
+def test_keys_tell_names_from_numbers_and_order():
+    assert len({key_of("a", 1), key_of("a", "1"), key_of(1, "a"), key_of("a1"), key_of("a", 1, "")}) == 5
+
+
+@pytest.mark.parametrize("size", [7, 100, 1_024, 4_097])
+def test_each_place_is_equally_likely(size):
+    # Chi-square over the place of one element under many keys: mean size - 1, deviation sqrt(2 (size - 1)).
+    num_keys = 50 * size
+    places = permute(3, size, combine(5, np.arange(num_keys)))
+    expected = num_keys / size
+    chi_square = ((np.bincount(places, minlength=size) - expected) ** 2 / expected).sum()
+    assert abs(chi_square - (size - 1)) < 5 * np.sqrt(2 * (size - 1))
+
+
+def test_neighbours_do_not_stay_together():
+    size = 1_000
+    places = permute(np.arange(size), size, combine(9, np.arange(200))[:, None])
+    still_adjacent = (np.abs(np.diff(places, axis=1)) == 1).mean()
+    assert still_adjacent == pytest.approx(2 / size, rel=0.2)
+
+
+def test_an_index_outside_is_refused():
+    with pytest.raises(ValueError, match=r"outside 0\.\.size-1"):
+        permute([0, 5], 5, 1)
+
+
+GOLDEN_SMALL = [2, 4, 8, 1, 7, 0, 6, 9, 5, 3]
+GOLDEN_LARGE = [867162755907, 209234480594, 113235928357, 209076083121]
+GOLDEN_MIX = ["0xe220a8397b1dcdaf", "0x910a2dec89025cc1", "0xe4d971771b652c20"]
+GOLDEN_KEY = "0xac8e6669696b2762"
+GOLDEN_COMBINED = [12813901794910079300, 1004089195473380556]
+GOLDEN_BELOW = [65, 36, 39, 73, 62]
