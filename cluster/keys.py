@@ -34,7 +34,7 @@ def sections_of(cls: type) -> set[str]:
 
 
 def declared(cls: type, base: Any = MISSING) -> Iterator[tuple[str, Any, Any]]:
-    """Name, type and default of each field of one class; the values of the instance `base` are the defaults."""
+    """Name, type and default of each field of one class; `base`, if given, holds the defaults."""
     hints = typing.get_type_hints(cls)
     for field in fields(cls):
         default = field.default if field.default_factory is MISSING else field.default_factory()
