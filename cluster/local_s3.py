@@ -1,4 +1,4 @@
-"""A real S3 server on this machine: SeaweedFS on free loopback ports, for tests and for a first run without a cloud.
+"""A real S3 server on this machine, SeaweedFS on free loopback ports: for tests and for runs without a cloud.
 
     python cluster/local_s3.py --dir .cache/s3 -- COMMAND …
 
@@ -41,7 +41,7 @@ class LocalS3:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Return once it takes objects. Needs this process's AWS variables to lead to it. Raises `RuntimeError`."""
+        """Return once it takes objects; this process's AWS variables must lead to it. Raises `RuntimeError`."""
         (self.folder / "data").mkdir(parents=True, exist_ok=True)
         ports = [f"-{role}.port={self.port + offset}" for offset, role in enumerate(_ROLES)]
         command = [
@@ -59,7 +59,7 @@ class LocalS3:
                 env=os.environ | self.environment | {"GOMEMLIMIT": "300MiB"},
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # an interrupt at the keyboard is for the command: it saves here before it ends
+                start_new_session=True,  # Ctrl-C is for the command, which saves here before it ends
                 preexec_fn=_die_with_parent,
             )
         give_up_at = time.monotonic() + READY_SECONDS
@@ -79,7 +79,7 @@ class LocalS3:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """End it at once (kill -9). What it acknowledged is on disk; its own way out takes 3.5 s and saves nothing."""
+        """End it at once (kill -9): what it acknowledged is on disk, and its own way out takes 3.5 s."""
         if self._process:
             self._process.kill()
             self._process.wait()
@@ -105,6 +105,7 @@ _QUIET = (  # without these it listens on all addresses and reports on its use
     "-ip=127.0.0.1",
     "-ip.bind=127.0.0.1",
     "-master.telemetry=false",
+    "-s3.autoCreateBucket=false",  # a missing bucket is an error, as at Amazon's
     "-s3.port.iceberg=0",
     "-s3.port.lance=0",
     "-webdav=false",

@@ -26,6 +26,7 @@ from botocore.config import Config
 
 from cluster.store import (
     READ_AHEAD_BYTES,
+    TOO_SHORT,
     LocalStore,
     ObjectInfo,
     RetryPolicy,
@@ -38,17 +39,15 @@ __all__ = ["ObjectInfo", "RetryPolicy", "StorageError", "Store", "open_store"]
 
 T = TypeVar("T")
 
-# Up to 64 MiB one request; above, parts of 32 MiB (S3 takes 10,000), 4 at once: workers share their host's link.
+# Up to 64 MiB one request; above, parts of 32 MiB (S3 takes 10,000), 4 at once: workers share a link.
 MULTIPART = TransferConfig(
     multipart_threshold=64 << 20,
     multipart_chunksize=32 << 20,
     max_concurrency=4,
     preferred_transfer_client="classic",
 )
-FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = (
-    0.1,
-    5.0,
-)  # doubled each time, of which a random part is waited
+FIRST_BACKOFF_SECONDS = 0.1  # doubled after each failure up to
+LONGEST_BACKOFF_SECONDS = 5.0  # and cut by up to a half at random, so that many readers do not return at once
 
 
 def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
@@ -78,6 +77,7 @@ _REMEDIES = {
     "AccessDenied": _KEYS,
     "InvalidAccessKeyId": _KEYS,
     "SignatureDoesNotMatch": _KEYS,
+    "InvalidRange": TOO_SHORT,
     "NoSuchBucket": "create the bucket or correct the URI",
     "NotImplemented": "use a store that knows conditional writes (If-None-Match)",
     "PermanentRedirect": "set AWS_REGION to the bucket's region",
@@ -105,7 +105,7 @@ class S3Store(Store):
         return cast(BinaryIO, io.BufferedReader(_Remote(self, path, self.size(path)), READ_AHEAD_BYTES))
 
     def put(self, path: str, data: bytes | memoryview) -> None:
-        if len(data) > MULTIPART.multipart_threshold:
+        if memoryview(data).nbytes > MULTIPART.multipart_threshold:
             self._transfer(path, lambda: io.BytesIO(data))
         else:
             self._call("write", path, lambda s3, at: s3.put_object(**at, Body=bytes(data)))

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 # Of a file from `open`: at 30 ms a request, 1 MiB is 33 MB/s; who needs more reads larger ranges.
 READ_AHEAD_BYTES = 1 << 20
+TOO_SHORT = "it was cut or replaced since its size was noted: write it again"
 _UNFINISHED = ".unfinished-"  # files that are being written; a reader never sees them
 
 
@@ -37,7 +38,7 @@ class RetryPolicy:
     connect_seconds: float = 5
     """To connect: milliseconds within a region, and a lost first packet is sent again after 1 s and 3 s."""
     silence_seconds: float = 20
-    """Between two packets of an answer. S3 sends its first byte within a second, so 20 s is a dead connection."""
+    """Between two packets of an answer. S3 sends its first within a second: 20 s is a dead connection."""
     give_up_seconds: float = 120
     """From the first failure: a store that restarts is back by then."""
 
@@ -164,9 +165,7 @@ class Store(ABC):
     def _whole(self, path: str, data: bytes, start: int, length: int) -> bytes:
         if len(data) != length:
             cause = f"it has {len(data):,} of the {length:,} bytes wanted from byte {start:,}"
-            raise self._error(
-                "read", path, cause, "it was cut or replaced since it was listed: write it again"
-            )
+            raise self._error("read", path, cause, TOO_SHORT)
         return data
 
 
