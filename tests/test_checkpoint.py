@@ -1,4 +1,4 @@
-"""A checkpoint exists once its record does, reads at any split, and is refused by name when a byte differs."""
+"""A checkpoint exists once its record does, reads at any split, and is refused by name if a byte differs."""
 
 import json
 import logging

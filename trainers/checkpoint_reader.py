@@ -52,7 +52,7 @@ class CheckpointReader:
         if not 0 <= start <= stop <= prod(tensor.shape):
             raise IndexError(f"[{start}, {stop}) is not within the {prod(tensor.shape)} elements of {name}")
         result = torch.empty(stop - start, dtype=torch.float32)
-        target = memoryview(result.numpy()).cast("B")
+        target = result.numpy().data.cast("B")
         extents = tensor.kinds[kind]
         for extent in extents[max(0, bisect_right(extents, start, key=_start) - 1) :]:
             if extent.start >= stop:

@@ -95,7 +95,7 @@ class HostFile:
         text += b" " * (-len(text) % 8)
         prefix = len(text).to_bytes(8, "little") + text
         file_start = HEADER_ROOM_BYTES - len(prefix)
-        view = memoryview(self._bytes.numpy())
+        view = self._bytes.numpy().data
         view[file_start:HEADER_ROOM_BYTES] = prefix
         placed = [
             (name, kind, shape, Extent(start, stop, path, len(prefix) + offset))

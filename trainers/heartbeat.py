@@ -89,7 +89,7 @@ class Heartbeat:
         remaining = self._remaining()
         while remaining > 0:
             backstop_seconds = remaining + self._config.linger_seconds + GIL_GRACE_SECONDS
-            faulthandler.dump_traceback_later(backstop_seconds, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(backstop_seconds, exit=True, file=sys.__stderr__ or 2)
             # No limit is shorter than timeout_seconds, so a beat in the meantime cannot be overdue at the
             # next look.
             if self._ended.wait(min(remaining, self._config.timeout_seconds)):
