@@ -1,0 +1,118 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.hardware import EnergyConfig, Peak
+from trainers.checkpoint import CheckpointConfig
+from trainers.engine import EngineConfig
+from trainers.model import Decoder, ModelConfig
+from trainers.optimizer import OptimizerConfig
+from trainers.plan import Job, activation_bytes, make_plan, memory_per_worker, state_elements
+
+MODEL = ModelConfig(vocab_size=1_000, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128)
+PARAMETERS = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 2 * 1_000 * 64  # 210,240
+JOB = Job(
+    model=MODEL,
+    engine=EngineConfig(zero_stage=1, precision="bf16", micro_batch_rows=4),
+    optimizer=OptimizerConfig(kind="adamw"),
+    checkpoint=CheckpointConfig(every_steps=100, keep_last=2, file_bytes=1 << 20),
+    seq_len=128,
+    rows_per_step=16,
+    steps=1_000,
+    num_workers=2,
+    train_tokens=1_024_000,
+    peak=Peak(1e12, "a data sheet"),
+    watts=400,
+    energy=EnergyConfig(overhead=1.0, grams_per_kwh=500),
+)
+
+
+def test_the_plan_equals_the_computation_by_hand():
+    plan = make_plan(JOB)
+    assert plan.tokens == 1_000 * 16 * 128 == 2_048_000
+    assert plan.epochs == pytest.approx(2.0)
+    assert plan.micro_batches == 2  # 8 rows of a worker in fours
+    weights = PARAMETERS - 5 * 64 - 1_000 * 64  # norms and embedding multiply no matrix
+    flops_per_token = 6 * weights + 12 * 2 * 64 * 128
+    assert plan.flops == pytest.approx(plan.tokens * flops_per_token)
+    assert plan.seconds == pytest.approx(plan.flops / (2 * 1e12 * 0.40))
+    assert plan.energy.kwh == pytest.approx(400 * plan.seconds / 3.6e6)
+    assert plan.energy.co2_grams == pytest.approx(plan.energy.kwh * 500)
+    assert plan.checkpoint_bytes == 4 * 3 * PARAMETERS  # weights and two moments in float32
+    assert plan.kept_checkpoints == 3
+
+
+def test_memory_equals_the_computation_by_hand():
+    memory = make_plan(JOB).memory
+    assert memory.parameters == 2 * PARAMETERS
+    assert memory.gradients == 2 * PARAMETERS + 4 * PARAMETERS / 2
+    assert memory.optimizer == 12 * PARAMETERS / 2
+    assert memory.checkpoint_buffers == 2 << 20  # 1.26 MB in files of 1 MiB
+    tokens = 4 * 128
+    assert memory.activations == tokens * 2 * (2 * (6 * 64 + 2 * 64 + 4 * 128) + 2 * 64)
+
+
+@pytest.mark.parametrize(
+    ("stage", "bytes_per_parameter"),
+    # ZeRO, figure 1: (2 + 2 + 12) x parameters, divided step by step over 64 workers. Ours adds the sum of
+    # gradients in float32, which is partitioned from stage 1 on.
+    [(0, 16 + 4), (1, 4 + 16 / 64), (2, 2 + 18 / 64), (3, 20 / 64)],
+)
+def test_each_zero_stage_partitions_what_it_says(stage, bytes_per_parameter):
+    job = replace(JOB, num_workers=64, rows_per_step=64, engine=EngineConfig(zero_stage=stage))
+    memory = memory_per_worker(job)
+    state = memory.parameters + memory.gradients + memory.optimizer
+    assert state == pytest.approx(bytes_per_parameter * PARAMETERS)
+
+
+@given(st.integers(0, 3), st.integers(1, 64))
+def test_a_higher_stage_or_more_workers_never_need_more_memory_for_state(stage, workers):
+    def state(stage, workers):
+        memory = memory_per_worker(replace(JOB, num_workers=workers, engine=EngineConfig(zero_stage=stage)))
+        return memory.parameters + memory.gradients + memory.optimizer
+
+    assert state(min(3, stage + 1), workers) <= state(stage, workers)
+    assert state(stage, workers + 1) <= state(stage, workers)
+
+
+def test_a_checkpoint_holds_each_moment_of_the_optimiser():
+    model = Decoder(MODEL)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS
+    matrices = sum(
+        p.numel() for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2
+    )
+    rest = PARAMETERS - matrices
+    muon = state_elements(MODEL, OptimizerConfig(kind="muon"))
+    assert muon == PARAMETERS + matrices + 2 * rest
+    assert state_elements(MODEL, OptimizerConfig(kind="sgd", momentum=0.0)) == PARAMETERS
+
+
+def test_activation_checkpointing_keeps_one_layer_in_full():
+    engine = replace(JOB.engine, activation_checkpointing=True)
+    layer = 6 * 64 + 2 * 64 + 4 * 128
+    assert activation_bytes(replace(JOB, engine=engine), 2) == 4 * 128 * 2 * (2 * 64 + layer + 2 * 64)
+
+
+def test_a_measured_rate_replaces_the_assumption():
+    plan = make_plan(replace(JOB, tokens_per_second=20_480))
+    assert plan.seconds == pytest.approx(100)
+    assert plan.utilization == pytest.approx(plan.flops / 100 / 2e12)
+    assert "measured" in plan.text
+
+
+def test_the_text_names_every_assumption_and_every_part_of_the_memory():
+    text = make_plan(JOB).text
+    for part in (
+        "2.05 M = 2.00 epochs",
+        "210 k parameters",
+        "400 W",
+        "500 g CO2",
+        "40%",
+        "a data sheet",
+        "activations",
+    ):
+        assert part in text
+    assert "epochs" not in make_plan(replace(JOB, train_tokens=None)).text
+    assert all(len(line) <= 120 for line in text.splitlines())

@@ -1,0 +1,226 @@
+"""What a run will take, before it starts: tokens, compute, memory per worker, storage, time and energy.
+
+Memory of the model's state is counted as in ZeRO (Rajbhandari et al. 2020, section 3.1) for what the engine
+holds: weights, their gradients, gradients summed in float32, float32 master weights, optimiser moments, each
+divided by the number of workers from the ZeRO stage on that partitions it. Activations are counted tensor by
+tensor as in Korthikanti et al. 2022 (section 4.1) for this decoder. Both leave out what the allocator, the
+framework and communication buffers take: treat the sum as a lower bound.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cluster.hardware import Energy, EnergyConfig, Peak, estimate_energy
+from trainers.checkpoint import CheckpointConfig
+from trainers.engine import EngineConfig
+from trainers.model import ModelConfig, count_parameters, flops_per_token
+from trainers.optimizer import OptimizerConfig, moments
+from trainers.units import count, duration, energy, flop, mass, size
+
+GPU_UTILIZATION = 0.40
+"""Assumed model FLOP/s / peak: PaLM reports 0.46, Megatron-LM 0.44-0.52 (Narayanan et al. 2021, table 1)."""
+CPU_UTILIZATION = 0.25
+"""Assumed of the measured rate of matrix products: a 12 M decoder reached 0.25-0.3 on two cores with AMX."""
+
+FLOAT32, BFLOAT16 = 4, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that a plan follows from."""
+
+    model: ModelConfig
+    """With vocab_size filled in."""
+    engine: EngineConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    seq_len: int
+    rows_per_step: int
+    steps: int
+    num_workers: int
+    train_tokens: int | None = None
+    """Tokens of the training split; None: not prepared yet."""
+    peak: Peak
+    """Of one worker's device."""
+    watts: float
+    """All workers together."""
+    energy: EnergyConfig
+    tokens_per_second: float | None = None
+    """Measured in an earlier part of the run; None: estimated from the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one worker. On a CPU all of it is host memory; with accelerators the last is."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    checkpoint_buffers: float
+    """Always host memory."""
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.checkpoint_buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The numbers; `text` says them."""
+
+    job: Job
+    tokens: int
+    epochs: float | None
+    micro_batches: int
+    """Of one worker in a step."""
+    flops: float
+    """Of the whole run."""
+    memory: Memory
+    checkpoint_bytes: int
+    """One checkpoint on storage."""
+    kept_checkpoints: int
+    """At the end of the run."""
+    utilization: float
+    """Share of the peak that the estimated time assumes or, where tokens/s were measured, implies."""
+    seconds: float
+    energy: Energy
+
+    @property
+    def text(self) -> str:
+        return "\n".join(f"{name:<12} {line}" for name, line in _lines(self))
+
+
+def make_plan(job: Job) -> Plan:
+    """Computes the plan. No I/O, nothing started."""
+    tokens = job.steps * job.rows_per_step * job.seq_len
+    flops = tokens * flops_per_token(job.model, job.seq_len)
+    peak = job.peak.flops_per_second * job.num_workers
+    if job.tokens_per_second:
+        seconds = tokens / job.tokens_per_second
+    else:
+        measured = job.peak.source.startswith("measured")
+        seconds = flops / (peak * (CPU_UTILIZATION if measured else GPU_UTILIZATION))
+    state_bytes = FLOAT32 * state_elements(job.model, job.optimizer)
+    checkpoint = job.checkpoint
+    for_good = job.steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
+    return Plan(
+        job=job,
+        tokens=tokens,
+        epochs=tokens / job.train_tokens if job.train_tokens else None,
+        micro_batches=math.ceil(rows_per_worker(job) / job.engine.micro_batch_rows),
+        flops=flops,
+        memory=memory_per_worker(job),
+        checkpoint_bytes=state_bytes,
+        kept_checkpoints=checkpoint.keep_last + 1 + for_good,  # 1: the best
+        utilization=flops / (seconds * peak) if seconds and peak else 0.0,
+        seconds=seconds,
+        energy=estimate_energy(job.energy, job.watts, seconds),
+    )
+
+
+def rows_per_worker(job: Job) -> int:
+    """Rows of a step on the worker that has most."""
+    return math.ceil(job.rows_per_step / job.num_workers)
+
+
+def state_elements(model: ModelConfig, optimizer: OptimizerConfig) -> int:
+    """Elements of weights and moments: what a checkpoint holds in float32."""
+    parameters = count_parameters(model)
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    return (
+        parameters.total
+        + parameters.embedding * len(moments(optimizer, "embedding"))
+        + norms * len(moments(optimizer, "norm"))
+        + (parameters.non_embedding - norms) * len(moments(optimizer, "matrix"))
+    )
+
+
+def memory_per_worker(job: Job) -> Memory:
+    """Bytes by kind; see the module's docstring for the sources."""
+    stage, workers = job.engine.zero_stage, job.num_workers
+    parameters = count_parameters(job.model).total
+    element = BFLOAT16 if job.engine.precision == "bf16" else FLOAT32
+    share_from = {
+        1: workers if stage >= 1 else 1,
+        2: workers if stage >= 2 else 1,
+        3: workers if stage >= 3 else 1,
+    }
+    has_masters = stage >= 1 or job.engine.precision == "bf16"
+    moment_elements = state_elements(job.model, job.optimizer) - parameters
+    state_bytes = FLOAT32 * (parameters + moment_elements) / workers
+    return Memory(
+        parameters=element * parameters / share_from[3],
+        gradients=element * parameters / share_from[2]
+        + (FLOAT32 * parameters / share_from[1] if job.engine.precision == "bf16" else 0),
+        optimizer=FLOAT32 * (has_masters * parameters + moment_elements) / share_from[1],
+        activations=activation_bytes(job, element),
+        checkpoint_buffers=math.ceil(state_bytes / job.checkpoint.file_bytes) * job.checkpoint.file_bytes,
+    )
+
+
+def activation_bytes(job: Job, element: int) -> float:
+    """What one micro-batch keeps for its backward pass, attention computed without a matrix of scores.
+
+    Elements per token and layer: residual stream and its norm before attention and before the MLP (4 D);
+    query, key, value and attention's output (2 D + 2 K); gate, up, gate's activation and their product (4 F).
+    With activation checkpointing each layer keeps its input alone (D), and one layer at a time the rest.
+    """
+    model = job.model
+    rows = min(job.engine.micro_batch_rows, rows_per_worker(job))
+    D, K, F = model.hidden_size, model.kv_heads * model.head_width, model.intermediate_size
+    layer = 6 * D + 2 * K + 4 * F
+    kept = model.num_layers * D + layer if job.engine.activation_checkpointing else model.num_layers * layer
+    return float(rows * job.seq_len * (kept + 2 * D) * element)
+
+
+def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    job, parameters = plan.job, count_parameters(plan.job.model)
+    rows, stage = rows_per_worker(job), job.engine.zero_stage
+    tokens = (
+        f"{job.steps:,} steps x {job.rows_per_step:,} rows x {job.seq_len:,} tokens = {count(plan.tokens)}"
+    )
+    yield "tokens", tokens + _epochs(plan)
+    yield "model", f"{count(parameters.total)} parameters: {count(parameters.non_embedding)} in layers,"
+    yield "", f"{count(parameters.embedding)} in embedding and output head"
+    yield "compute", f"{flop(plan.flops)} = {flop(plan.flops / plan.tokens)} a token (as in PaLM, appendix B)"
+    yield (
+        "workers",
+        f"{job.num_workers} in {job.engine.precision}, ZeRO stage {stage}; each has {rows:,} rows",
+    )
+    yield "", f"of a step in {plan.micro_batches} micro-batches of up to {job.engine.micro_batch_rows}"
+    yield from _memory_lines(plan)
+    kept = f"{plan.kept_checkpoints} kept at most: {size(plan.checkpoint_bytes * plan.kept_checkpoints)} of storage"
+    every = f"every {job.checkpoint.every_steps:,} steps"
+    yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {every}; {kept}"
+    yield "time", f"{duration(plan.seconds)} of training, {_basis(plan)}"
+    yield "energy", f"{energy(plan.energy.kwh)}, {mass(plan.energy.co2_grams)} CO2"
+    yield "", plan.energy.assumption
+
+
+def _epochs(plan: Plan) -> str:
+    if plan.epochs is None:
+        return ""
+    return f" = {plan.epochs:.2f} epochs of {count(plan.job.train_tokens or 0)}"
+
+
+def _basis(plan: Plan) -> str:
+    if plan.job.tokens_per_second:
+        return f"at {count(plan.job.tokens_per_second)} tokens/s as measured"
+    peak = plan.job.peak
+    return f"at an assumed {plan.utilization:.0%} of {flop(peak.flops_per_second)}/s a worker ({peak.source})"
+
+
+def _memory_lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    memory, offload = plan.memory, plan.job.engine.offload
+    where = "" if offload == "none" else f", {offload} in host memory"
+    yield "memory", f"{size(memory.total)} per worker at least{where}:"
+    for num_bytes, what in (
+        (memory.parameters, "parameters"),
+        (memory.gradients, "gradients"),
+        (memory.optimizer, f"master weights and moments of {plan.job.optimizer.kind}"),
+        (memory.activations, "activations of a micro-batch"),
+        (memory.checkpoint_buffers, "host buffers for checkpoints"),
+    ):
+        yield "", f"{size(num_bytes):>10}  {what}"
