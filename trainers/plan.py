@@ -182,18 +182,17 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{job.steps:,} steps x {job.rows_per_step:,} rows x {job.seq_len:,} tokens = {count(plan.tokens)}"
     )
     yield "tokens", tokens + _epochs(plan)
-    yield "model", f"{count(parameters.total)} parameters: {count(parameters.non_embedding)} in layers,"
-    yield "", f"{count(parameters.embedding)} in embedding and output head"
-    yield "compute", f"{flop(plan.flops)} = {flop(plan.flops / plan.tokens)} a token (as in PaLM, appendix B)"
-    yield (
-        "workers",
-        f"{job.num_workers} in {job.engine.precision}, ZeRO stage {stage}; each has {rows:,} rows",
+    parts = (
+        f"{count(parameters.non_embedding)} in layers, {count(parameters.embedding)} in embedding and head"
     )
-    yield "", f"of a step in {plan.micro_batches} micro-batches of up to {job.engine.micro_batch_rows}"
+    yield "model", f"{count(parameters.total)} parameters: {parts}"
+    yield "compute", f"{flop(plan.flops)} = {flop(plan.flops / plan.tokens)} a token (as in PaLM, appendix B)"
+    share = f"{rows:,} rows of a step each, in {plan.micro_batches} micro-batches"
+    yield "workers", f"{job.num_workers} in {job.engine.precision}, ZeRO stage {stage}; {share}"
     yield from _memory_lines(plan)
-    kept = f"{plan.kept_checkpoints} kept at most: {size(plan.checkpoint_bytes * plan.kept_checkpoints)} of storage"
-    every = f"every {job.checkpoint.every_steps:,} steps"
-    yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {every}; {kept}"
+    yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, every {job.checkpoint.every_steps:,} steps;"
+    kept_bytes = plan.checkpoint_bytes * plan.kept_checkpoints
+    yield "", f"at most {plan.kept_checkpoints} kept, {size(kept_bytes)} of storage"
     yield "time", f"{duration(plan.seconds)} of training, {_basis(plan)}"
     yield "energy", f"{energy(plan.energy.kwh)}, {mass(plan.energy.co2_grams)} CO2"
     yield "", plan.energy.assumption
