@@ -1,13 +1,15 @@
 """The configuration of a pretraining run: one section per part, each a dataclass beside the code that it configures."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cluster.config import nearest_multiple, to_dict
-from cluster.session import ClusterConfig, cpu_problem
-from cluster.storage import open_store
+from cluster.config import to_dict
+from cluster.hardware import EnergyConfig
+from cluster.session import ClusterConfig
+from cluster.storage import Store, open_store
 from data.corpus import CorpusConfig
+from data.manifest import Manifest
 from data.order import OrderConfig
 from trainers.checkpoint import CheckpointConfig
 from trainers.engine import EngineConfig
@@ -26,6 +28,8 @@ class RunConfig:
     """The run's folder under `run.storage`; the same name goes on where the run was."""
     storage: str = "runs"
     """URI of the folder of runs: a path, file://, s3:// or gs://; every node must reach it."""
+    steps: int = 10_000
+    """Optimiser steps. A finished run goes on if it is raised; the schedule then ends later too."""
     seed: int = 0
     """Of the initial weights. The order of the rows has a seed of its own, `order.seed`."""
     max_failures: int = 3
@@ -90,18 +94,14 @@ class PretrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
 
     def problems(self, at: str = "") -> Iterator[str]:
         """What does not fit between sections; each section has its own `problems`."""
-        batch, lanes = self.batch, self.order.lanes
-        if batch.rows_per_step % lanes:
-            near = nearest_multiple(batch.rows_per_step, lanes)
-            yield f"batch.rows_per_step={batch.rows_per_step:,} is not a multiple of order.lanes={lanes}; nearest: {near:,}"
-        if self.cluster.num_workers > lanes:
-            yield (
-                f"cluster.num_workers={self.cluster.num_workers} is more than order.lanes={lanes}: a worker owns whole "
-                f"lanes; use at most {lanes} workers, or more lanes in a new run"
-            )
+        batch = self.batch
+        yield from self.order.batch_problems(
+            "order", rows_per_step=batch.rows_per_step, workers=self.cluster.num_workers
+        )
         if batch.seq_len > self.model.max_positions:
             yield (
                 f"batch.seq_len={batch.seq_len:,} is more than model.max_positions={self.model.max_positions:,}; "
@@ -109,19 +109,53 @@ class PretrainConfig:
             )
 
 
+def run_store(config: PretrainConfig) -> Store:
+    """The run's folder."""
+    return open_store(config.run.storage).child(config.run.name)
+
+
+def model_of(config: PretrainConfig, manifest: Manifest) -> ModelConfig:
+    """The model's configuration with the vocabulary of the tokenizer, unless it names a larger one.
+
+    Raises:
+        ValueError: `model.vocab_size` is smaller than the tokenizer's.
+    """
+    wanted = config.model.vocab_size
+    if 0 < wanted < manifest.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={wanted:,} is less than the tokenizer's {manifest.vocab_size:,} entries; "
+            f"nearest: {manifest.vocab_size:,}, or 0 to take the tokenizer's"
+        )
+    return replace(config.model, vocab_size=wanted or manifest.vocab_size)
+
+
+def absolute(config: PretrainConfig) -> PretrainConfig:
+    """The same configuration with absolute URIs: workers have another working directory."""
+    corpus = config.corpus
+    return replace(
+        config,
+        run=replace(config.run, storage=open_store(config.run.storage).uri),
+        corpus=replace(
+            corpus,
+            uri=corpus.uri and open_store(corpus.uri).uri,
+            sources={name: open_store(uri).uri for name, uri in corpus.sources.items()},
+            prepared=open_store(corpus.prepared).uri,
+        ),
+    )
+
+
 def storage_problems(config: PretrainConfig) -> Iterator[str]:
     """What stands in the way of reading the corpus and writing its results; speaks to the object store."""
-    run = f"{config.run.storage}/{config.run.name}"
-    for key, uri in (("corpus.prepared", config.corpus.prepared), ("run.storage", run)):
-        if problem := open_store(uri).problem_writing():
+    for key, store in (("corpus.prepared", open_store(config.corpus.prepared)), ("run.storage", run_store(config))):
+        if problem := store.problem_writing():
             yield f"{key}: {problem}"
-    for key, uri in config.corpus.source_uris().items():
+    for name, uri in config.corpus.named_sources().items():
         if problem := open_store(uri).problem_reading():
-            yield f"{key}: {problem}"
+            yield f"{f'corpus.sources.{name}' if config.corpus.sources else 'corpus.uri'}: {problem}"
 
 
 # What a run may change when it goes on; everything else is part of what its numbers mean.
-CHANGEABLE = ("run.", "cluster.", "checkpoint.", "heartbeat.", "engine.", "order.read_cpus", "schedule.steps",
+CHANGEABLE = ("run.", "cluster.", "checkpoint.", "heartbeat.", "engine.", "energy.",
               "validation.patience", "corpus.prepared", "corpus.uri", "corpus.sources")
 
 

@@ -1,0 +1,72 @@
+"""What is made of a run once its workers are done: the floor to compare with, samples, one history, the report."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from cluster.storage import Store, open_store
+from data.manifest import Manifest
+from data.ngram import fit
+from data.permutation import permute
+from data.shards import read_fragment
+from data.tokens import tokenizer_path
+from trainers.config import PretrainConfig
+from trainers.export import load_exported
+from trainers.generate import SamplingConfig, complete
+from trainers.verdict import EXPORT
+
+FLOOR, SAMPLES = "floor.json", "samples.json"
+FLOOR_ORDER = 6
+# What the floor is scored on at most: scoring takes 3 s a MB.
+FLOOR_SCORED_BYTES = 4_000_000
+
+
+def write_floor(run: Store, config: PretrainConfig, manifest: Manifest) -> None:
+    """Fit a byte n-gram on the training split and score it on the others; kept as `floor.json`.
+
+    The order of reading is a fixed permutation, so that a bounded part of a large split is a fair sample of it.
+    """
+    if config.run.floor_bytes == 0 or run.exists(FLOOR):
+        return
+    corpus = open_store(config.corpus.prepared)
+    model = fit(_texts(corpus, manifest, "train"), FLOOR_ORDER, config.run.floor_bytes)
+    found = {
+        split: model.bits_per_byte(_first(_texts(corpus, manifest, split), FLOOR_SCORED_BYTES))
+        for split in ("validation", "test")
+        if len(manifest.select(split))
+    }
+    floor = {"order": FLOOR_ORDER, "smoothing": "modified Kneser-Ney", "fitted_bytes": model.num_bytes, **found}
+    run.put(FLOOR, json.dumps(floor, indent=2).encode())
+
+
+def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
+    """Let the exported model continue the prompts of the configuration; kept as `samples.json`."""
+    exported = load_exported(run.child(EXPORT))
+    samples = []
+    for seed, prompt in enumerate(config.run.prompts):
+        settings = SamplingConfig(max_new_tokens=64, temperature=0.8, top_p=0.95, seed=seed)
+        [completion] = complete(exported, [prompt], settings)
+        samples.append({"prompt": prompt, "continuation": completion.text, "settings": asdict(settings)})
+    run.put(SAMPLES, json.dumps(samples, indent=2, ensure_ascii=False).encode())
+    return samples
+
+
+def _texts(corpus: Store, manifest: Manifest, split: str) -> Iterator[bytes]:
+    """The text of each fragment of a split, decoded from its tokens."""
+    tokenizer = Tokenizer.from_str(corpus.read(tokenizer_path(manifest.tokenizer)).decode())
+    fragments = manifest.select(split)
+    for fragment in fragments[permute(np.arange(len(fragments)), len(fragments), key=0)]:
+        tokens = read_fragment(corpus, manifest, int(fragment))
+        yield tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode()
+
+
+def _first(texts: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
+    for text in texts:
+        yield text[:num_bytes]
+        num_bytes -= len(text)
+        if num_bytes <= 0:
+            return

@@ -1,0 +1,221 @@
+"""The training loop: one worker's way from the newest checkpoint to the last step.
+
+A step's rows and learning rate are pure functions of its number; everything else that it depends on (weights, moments,
+the guard's memory, what validation found) stands in the checkpoint. So an interrupted run goes on as if it had not been.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cluster.storage import Store
+from data.order import Order
+from data.stream import StepRows, TokenStream
+from trainers.checkpoint import latest_checkpoint
+from trainers.checkpoint_reader import CheckpointReader
+from trainers.checkpoint_writer import CheckpointWriter
+from trainers.collectives import Workers
+from trainers.config import PretrainConfig
+from trainers.engine import Engine, StepOutcome
+from trainers.evaluation import Evaluator
+from trainers.guard import Guard, Refusal
+from trainers.heartbeat import Heartbeat
+from trainers.metrics import Meter, MetricsWriter
+from trainers.objectives import causal_lm
+from trainers.selection import Selection, record_best
+
+LOW_32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a worker trains with; `trainers/worker.py` puts it together."""
+
+    config: PretrainConfig
+    boundary_id: int
+    identity: dict[str, Any]
+    """What a checkpoint must have been made with to be gone on from: digests of the order, the tokenizer, …"""
+    workers: Workers
+    order: Order
+    engine: Engine
+    micro_batch_rows: int
+    open_stream: Callable[[int], TokenStream]
+    """The rows of all steps from one on."""
+    validate: Evaluator
+    meter: Meter
+    metrics: MetricsWriter | None
+    """Worker 0 has one."""
+    writer: CheckpointWriter
+    guard: Guard
+    heartbeat: Heartbeat
+    run: Store
+    stop_requested: Callable[[], bool]
+    """Whether this worker was asked to save and end."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where a worker's training ended: all steps done, validation gave up, or asked to stop."""
+
+    step: int
+    selection: Selection
+    stopped: bool
+
+
+def train(parts: Parts) -> Ending:
+    """Train from the newest checkpoint on. Every worker of the run calls this at the same time."""
+    config, workers = parts.config, parts.workers
+    step, selection = restore(parts)
+    stopping = False
+    with parts.open_stream(step) as stream:
+        while step < config.run.steps and not stopping and not selection.gives_up(config.validation):
+            rows = next(stream)
+            assert rows.step == step, (rows.step, step)
+            loss_sum = forward_backward(parts, rows)
+            told = workers.sum([loss_sum, *halves(rows.digest), rows.wait_seconds, parts.stop_requested()])
+            loss, stopping = told[0] / target_tokens(config), told[4] > 0
+            outcome, refusal = apply(parts, step, loss)
+            step += 1
+            parts.heartbeat.beat(step)
+            parts.meter.waited(told[3] / workers.world_size)
+            record_step(parts, step, loss, outcome, refusal, joined(told[1], told[2]))
+            selection = validate_and_save(parts, step, selection, last=stopping or step == config.run.steps)
+    parts.writer.finish()
+    return Ending(step, selection, stopping)
+
+
+def restore(parts: Parts) -> tuple[int, Selection]:
+    """Load the newest good checkpoint, if any; returns the finished steps and what validation had found.
+
+    Raises:
+        ValueError: the checkpoint was made with other data, another tokenizer or another model.
+    """
+    parts.heartbeat.beat(0, "restore")
+    workers = parts.workers
+    record = latest_checkpoint(
+        parts.run, rank=workers.rank, world_size=workers.world_size, gather=workers.gather
+    )
+    if record is None:
+        step, selection = 0, Selection()
+    else:
+        differing = [
+            f"{key}: {record.run['identity'].get(key)} there, {value} here"
+            for key, value in parts.identity.items()
+            if record.run["identity"].get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"checkpoint {record.name} does not belong to this configuration ({'; '.join(differing)}); "
+                "give back what was changed, or choose a new run.name"
+            )
+        parts.engine.load_state(CheckpointReader(parts.run, record))
+        parts.guard.load(record.run["guard"])
+        step, selection = record.step, Selection.from_json(record.run["selection"])
+    note(parts, step, "start", world_size=workers.world_size, checkpoint=record.name if record else None)
+    parts.heartbeat.beat(step, "compile")
+    return step, selection
+
+
+def forward_backward(parts: Parts, rows: StepRows) -> float:
+    """Add up the gradients of this worker's rows; returns the sum of their losses, in nats."""
+    engine, size = parts.engine, parts.micro_batch_rows
+    tokens = torch.from_numpy(rows.tokens).to(engine.device)
+    weights = torch.from_numpy(rows.weights).to(engine.device)
+    loss_sum = torch.zeros((), device=engine.device)
+    for micro_tokens, micro_weights in zip(tokens.split(size), weights.split(size), strict=True):
+        loss = causal_lm(
+            engine, micro_tokens, micro_weights, parts.boundary_id, parts.config.model.document_mask
+        ).total
+        # Over the targets of the global batch: sums over micro-batches and workers then make its mean.
+        engine.backward(loss / target_tokens(parts.config))
+        loss_sum += loss.detach()
+    return loss_sum.item()
+
+
+def target_tokens(config: PretrainConfig) -> int:
+    """Target tokens of a global batch."""
+    return config.batch.rows_per_step * config.batch.seq_len
+
+
+def apply(parts: Parts, step: int, loss: float) -> tuple[StepOutcome, Refusal | None]:
+    """Update the weights unless the guard refuses the step, on all workers alike."""
+    judged: list[Refusal | None] = []
+
+    def accept(grad_norm: float) -> bool:
+        judged.append(parts.guard.check(step, loss, grad_norm))
+        return judged[0] is None
+
+    outcome = parts.engine.step(accept)
+    if not judged:  # ZeRO does not ask where the gradient is not finite
+        accept(outcome.grad_norm)
+    return outcome, judged[0]
+
+
+def validate_and_save(parts: Parts, step: int, selection: Selection, last: bool) -> Selection:
+    """Validate and save where either is due after `step` steps; a better validation is always saved."""
+    config, better = parts.config, False
+    if last or step % config.validation.every_steps == 0:
+        with parts.meter.apart():
+            parts.heartbeat.beat(step, "validate")
+            found = parts.validate()
+        selection = selection.after(step, found, config.validation)
+        better = selection.best_step == step
+        if parts.metrics:
+            parts.metrics.write({"step": step, "validation": found.as_json()})
+    if last or better or step % config.checkpoint.every_steps == 0:
+        parts.heartbeat.beat(step, "save")
+        run = {"identity": parts.identity, "guard": parts.guard.state(), "selection": selection.as_json()}
+        seconds = parts.writer.save(step, parts.engine.local_state(), run, on_commit(parts, step, selection))
+        parts.meter.stalled(seconds)
+    parts.heartbeat.beat(step)
+    return selection
+
+
+def on_commit(parts: Parts, step: int, selection: Selection) -> Callable[[str], None]:
+    """What the writer's thread of worker 0 does once the checkpoint exists."""
+
+    def committed(name: str) -> None:
+        if selection.best_step == step:
+            record_best(parts.run, selection, name)
+        note(parts, step, "checkpoint", name=name, best=selection.best_step == step)
+
+    return committed
+
+
+def record_step(
+    parts: Parts, step: int, loss: float, outcome: StepOutcome, refusal: Refusal | None, digest: int
+) -> None:
+    """Hand the step's numbers to the metrics; worker 0 alone keeps them."""
+    record = parts.meter.finish(
+        step,
+        tokens=target_tokens(parts.config),
+        loss=loss,
+        lr=outcome.lr,
+        grad_norm=outcome.grad_norm,
+        memory_bytes=parts.engine.memory_bytes(),
+        epoch=parts.order.epoch(step),
+        digest=f"{digest:016x}",
+    )
+    if parts.metrics:
+        parts.metrics.write(record)
+    if refusal:
+        note(parts, step, "skipped", reason=refusal.reason, documents=list(refusal.documents))
+
+
+def note(parts: Parts, step: int, event: str, **details: Any) -> None:
+    """Write an event into the run's metrics."""
+    if parts.metrics:
+        parts.metrics.write({"step": step, "event": event, **details})
+
+
+def halves(digest: int) -> Iterator[int]:
+    """A 64-bit digest as two numbers whose sums over the workers float64 holds exactly."""
+    yield digest & LOW_32
+    yield digest >> 32
+
+
+def joined(low: float, high: float) -> int:
+    """The sum modulo 2**64 of digests whose halves were summed."""
+    return (int(low) + (int(high) << 32)) % (1 << 64)

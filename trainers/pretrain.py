@@ -1,0 +1,80 @@
+"""Pretrain a language model: raw text in object storage in, an evaluated and exported model out.
+
+    python trainers/pretrain.py --config trainers/configs/sample.yaml
+    ray job submit --working-dir . -- python trainers/pretrain.py --config … --corpus.uri s3://bucket/prefix
+
+The same command goes on where an earlier one was interrupted, and says so if nothing is left to do.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+try:
+    from rich.console import Console
+
+    from cluster.config import ConfigError, load_config, run_entry
+    from cluster.session import ray_session
+    from data.manifest import Manifest, read_manifest
+    from data.prepare import corpus_table, prepare
+    from data.progress import progress_line
+    from trainers import closing, run_folder
+    from trainers.config import PretrainConfig, absolute, run_store
+    from trainers.planning import cpu_problems, plan_of, problems_before_start
+    from trainers.progress import Progress
+    from trainers.report import write_report
+    from trainers.results import results_table
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
+
+FLAGS = {"dry-run": "check everything, print the plan, start nothing"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the main job from the command line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    loaded = load_config(PretrainConfig, arguments, description=__doc__ or "", extra_flags=FLAGS)
+    config, console = absolute(loaded.config), Console(soft_wrap=True)
+    run = run_store(config)
+    if problems := list(problems_before_start(config)):
+        raise ConfigError(problems)
+    run_folder.check_unchanged(run, config)
+    if "dry-run" in loaded.flags:
+        return console.print(plan_of(config, manifest=None), highlight=False)
+    if not run_folder.is_finished(run, config):
+        train(config, console)
+    if run_folder.is_finished(run, config):
+        close(config, console)
+
+
+def train(config: PretrainConfig, console: Console) -> None:
+    """Prepare the corpus and train, both from where they are, on Ray."""
+    from trainers.run import run_workers  # here, because the session sets variables that Ray reads when imported
+
+    run = run_store(config)
+    with ray_session(config.cluster) as resources:
+        if problems := list(cpu_problems(config, resources)):
+            raise ConfigError(problems)
+        manifest = pinned_or_prepared(config, console)
+        plan = plan_of(config, manifest)
+        run_folder.write_start(run, config, manifest, plan)
+        console.print(plan, highlight=False)
+        with Progress(run, config.run.steps, console=console, line_seconds=config.run.log_every_seconds):
+            run_workers(config, manifest.digest)
+
+
+def pinned_or_prepared(config: PretrainConfig, console: Console) -> Manifest:
+    """The manifest that the run was started on, or that of the corpus as it is now."""
+    ...
+
+
+def close(config: PretrainConfig, console: Console) -> None:
+    """Make the report of a finished run, and print what it reached."""
+    ...
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,94 @@
+"""The folder of a run: what it was started with, and what stays fixed from then on.
+
+    config.yaml  manifest.json  environment.json  plan.txt     written when the run starts
+    metrics/  metrics.jsonl  tensorboard/                      trainers/metrics.py
+    checkpoints/  best.json                                    trainers/checkpoint.py, trainers/selection.py
+    test.claim.json  test.json                                 trainers/verdict.py
+    export/  samples.json  floor.json  report.html             trainers/closing.py
+    stacks/                                                    trainers/heartbeat.py
+"""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.config import ConfigError, to_yaml
+from cluster.session import PROJECT
+from cluster.storage import Store
+from data.manifest import Manifest
+from trainers.checkpoint import committed
+from trainers.checkpoint_commit import parse_folder_name
+from trainers.config import PretrainConfig, changed_keys
+from trainers.verdict import VERDICT
+
+CONFIG, MANIFEST, ENVIRONMENT, PLAN = "config.yaml", "manifest.json", "environment.json", "plan.txt"
+PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "tokenizers", "safetensors", "numpy")
+
+
+def pinned_manifest(run: Store) -> str | None:
+    """Digest of the manifest that the run was started on; None before its first start."""
+    try:
+        return json.loads(run.read(MANIFEST))["digest"]
+    except FileNotFoundError:
+        return None
+
+
+def check_unchanged(run: Store, config: PretrainConfig) -> None:
+    """Refuse to go on under another configuration.
+
+    Raises:
+        ConfigError: one line per key that differs and may not.
+    """
+    try:
+        before = yaml.safe_load(run.read(CONFIG))
+    except FileNotFoundError:
+        return
+    if changed := changed_keys(before, config):
+        raise ConfigError([f"run {run.uri}: {line}" for line in changed])
+
+
+def write_start(run: Store, config: PretrainConfig, manifest: Manifest, plan: str) -> None:
+    """Write down what the run is. The manifest is pinned by the first start; the rest is what this start has."""
+    content = {"digest": manifest.digest, "tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size}
+    run.put_if_absent(MANIFEST, json.dumps({**content, "summary": manifest.summary()}, indent=2).encode())
+    run.put(CONFIG, to_yaml(config).encode())
+    run.put(ENVIRONMENT, json.dumps(environment(), indent=2).encode())
+    run.put(PLAN, plan.encode())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, of the driver. Nothing from its environment variables, which hold secrets."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": _commit(PROJECT),
+    }
+
+
+def finished_steps(run: Store) -> int:
+    """Steps of the newest committed checkpoint; 0 before the first one."""
+    names = committed(run)
+    parsed = parse_folder_name(names[0]) if names else None
+    return parsed[0] if parsed else 0
+
+
+def is_finished(run: Store) -> bool:
+    """Whether the test split has judged the run."""
+    return run.exists(VERDICT)
+
+
+def _commit(folder: Path) -> str | None:
+    """The project's commit; None outside of a git checkout, as in an uploaded working directory."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,50 @@
+"""How a run is asked to save and end: an object named `stop` in its folder, which worker 0 looks for.
+
+Through storage, because the signal reaches the driver, the workers are on other nodes, and Ray Train hands them nothing.
+It works from anywhere: put an empty object `stop` into the run's folder.
+"""
+
+import logging
+import threading
+from types import TracebackType
+from typing import Self
+
+from cluster.storage import Store
+from cluster.store import StorageError
+
+STOP = "stop"
+# `ray job stop` sends SIGKILL 3 s after SIGTERM unless told otherwise; looking costs one small request.
+POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Looks for the request in a thread of its own; asking it costs nothing."""
+
+    def __init__(self, run: Store) -> None:
+        self._run = run
+        self._found = threading.Event()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="stop request", daemon=True)
+
+    def __call__(self) -> bool:
+        return self._found.is_set()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.wait(POLL_SECONDS) and not self._found.is_set():
+            try:
+                if self._run.exists(STOP):
+                    self._found.set()
+            except StorageError as error:
+                logger.warning("cannot look for a request to stop, training goes on: %s", error)

@@ -1,0 +1,51 @@
+"""The end of a run: validation has chosen a checkpoint, the test split judges it, once, and it is exported.
+
+Law L6: `test.json` exists at most once in a run. Before the test split is opened, the claim on it is written down with
+the checkpoint that it is for; another claim, or a second reading after the verdict, is an error.
+"""
+
+import json
+from typing import Any
+
+from cluster.storage import Store
+
+CLAIM = "test.claim.json"
+VERDICT = "test.json"
+EXPORT = "export"
+"""Folder of the chosen model, as transformers loads it."""
+
+
+class TestSplitError(RuntimeError):
+    """The test split was to be read for anything but the one judgement of the chosen checkpoint."""
+
+    __test__ = False  # not a test class for pytest
+
+
+def claim_test_split(run: Store, checkpoint: str) -> None:
+    """Take the one right of a run to read the test split, for this checkpoint.
+
+    A judgement that was cut off before its verdict may claim again, for the same checkpoint.
+
+    Raises:
+        TestSplitError: the verdict exists, or the claim is for another checkpoint.
+    """
+    if run.exists(VERDICT):
+        raise TestSplitError(f"{run.uri}/{VERDICT} exists: the test split was read, and judges a run only once")
+    claim = {"checkpoint": checkpoint}
+    if not run.put_if_absent(CLAIM, json.dumps(claim).encode()):
+        first = json.loads(run.read(CLAIM))
+        if first != claim:
+            raise TestSplitError(
+                f"the test split was opened to judge {first['checkpoint']}, and cannot judge {checkpoint} too; "
+                f"compare models on the validation split"
+            )
+
+
+def record_verdict(run: Store, verdict: dict[str, Any]) -> None:
+    """Write `test.json`.
+
+    Raises:
+        TestSplitError: there is one.
+    """
+    if not run.put_if_absent(VERDICT, json.dumps(verdict, indent=2).encode()):
+        raise TestSplitError(f"{run.uri}/{VERDICT} exists already: the test split judges a run only once")
