@@ -1,16 +1,16 @@
-"""What a prepared corpus holds: an immutable, columnar list of token shards and fragments, named by its digest.
+"""What a prepared corpus holds: an immutable, columnar list of token shards and fragments, named by its
+digest.
 
 A prepared corpus lies under one URI:
 
-    manifests/DIGEST.parquet      this file: one row per fragment, everything else as JSON in the schema's metadata
-    manifests/latest              the digest of the manifest written last
-    tokenizers/FINGERPRINT/tokenizer.json
-    shards/…parquet               token shards (data/shards.py), named by their content
-    set_aside/…jsonl              broken records with shard, line and reason
-    pieces/…                      finished pieces of work, for resuming (data/prepare.py)
+    manifests/DIGEST.parquet      this file: one row per fragment, everything else as JSON in the schema's
+    metadata manifests/latest              the digest of the manifest written last
+    tokenizers/FINGERPRINT/tokenizer.json shards/…parquet               token shards (data/shards.py), named
+    by their content set_aside/…jsonl              broken records with shard, line and reason pieces/…
+    finished pieces of work, for resuming (data/prepare.py)
 
-The digest depends on content alone: not on paths of the raw shards' store, times, or the number of workers. The same
-corpus prepared elsewhere with the same settings has the same digest.
+The digest depends on content alone: not on paths of the raw shards' store, times, or the number of workers.
+The same corpus prepared elsewhere with the same settings has the same digest.
 """
 
 import hashlib
@@ -134,9 +134,7 @@ class Manifest:
             {"splits": {split: {source: {"fragments", "documents", "bytes", "tokens", "bytes_per_token",
             "duplicates"}}}, "set_aside": {source: records}}
         """
-        splits = {
-            split: {source: self._totals(split, source) for source in self.sources} for split in SPLITS
-        }
+        splits = {split: {source: self._totals(split, source) for source in self.sources} for split in SPLITS}
         return {"splits": splits, "set_aside": dict(self.set_aside)}
 
     def _totals(self, split: str, source: str) -> dict[str, Any]:
@@ -165,8 +163,13 @@ def write_manifest(store: Store, manifest: Manifest) -> str:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), sink, compression="zstd")
     store.put(path, sink.getvalue().to_pybytes())
-    store.put("manifests/latest", manifest.digest.encode())
+    mark_latest(store, manifest)
     return path
+
+
+def mark_latest(store: Store, manifest: Manifest) -> None:
+    """Let `read_manifest` without a digest find this one."""
+    store.put("manifests/latest", manifest.digest.encode())
 
 
 def read_manifest(store: Store, digest: str = "latest") -> Manifest:

@@ -1,7 +1,9 @@
-"""Token shards: Parquet files with one row per document, whose row groups ("fragments") are the unit of reading.
+"""Token shards: Parquet files with one row per document, whose row groups ("fragments") are the unit of
+reading.
 
-Tokens lie in a binary column as little-endian integers. A list column of integers decodes 5 to 10 times slower (1.1 M
-tokens: 14 ms plain against 2 ms, 2 cores, pyarrow 26), and a fragment's bytes then need one copy.
+Tokens lie in a binary column as little-endian integers. A list column of integers decodes 5 to 10 times
+slower (1.1 M tokens: 14 ms plain against 2 ms, 2 cores, pyarrow 26), and a fragment's bytes then need one
+copy.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cluster.storage import Store, StorageError, open_store
+from cluster.storage import StorageError, Store, open_store
 from data.manifest import Manifest, Shard
 
 
@@ -33,9 +35,11 @@ SCHEMA = pa.schema(
     ]
 )
 
-# 256 MiB of uint16: few enough objects for a corpus of trillions of tokens, small enough for a worker's local disk.
+# 256 MiB of uint16: few enough objects for a corpus of trillions of tokens, small enough for a worker's local
+# disk.
 SHARD_TOKENS = 134_217_728
-# Longer documents are cut, so that one book cannot make a fragment that dwarfs the others. Contexts up to here stay whole.
+# Longer documents are cut, so that one book cannot make a fragment that dwarfs the others. Contexts up to
+# here stay whole.
 PART_TOKENS = 65_536
 # Footers are immutable and a few KiB to a few hundred; keeping them saves two of three requests per fragment.
 KEPT_FOOTERS = 256
@@ -43,7 +47,8 @@ KEPT_FOOTERS = 256
 
 @dataclass
 class WrittenShard:
-    """A finished token shard with the columns of its fragments (as in `data.manifest.Fragments`, without `shard`)."""
+    """A finished token shard with the columns of its fragments (as in `data.manifest.Fragments`, without
+    `shard`)."""
 
     shard: Shard
     fragments: dict[str, list[int]]
@@ -63,12 +68,14 @@ class _Fragment:
 class ShardWriter:
     """Writes documents of one split and source into token shards, each put into the store when it is full.
 
-    Fragments close before the document that would take them over `fragment_tokens`, so their bounds follow from the
-    documents alone. Use as a context manager: what was begun on the local disk is removed in any case.
+    Fragments close before the document that would take them over `fragment_tokens`, so their bounds follow
+    from the documents alone. Use as a context manager: what was begun on the local disk is removed in any
+    case.
 
     Args:
         store: The prepared corpus.
-        fragment_tokens: Tokens per fragment; a longer document makes a fragment of its own, up to `PART_TOKENS`.
+        fragment_tokens: Tokens per fragment; a longer document makes a fragment of its own, up to
+            `PART_TOKENS`.
         shard_tokens: Tokens after which a shard is finished at the next fragment.
     """
 
@@ -158,7 +165,8 @@ class ShardWriter:
         self._file = pq.ParquetWriter(
             name,
             SCHEMA,
-            # Token ids of a trained vocabulary are close to incompressible, and unpacking them costs more than it saves.
+            # Token ids of a trained vocabulary are close to incompressible, and unpacking them costs more
+            # than it saves.
             compression={"id": "zstd", "tokens": "none", "num_bytes": "zstd"},
             use_dictionary=False,
             write_statistics=False,
@@ -188,7 +196,8 @@ def read_fragment(store: Store, manifest: Manifest, fragment: int) -> np.ndarray
         fragment: Index into `manifest.fragments`.
 
     Returns:
-        [num_tokens], little-endian uint16 or uint32, read-only: documents joined, each beginning with the boundary.
+        [num_tokens], little-endian uint16 or uint32, read-only: documents joined, each beginning with the
+        boundary.
 
     Raises:
         ShardError: the tokens do not have the manifest's checksum, also when read a second time.
@@ -199,7 +208,8 @@ def read_fragment(store: Store, manifest: Manifest, fragment: int) -> np.ndarray
 
 
 def read_fragment_documents(store: Store, manifest: Manifest, fragment: int) -> tuple[list[str], np.ndarray]:
-    """Ids of a fragment's documents (or parts of documents) and where each begins: int64 token offsets [documents].
+    """Ids of a fragment's documents (or parts of documents) and where each begins: int64 token offsets
+    [documents].
 
     Raises:
         ShardError: as `read_fragment`.
@@ -215,7 +225,8 @@ def _read_verified(store: Store, manifest: Manifest, fragment: int, columns: lis
     shard = manifest.shards[int(fragments.shard[fragment])]
     row_group, checksum = int(fragments.row_group[fragment]), int(fragments.checksum[fragment])
     reason = ""
-    # A byte flipped on the way (seen with ranged GETs, which no client notices) is gone when read again; one on disk is not.
+    # A byte flipped on the way (seen with ranged GETs, which no client notices) is gone when read again; one
+    # on disk is not.
     for _ in range(2):
         try:
             table = _read_row_group(store, shard.path, row_group, columns)
@@ -247,7 +258,8 @@ def _footer(uri: str, path: str) -> pq.FileMetaData:
 
 
 def _join(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:
-    """View the bytes of a binary column, all rows joined, as one array; without a copy where it is one chunk."""
+    """View the bytes of a binary column, all rows joined, as one array; without a copy where it is one
+    chunk."""
     chunks = []
     for chunk in column.chunks:
         _, offsets, values = chunk.buffers()

@@ -1,0 +1,111 @@
+"""Exact duplicates, decided by content hashes alone, with memory for one range of the hashes at a time.
+
+Of equal texts one stays: the one whose split matters most (test, validation, train), then the first by
+source, path and line. That is a property of the set of texts: neither timing nor the order in which shards
+were added has a say.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster.storage import Store
+from data.manifest import SPLITS
+from data.splits import KEEPING_ORDER, scrambled
+
+# About 100 bytes each while a range is sorted: 400 MB.
+DOCUMENTS_PER_RANGE = 4_194_304
+# Small enough that a range, or the duplicates of one piece, can be read out of a large file.
+ROW_GROUP = 65_536
+
+_RANK = np.array([KEEPING_ORDER.index(split) for split in SPLITS], np.uint8)
+
+
+def write_hashes(contents: bytes, splits: bytes) -> bytes:
+    """Parquet of a piece's documents, sorted by hash.
+
+    Args:
+        contents: 16-byte content hashes of all documents, joined, in the order of reading.
+        splits: One byte each: index into `SPLITS`.
+    """
+    words = np.frombuffer(contents, ">u8").reshape(-1, 2)
+    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: equal hashes keep the order of reading
+    table = pa.table(
+        {
+            "high": words[order, 0].astype(np.uint64),
+            "low": words[order, 1].astype(np.uint64),
+            "ordinal": order.astype(np.int64),
+            "split": np.frombuffer(splits, np.uint8)[order],
+        }
+    )
+    return _parquet(table)
+
+
+def find_duplicates(store: Store, paths: list[str], index: int, num_ranges: int) -> pa.Table:
+    """All documents to leave out whose hash lies in one of `num_ranges` equal ranges.
+
+    Args:
+        paths: Files of `write_hashes`, by piece, in the corpus's order of pieces.
+        index: Which range.
+
+    Returns:
+        Columns piece (int32: index into `paths`), ordinal (int64: of the document in its piece), split
+        (uint8), sorted.
+    """
+    lowest, highest = ((2**64 * bound) // num_ranges for bound in (index, index + 1))
+    within = (pc.field("high") >= pa.scalar(lowest, pa.uint64())) & (
+        pc.field("high") <= pa.scalar(highest - 1, pa.uint64())
+    )
+    tables = []
+    for piece, path in enumerate(paths):
+        with store.open(path) as file:
+            table = pq.read_table(file, filters=within)
+        tables.append(table.append_column("piece", pa.array(np.full(len(table), piece, np.int32))))
+    joined = pa.concat_tables(tables)
+    high, low, ordinal, split, piece = (
+        joined.column(name).to_numpy() for name in ("high", "low", "ordinal", "split", "piece")
+    )
+    order = np.lexsort((ordinal, piece, _RANK[split], low, high))
+    high, low = high[order], low[order]
+    repeats = order[1:][(high[1:] == high[:-1]) & (low[1:] == low[:-1])]
+    repeats = repeats[np.lexsort((ordinal[repeats], piece[repeats]))]
+    return pa.table({"piece": piece[repeats], "ordinal": ordinal[repeats], "split": split[repeats]})
+
+
+def record_duplicates(store: Store, path: str, duplicates: pa.Table) -> dict[str, list[int]]:
+    """Put what `find_duplicates` found, for `duplicates_of`, and count it.
+
+    Returns:
+        Columns piece, split, count, and fingerprint: a sum modulo 2**64 that tells which ordinals they are,
+        to be added up over ranges. One row for each piece and split that has any.
+    """
+    store.put(path, _parquet(duplicates))
+    piece, ordinal, split = (duplicates.column(name).to_numpy() for name in ("piece", "ordinal", "split"))
+    keys, group = np.unique(piece.astype(np.int64) * len(SPLITS) + split, return_inverse=True)
+    fingerprint = np.zeros(len(keys), np.uint64)
+    np.add.at(fingerprint, group, scrambled(ordinal.astype(np.uint64), 0))
+    return {
+        "piece": (keys // len(SPLITS)).tolist(),
+        "split": (keys % len(SPLITS)).tolist(),
+        "count": np.bincount(group, minlength=len(keys)).tolist(),
+        "fingerprint": fingerprint.tolist(),
+    }
+
+
+def duplicates_of(store: Store, paths: list[str], piece: int) -> np.ndarray:
+    """Ordinals (int64, ascending) of one piece's documents to leave out, from the files of all ranges."""
+    found = []
+    for path in paths:
+        with store.open(path) as file:
+            table = pq.read_table(
+                file, columns=["ordinal"], filters=pc.field("piece") == pa.scalar(piece, pa.int32())
+            )
+        found.append(table.column("ordinal").to_numpy())
+    return np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
+    return sink.getvalue().to_pybytes()

@@ -1,0 +1,262 @@
+"""Reading raw shards: a stream of documents and of records that could not be read, whatever the shard's
+size."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.config import nearest
+from cluster.storage import StorageError, Store, open_store
+from data.clean import content_hash, normalise
+from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards
+
+# Of a torn compressed file the block at the tear is lost: small blocks lose little.
+BLOCK_BYTES = 65_536
+PARQUET_ROWS = 64
+# Enough to recognise a broken record by; the raw shard keeps all of it.
+KEPT_BYTES = 1_000
+# Of each source before a worker starts: a wrong column shows in all of them.
+RECORDS_TRIED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text of the corpus, normalised."""
+
+    line: int
+    """1-based line of JSONL or of plain text, row of Parquet."""
+    id: str
+    text: str
+    num_bytes: int
+    """Of the text in UTF-8."""
+    content: bytes
+    """`content_hash` of the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A record that holds no document."""
+
+    line: int
+    """As in `Document`; 0 where a shard cannot be read any further."""
+    reason: str
+    raw: str
+    """The record's first `KEPT_BYTES`, with bytes that are not UTF-8 written as \\xff."""
+
+
+# What a reader makes of a record: line, id if it has one, text of whatever type, and the raw bytes if there
+# are any.
+_Record = tuple[int, Any, Any, bytes]
+
+
+def read_documents(store: Store, shard: RawShard, config: CorpusConfig) -> Iterator[Document | Broken]:
+    """Read a raw shard in order, holding one record (of Parquet: a page and 64 rows) at a time.
+
+    Args:
+        store: The shard's source.
+
+    Raises:
+        CorpusError: a Parquet file has no text column, or one that is not text.
+        StorageError: the store failed; that is never taken for a broken record.
+    """
+    readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
+    with store.open(shard.path) as file:
+        try:
+            for record in readers[shard.format](cast(IO[bytes], _Watched(file)), shard, config):
+                yield record if isinstance(record, Broken) else _document(*record, shard, config)
+        except (StorageError, CorpusError):
+            raise
+        except (OSError, pa.ArrowException) as torn:
+            yield Broken(0, f"the shard cannot be read any further: {torn}", "")
+
+
+class _Watched:
+    """A file whose failures to read are the store's, and so told from what a torn file does to its
+    decoder."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        try:
+            return self._file.read(num_bytes)
+        except StorageError:
+            raise
+        except OSError as failed:
+            raise StorageError(f"cannot read a raw shard: {failed}; run the same command again") from failed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _document(
+    line: int, name: Any, text: Any, raw: bytes, shard: RawShard, config: CorpusConfig
+) -> Document | Broken:
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        if not isinstance(text, str):
+            kind = "null" if text is None else type(text).__name__
+            return _broken(line, f"{config.text_column!r} is {kind}, not a string", raw)
+        text = normalise(text, config.normalization)
+        encoded = text.encode()
+    except UnicodeDecodeError as invalid:
+        return _broken(line, f"invalid UTF-8 at byte {invalid.start}", raw or invalid.object)
+    except UnicodeEncodeError as invalid:
+        return _broken(line, f"half of a surrogate pair at character {invalid.start}", raw)
+    if not encoded.strip():
+        return _broken(line, "empty after normalisation", raw)
+    document_id = str(name) if isinstance(name, str | int) and name != "" else f"{shard.path}:{line}"
+    return Document(line, document_id, text, len(encoded), content_hash(encoded))
+
+
+def _broken(line: int, reason: str, raw: bytes) -> Broken:
+    return Broken(line, reason, raw[:KEPT_BYTES].decode(errors="backslashreplace"))
+
+
+def _read_jsonl(file: IO[bytes], shard: RawShard, config: CorpusConfig) -> Iterator[_Record | Broken]:
+    for number, line in enumerate(_lines(_decompressed(file, shard), config.max_record_bytes), start=1):
+        if len(line) > config.max_record_bytes:
+            yield _broken(number, f"longer than corpus.max_record_bytes={config.max_record_bytes:,}", line)
+            continue
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as invalid:
+            yield _broken(number, f"invalid UTF-8 at byte {invalid.start}", line)
+        except (ValueError, RecursionError) as invalid:
+            yield _broken(number, f"not JSON: {invalid}", line)
+        else:
+            if not isinstance(record, dict):
+                yield _broken(number, f"a JSON {type(record).__name__}, not an object", line)
+            elif config.text_column not in record:
+                yield _broken(number, _missing(config.text_column, list(record)), line)
+            else:
+                yield number, record.get(config.id_column), record[config.text_column], line
+
+
+def _read_parquet(file: IO[bytes], shard: RawShard, config: CorpusConfig) -> Iterator[_Record | Broken]:
+    # Pages are read as they are needed (buffer_size), so a row group of any size is never in memory as a
+    # whole.
+    table = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+    schema = table.schema_arrow
+    at = f"{shard.path} (source {shard.source!r})"
+    if config.text_column not in schema.names:
+        remedy = "set corpus.text_column"
+        raise CorpusError(f"{at}: {_missing(config.text_column, schema.names)}; {remedy}")
+    kind = schema.field(config.text_column).type
+    value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not any(is_text(value_kind) for is_text in _TEXT_TYPES):
+        raise CorpusError(f"{at}: corpus.text_column={config.text_column!r} is of type {kind}, not a string")
+    columns = [name for name in (config.text_column, config.id_column) if name in schema.names]
+    line = 0
+    for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns, use_threads=False):
+        # As bytes: strings in Parquet need not be valid UTF-8, and one that is not must not take the batch
+        # with it.
+        texts = batch.column(config.text_column).cast(pa.string()).cast(pa.binary()).to_pylist()
+        names = [None] * len(texts)
+        if config.id_column in columns:
+            names = batch.column(config.id_column).to_pylist()
+        for name, text in zip(names, texts, strict=True):
+            line += 1
+            if text is not None and len(text) > config.max_record_bytes:
+                yield _broken(line, f"longer than corpus.max_record_bytes={config.max_record_bytes:,}", text)
+            else:
+                yield line, name, text, text or b""
+
+
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary)
+
+
+def _read_text(file: IO[bytes], shard: RawShard, config: CorpusConfig) -> Iterator[_Record]:
+    """One document per file; a longer one than `max_record_bytes` is cut at line feeds into several."""
+    stream = _decompressed(file, shard)
+    line, rest, last = 1, b"", False
+    while not last:
+        more = b"".join(_read_exactly(stream, config.max_record_bytes + 1 - len(rest)))
+        text, last = rest + more, len(rest) + len(more) <= config.max_record_bytes
+        end = len(text) if last else text.rfind(b"\n") + 1 or _character_start(text)
+        if end or line == 1:
+            yield line, shard.path if last and line == 1 else None, text[:end], text[:end]
+        line += text.count(b"\n", 0, end) or 1
+        rest = text[end:]
+
+
+def _character_start(text: bytes) -> int:
+    """Where the last character begins, for cutting text without line feeds."""
+    end = len(text) - 1
+    while end > len(text) - 4 and text[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+def _decompressed(file: IO[bytes], shard: RawShard) -> Any:
+    stream = pa.PythonFile(file, mode="r")
+    return pa.CompressedInputStream(stream, shard.compression) if shard.compression else stream
+
+
+def _read_exactly(stream: Any, num_bytes: int) -> Iterator[bytes]:
+    while num_bytes > 0 and (block := stream.read(min(num_bytes, BLOCK_BYTES))):
+        num_bytes -= len(block)
+        yield block
+
+
+def _lines(stream: Any, max_bytes: int) -> Iterator[bytes]:
+    """Lines without their line feeds. Of one longer than `max_bytes` just more than that comes, the rest is
+    skipped."""
+    pieces: list[bytes] = []
+    held = 0
+    while block := stream.read(BLOCK_BYTES):
+        first, *others = block.split(b"\n")
+        for piece, ends in [(first, bool(others)), *((line, True) for line in others[:-1])]:
+            if held <= max_bytes:
+                pieces.append(piece)
+                held += len(piece)
+            if ends:
+                yield b"".join(pieces)
+                pieces, held = [], 0
+        if others:
+            pieces, held = [others[-1]], len(others[-1])
+    if held:
+        yield b"".join(pieces)
+
+
+def _missing(column: str, present: list[str]) -> str:
+    closest = nearest(column, present)
+    shown = f"nearest: {closest!r}" if closest else f"present: {', '.join(present[:8])}"
+    return f"no {column!r}; {shown}"
+
+
+def corpus_problems(config: CorpusConfig) -> list[str]:
+    """Everything that can be found wrong with a corpus before a worker starts: lists it, reads some first
+    records.
+
+    Returns:
+        One line with a remedy each: sources that cannot be read, shards of unknown format, a missing text
+        column, a prepared corpus that cannot be written.
+    """
+    sources = {name: open_store(uri) for name, uri in config.named_sources().items()}
+    found = [store.problem_reading() for store in sources.values()] + [
+        open_store(config.prepared).problem_writing()
+    ]
+    problems = [each for each in found if each]
+    if problems:
+        return problems
+    try:
+        shards = list_raw_shards(config)
+        for name, store in sources.items():
+            first = next(shard for shard in shards if shard.source == name)
+            records = list(islice(read_documents(store, first, config), RECORDS_TRIED))
+            broken = [record for record in records if isinstance(record, Broken)]
+            if records and len(broken) == len(records):
+                at = f"{store.uri}/{first.path}"
+                problems.append(f"{at}: the first {len(records)} records are broken: {broken[0].reason}")
+    except CorpusError as error:
+        return str(error).splitlines()
+    return problems

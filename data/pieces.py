@@ -1,0 +1,244 @@
+"""The work on one piece of the corpus: read its raw shards once for hashes, once more for tokens.
+
+Both halves end by putting a record whose name is a digest of everything that went in. A record that is there
+is a piece of work that is done: it is skipped after a kill, and when other shards are added.
+`data/prepare.py` deals the pieces out.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.storage import Store, open_store
+from data.corpus import CorpusConfig, CorpusError, RawShard
+from data.dedup import duplicates_of, find_duplicates, record_duplicates, write_hashes
+from data.documents import Broken, Document, read_documents
+from data.manifest import SPLITS
+from data.shards import ShardWriter
+from data.splits import matching_pattern, split_of
+from data.tokens import Encoder, load_tokenizer
+
+# Part of every piece's name: raise it when the same input shall give other output.
+FORMAT = 1
+# Large enough that calling the tokenizer costs nothing beside its work, small enough to stay in the cache.
+BATCH_CHARACTERS = 1_048_576
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Raw shards of one source that are prepared as one unit of work."""
+
+    shards: tuple[RawShard, ...]
+
+    @property
+    def source(self) -> str:
+        return self.shards[0].source
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def survey_digest(self, config: CorpusConfig) -> str:
+        """Names the first half of the work by its input: raw shards with versions, and how they are read."""
+        reading = (config.text_column, config.id_column, config.normalization, config.max_record_bytes)
+        return digest_of("survey", [asdict(shard) for shard in self.shards], reading, asdict(config.splits))
+
+
+def digest_of(*parts: Any) -> str:
+    """16 hex digits of a sha256 over JSON."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def record_path(kind: str, digest: str) -> str:
+    """Where the record of a finished piece of work lies."""
+    return f"pieces/{kind}-{digest}.json"
+
+
+def hashes_path(survey_digest: str) -> str:
+    """Where a survey puts the hashes of its documents."""
+    return f"pieces/hashes-{survey_digest}.parquet"
+
+
+def read_piece(piece: Piece, config: CorpusConfig) -> Iterator[tuple[RawShard, Document | Broken]]:
+    """All records of a piece with the shard that each is from, in order."""
+    store = open_store(config.named_sources()[piece.source])
+    for shard in piece.shards:
+        for record in read_documents(store, shard, config):
+            yield shard, record
+
+
+def survey(piece: Piece, config: CorpusConfig) -> None:
+    """First half: hash and deal to splits all documents, set broken records aside, put the record of that.
+
+    The record: documents, bytes by split, reasons of broken records with counts, how often each pattern of
+    `splits` named a document, and `content`, a digest of all texts in order.
+    """
+    prepared, name = open_store(config.prepared), piece.survey_digest(config)
+    contents, splits, order = bytearray(), bytearray(), hashlib.sha256()
+    bytes_of, named, reasons = Counter[str](), Counter[str](), Counter[str]()
+    with _SetAside(prepared, f"set_aside/{name}.jsonl") as set_aside:
+        for shard, record in read_piece(piece, config):
+            if isinstance(record, Broken):
+                set_aside.add(shard, record)
+                reasons[record.reason] += len(reasons) < 100 or record.reason in reasons
+                continue
+            split = split_of(config.splits, shard.path, record.id, record.content)
+            contents += record.content
+            splits.append(SPLITS.index(split))
+            order.update(record.content)
+            bytes_of[split] += record.num_bytes
+            if pattern := matching_pattern(config.splits, shard.path, record.id):
+                named["=".join(pattern)] += 1
+    prepared.put(hashes_path(name), write_hashes(bytes(contents), bytes(splits)))
+    summary = {
+        "shards": [shard.path for shard in piece.shards],
+        "documents": len(splits),
+        "bytes": bytes_of,
+        "set_aside": set_aside.num_records,
+        "reasons": reasons,
+        "named": named,
+        "content": order.hexdigest(),
+    }
+    prepared.put(record_path("survey", name), json.dumps(summary).encode())
+
+
+class _SetAside:
+    """Broken records on their way to the store; on the local disk until then, however many there are."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store, self._path = store, path
+        self.num_records = 0
+        handle, name = tempfile.mkstemp(suffix=".jsonl")
+        self._file, self._local = os.fdopen(handle, "w"), Path(name)
+
+    def __enter__(self) -> "_SetAside":
+        return self
+
+    def add(self, shard: RawShard, broken: Broken) -> None:
+        self.num_records += 1
+        where = {"source": shard.source, "shard": shard.path, "line": broken.line}
+        self._file.write(json.dumps(where | {"reason": broken.reason, "raw": broken.raw}) + "\n")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None and self.num_records:
+            self._store.upload(self._local, self._path)
+        self._local.unlink()
+
+
+@dataclass(frozen=True)
+class HashRange:
+    """One range of all content hashes, in which duplicates are looked for."""
+
+    digest: str
+    """Names the result: all surveys, and the range."""
+    surveys: tuple[str, ...]
+    """Digests of the surveys of all pieces, in the corpus's order."""
+    index: int
+    num_ranges: int
+
+    @property
+    def path(self) -> str:
+        """Where the duplicates are noted."""
+        return f"pieces/duplicates-{self.digest}.parquet"
+
+
+def deduplicate(work: HashRange, config: CorpusConfig) -> None:
+    """Between the halves: note which documents of all pieces repeat another. The record:
+    `record_duplicates`."""
+    prepared = open_store(config.prepared)
+    paths = [hashes_path(digest) for digest in work.surveys]
+    found = find_duplicates(prepared, paths, work.index, work.num_ranges)
+    record = record_duplicates(prepared, work.path, found)
+    prepared.put(record_path("duplicates", work.digest), json.dumps(record).encode())
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """What the second half of the work on a piece needs to know."""
+
+    digest: str
+    """Names the result: survey, duplicates, tokenizer, fragment size."""
+    piece: Piece
+    index: int
+    """The piece's place in the corpus, as in the files of duplicates."""
+    duplicates: tuple[str, ...]
+    """Paths of those files."""
+    content: str
+    """Digest of all texts, from the survey."""
+    tokenizer: str
+    """Fingerprint."""
+    fragment_tokens: int
+
+
+def tokenize(work: TokenWork, config: CorpusConfig) -> None:
+    """Second half: encode the documents that stay, write token shards per split, put the record of them.
+
+    The record: {"shards": [{"shard": fields of `Shard`, "fragments": columns}]}, by split in the order of
+    `SPLITS`.
+
+    Raises:
+        CorpusError: the texts are not those of the survey: a raw shard was changed while it was being
+            prepared.
+    """
+    prepared = open_store(config.prepared)
+    left_out = frozenset(duplicates_of(prepared, list(work.duplicates), work.index).tolist())
+    tokenizer = load_tokenizer(prepared, work.tokenizer, config.tokenizer.boundary)
+    encoder, texts = Encoder(tokenizer), hashlib.sha256()
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                ShardWriter(
+                    prepared,
+                    split=split,
+                    source=work.piece.source,
+                    token_dtype=tokenizer.token_dtype,
+                    fragment_tokens=work.fragment_tokens,
+                )
+            )
+            for split in SPLITS
+        }
+        for batch in _batches(_kept_documents(work.piece, config, left_out, texts)):
+            tokens = encoder.encode([document.text for _, document in batch])
+            for (split, document), ids in zip(batch, tokens, strict=True):
+                writers[split].add(document.id, ids, document.num_bytes)
+        if texts.hexdigest() != work.content:
+            paths = ", ".join(shard.path for shard in work.piece.shards[:4])
+            raise CorpusError(f"{paths}: changed while it was being prepared; run the same command again")
+        written = [shard for split in SPLITS for shard in writers[split].finish()]
+    shards = [{"shard": asdict(each.shard), "fragments": each.fragments} for each in written]
+    prepared.put(record_path("tokens", work.digest), json.dumps({"shards": shards}).encode())
+
+
+def _kept_documents(
+    piece: Piece, config: CorpusConfig, left_out: frozenset[int], texts: "hashlib._Hash"
+) -> Iterator[tuple[str, Document]]:
+    """Documents that stay, with their splits; all hashes, also of those left out, go into `texts`."""
+    ordinal = -1
+    for shard, record in read_piece(piece, config):
+        if isinstance(record, Broken):
+            continue
+        ordinal += 1
+        texts.update(record.content)
+        if ordinal not in left_out:
+            yield split_of(config.splits, shard.path, record.id, record.content), record
+
+
+def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    batch: list[tuple[str, Document]] = []
+    characters = 0
+    for split, document in documents:
+        batch.append((split, document))
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,283 @@
+"""Prepare a corpus: raw shards in, token shards and a manifest out.
+
+    python data/prepare.py --corpus.uri s3://bucket/raw --corpus.prepared s3://bucket/prepared
+
+Four passes over pieces of work, each named by its input and done once:
+
+1. survey: read every piece (some raw shards), write its documents' content hashes and splits, set broken
+   records aside;
+2. duplicates: sort the hashes of all pieces, one range of hashes at a time, note which documents to leave out;
+3. tokenizer: the given one, or one trained on a bounded sample of the train split;
+4. tokens: read every piece again, leave out what was noted, write token shards.
+
+Memory is bounded by a piece's hashes (17 bytes a document), a range of hashes, and a batch of texts. After a
+kill, finished pieces are found by their records. When shards are added, all hashes are sorted again, which
+takes seconds where tokenizing takes hours; an old piece is tokenized anew only if one of its documents
+became, or stopped being, a duplicate. So a corpus that grew has the manifest of one prepared at once, with
+one exception: a trained tokenizer stays as it was first trained.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cluster.config import ConfigError, load_config, run_entry
+from cluster.session import ClusterConfig, ray_session
+from cluster.storage import StorageError, Store, open_store
+from data.assemble import (
+    assemble,
+    check_surveys,
+    existing_manifest,
+    finished,
+    given_tokenizer,
+    inputs_path,
+    missing_shards,
+    plan_ranges,
+    plan_tokens,
+    read_records,
+)
+from data.corpus import (
+    CorpusConfig,
+    CorpusError,
+    fragment_tokens_for,
+    group_shards,
+    list_raw_shards,
+)
+from data.documents import corpus_problems
+from data.manifest import Manifest, Shard, mark_latest, write_manifest
+from data.pieces import Piece, deduplicate, digest_of, record_path, survey, tokenize
+from data.progress import PassMeter, PassProgress, progress_line
+from data.tokenizer_sample import sample_texts
+from data.tokens import FixedTokenizer, TokenizerError, load_tokenizer, train_tokenizer
+
+__all__ = ["PassProgress", "existing_manifest", "prepare"]
+
+# Ray Data puts all tasks of a pipeline into the object store before the first one runs.
+TASKS_PER_PIPELINE = 8_000
+
+Work = TypeVar("Work")
+OnProgress = Callable[[PassProgress], None]
+FanOut = Callable[[Callable[[Work, CorpusConfig], None], Sequence[Work], CorpusConfig], Iterator[int]]
+
+
+def ray_tasks(
+    function: Callable[[Work, CorpusConfig], None], work: Sequence[Work], config: CorpusConfig
+) -> Iterator[int]:
+    """Call `function` on each piece of work in a Ray Data task of its own; yields indices as they are
+    done."""
+    import ray.data  # here, because the session sets variables that Ray reads when it is imported
+    from ray.exceptions import RayError
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # else some lines of plans for each pass
+    for start in range(0, len(work), TASKS_PER_PIPELINE):
+        part = work[start : start + TASKS_PER_PIPELINE]
+
+        def run(row: dict[str, int], part: Sequence[Work] = part) -> dict[str, int]:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per task: Ray counts the CPUs
+            function(part[row["id"]], config)
+            return row
+
+        tasks = ray.data.range(len(part), override_num_blocks=len(part)).map(
+            run, num_cpus=config.cpus_per_piece
+        )
+        try:
+            for row in tasks.iter_rows():
+                yield start + row["id"]
+        except RayError as failed:
+            raise _cause(failed) from failed
+
+
+def _cause(failed: BaseException) -> BaseException:
+    """What a task raised, out of what Ray wraps it in; the error itself if it is Ray's own."""
+    inner: BaseException | None = failed
+    while inner is not None and not isinstance(inner, CorpusError | TokenizerError | StorageError):
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return inner or failed
+
+
+def prepare(
+    config: CorpusConfig, on_progress: OnProgress = lambda _: None, fan_out: FanOut = ray_tasks
+) -> Manifest:
+    """Prepare the corpus, as far as that is not done yet, and name its manifest the latest.
+
+    Args:
+        on_progress: Called in this process whenever a piece of work is done.
+        fan_out: Calls a function on each piece of work and yields indices as they are done. `ray_tasks` needs
+            a session.
+
+    Raises:
+        CorpusError, TokenizerError: the input is not what the configuration says; what is done stays done.
+        StorageError: a store failed for longer than its retries last.
+    """
+    shards, given = list_raw_shards(config), given_tokenizer(config)
+    store = open_store(config.prepared)
+    manifest = finished(config, shards, given)
+    if manifest is not None:
+        mark_latest(store, manifest)
+        return manifest
+    pieces = [Piece(group) for group in group_shards(shards)]
+    sizes = [piece.num_bytes for piece in pieces]
+    digests = [piece.survey_digest(config) for piece in pieces]
+    passes = _Passes(config, store, on_progress, fan_out)
+    surveys = passes.run("survey", survey, pieces, digests, sizes)
+    check_surveys(config, surveys)
+    ranges = plan_ranges(surveys, digests)
+    found = passes.run("duplicates", deduplicate, ranges, [each.digest for each in ranges], [1] * len(ranges))
+    tokenizer = _fix_tokenizer(config, store, given, pieces, surveys)
+    fragment_tokens = fragment_tokens_for(config, shards)
+    plan = plan_tokens(pieces, digests, surveys, ranges, found, tokenizer, fragment_tokens)
+    _forget_lost_shards(store, [each.digest for each in plan])
+    tokens = passes.run("tokens", tokenize, plan, [each.digest for each in plan], sizes)
+    manifest = assemble(config, tokenizer, pieces, surveys, found, tokens)
+    write_manifest(store, manifest)
+    store.put(inputs_path(config, shards, given), json.dumps({"manifest": manifest.digest}).encode())
+    return manifest
+
+
+def _fix_tokenizer(
+    config: CorpusConfig,
+    store: Store,
+    given: FixedTokenizer | None,
+    pieces: Sequence[Piece],
+    surveys: Sequence[dict[str, Any]],
+) -> FixedTokenizer:
+    """The given tokenizer, or the one that was once trained with these settings, or one trained now."""
+    boundary = config.tokenizer.boundary
+    reading = (config.text_column, config.normalization, asdict(config.splits), list(config.named_sources()))
+    trained = record_path("tokenizer", digest_of("tokenizer", asdict(config.tokenizer), reading))
+    if given is None and store.exists(trained):
+        return load_tokenizer(store, json.loads(store.read(trained))["tokenizer"], boundary)
+    if given is None:
+        train_bytes = [each["bytes"].get("train", 0) for each in surveys]
+        fixed = train_tokenizer(sample_texts(pieces, train_bytes, config), config.tokenizer)
+    else:
+        fixed = given
+    store.put(fixed.path, fixed.json.encode())
+    if given is None:
+        store.put(trained, json.dumps({"tokenizer": fixed.fingerprint}).encode())
+    return fixed
+
+
+def _forget_lost_shards(store: Store, digests: Sequence[str]) -> None:
+    """Delete records of finished pieces whose token shards were deleted or cut since, so that they are done
+    again."""
+    listed = {each.path for each in store.list("pieces/tokens-")}
+    done = [digest for digest in digests if record_path("tokens", digest) in listed]
+    shards = {
+        digest: [Shard(**written["shard"]) for written in record["shards"]]
+        for digest, record in zip(done, read_records(store, "tokens", done), strict=True)
+    }
+    missing = missing_shards(store, [shard for each in shards.values() for shard in each])
+    for digest, each in shards.items():
+        if not missing.isdisjoint(shard.path for shard in each):
+            store.delete(record_path("tokens", digest))
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Deals pieces of work out, except those that have a record."""
+
+    config: CorpusConfig
+    store: Store
+    on_progress: OnProgress
+    fan_out: FanOut
+
+    def run(
+        self,
+        kind: str,
+        function: Callable[[Work, CorpusConfig], None],
+        work: Sequence[Work],
+        digests: Sequence[str],
+        sizes: Sequence[int],
+    ) -> list[dict[str, Any]]:
+        """Call `function`, which puts the record named by its digest, for every piece of work; returns all
+        records."""
+        listed = {each.path for each in self.store.list(f"pieces/{kind}-")}
+        todo = [index for index, digest in enumerate(digests) if record_path(kind, digest) not in listed]
+        meter = PassMeter(
+            kind, sum(sizes), sum(sizes) - sum(sizes[index] for index in todo), self.on_progress
+        )
+        for finished_one in self.fan_out(function, [work[index] for index in todo], self.config):
+            meter.add(sizes[todo[finished_one]])
+        return read_records(self.store, kind, digests)
+
+
+def describe(config: CorpusConfig) -> list[str]:
+    """What preparing would do, in lines: shards, bytes, pieces, fragment size. Lists the sources."""
+    shards = list_raw_shards(config)
+    lines = [
+        f"{name}: {len(found):,} raw shards, {sum(shard.num_bytes for shard in found):,} bytes at {uri}"
+        for name, uri in config.named_sources().items()
+        for found in [[shard for shard in shards if shard.source == name]]
+    ]
+    fragment = fragment_tokens_for(config, shards)
+    return [*lines, f"{len(group_shards(shards)):,} pieces of work; fragments of {fragment:,} tokens"]
+
+
+def corpus_table(manifest: Manifest) -> Table:
+    """What a prepared corpus holds, per split and source."""
+    table = Table(
+        title=f"Corpus {manifest.digest}, tokenizer {manifest.tokenizer} ({manifest.vocab_size:,} entries)"
+    )
+    for name in ("split", "source"):
+        table.add_column(name)
+    for name in ("documents", "bytes", "tokens", "bytes/token", "duplicates", "set aside"):
+        table.add_column(name, justify="right")
+    summary = manifest.summary()
+    for split, of_source in summary["splits"].items():
+        for source, counts in of_source.items():
+            numbers = [f"{counts[name]:,}" for name in ("documents", "bytes", "tokens")]
+            table.add_row(
+                split, source, *numbers, f"{counts['bytes_per_token']:.3f}", f"{counts['duplicates']:,}", ""
+            )
+    table.add_section()
+    for source, records in summary["set_aside"].items():
+        table.add_row("none", source, "", "", "", "", "", f"{records:,}")
+    return table
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Prepare a corpus for pretraining."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where the tasks run."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """What is prepared, and how."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepare the corpus that the command line describes; without work to do, show what there is."""
+    flags = {"dry-run": "list the raw shards, read the first records, start nothing"}
+    loaded = load_config(
+        PrepareConfig, sys.argv[1:] if argv is None else argv, description=__doc__ or "", extra_flags=flags
+    )
+    config, console = loaded.config, Console()
+    if problems := corpus_problems(config.corpus):
+        raise ConfigError(problems)
+    if "dry-run" in loaded.flags:
+        return console.print("\n".join(describe(config.corpus)))
+    try:
+        manifest = existing_manifest(config.corpus)
+        if manifest is None:
+            with ray_session(config.cluster), progress_line(console) as on_progress:
+                manifest = prepare(config.corpus, on_progress)
+    except (CorpusError, TokenizerError, StorageError) as error:
+        raise ConfigError(str(error).splitlines()) from error
+    console.print(corpus_table(manifest))
+    console.print(f"{config.corpus.prepared}: manifest {manifest.digest}")
+
+
+if __name__ == "__main__":
+    run_entry(main)

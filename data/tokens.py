@@ -1,0 +1,197 @@
+"""Where a text becomes token ids: a tokenizer given or trained here, then fixed by its fingerprint."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from cluster.storage import Store
+
+# Beside the boundary, which is token 0 of a trained tokenizer: for padding and for masked objectives.
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+# An Encoding holds some 100 bytes per token beside its id: longer texts are cut, so that 16 MiB of text need
+# not 500 MB.
+CUT_CHARACTERS = 262_144
+# A blank between two visible characters: byte-level BPE and WordPiece both begin a new word there, so that a
+# cut before it changes no token.
+_WORD_BREAK = re.compile(r"(?<=\S) (?=\S)")
+
+
+class TokenizerError(ValueError):
+    """A tokenizer cannot be read, trained, or used for pretraining."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer that is given, or how one is trained on the train split."""
+
+    path: str = ""
+    """URI or path of a tokenizer.json to use as it is; empty: train one."""
+    kind: Literal["bpe", "wordpiece"] = "bpe"
+    """bpe: byte-level, loses nothing. wordpiece: as BERT's, replaces unknown characters and joins blanks."""
+    vocab_size: int = 32_768
+    """Entries of a trained tokenizer, special tokens included."""
+    lowercase: bool = False
+    """WordPiece only: lower case and no accents."""
+    boundary: str = "<|endoftext|>"
+    """Special token that begins each document; added to a given tokenizer that lacks it."""
+    sample_bytes: int = 67_108_864
+    """Text that a tokenizer is trained on, at most: documents of the train split, chosen by hash of their
+    content."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        """Messages on values that cannot be met; `at` is the section's dotted name."""
+        least = 256 + 1 + len(SPECIAL_TOKENS)
+        if not self.path and not least <= self.vocab_size <= 2**20:
+            yield f"{at}.vocab_size={self.vocab_size:,} is outside {least} (bytes and specials) to {2**20:,}"
+        if self.sample_bytes < 1_024:
+            yield f"{at}.sample_bytes={self.sample_bytes:,} is too little to train on; give 1,024 or more"
+        if self.lowercase and self.kind != "wordpiece":
+            yield f"{at}.lowercase needs {at}.kind=wordpiece: byte-level BPE keeps the text as it is"
+
+
+@dataclass(frozen=True)
+class FixedTokenizer:
+    """A tokenizer that will not change any more, by its serialised form."""
+
+    json: str
+    """Content of tokenizer.json."""
+    fingerprint: str
+    """First 16 hex digits of the sha256 of `json`."""
+    vocab_size: int
+    """One more than the greatest id."""
+    boundary_id: int
+
+    @property
+    def path(self) -> str:
+        """Where it lies in a prepared corpus."""
+        return tokenizer_path(self.fingerprint)
+
+    @property
+    def token_dtype(self) -> Literal["uint16", "uint32"]:
+        """The narrowest type that holds every id."""
+        return "uint16" if self.vocab_size <= 2**16 else "uint32"
+
+
+def tokenizer_path(fingerprint: str) -> str:
+    """Where the tokenizer of this fingerprint lies in a prepared corpus."""
+    return f"tokenizers/{fingerprint}/tokenizer.json"
+
+
+def fix_tokenizer(serialised: str, origin: str, boundary: str) -> FixedTokenizer:
+    """Make a given tokenizer fit for pretraining: no truncation or padding, and a boundary token.
+
+    Args:
+        serialised: Content of tokenizer.json.
+        origin: Where it came from, for messages.
+        boundary: Token that begins each document; added where it is missing.
+
+    Returns:
+        The same for its own `json` again.
+
+    Raises:
+        TokenizerError: it is not a tokenizer that the installed `tokenizers` reads.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(serialised)
+    except Exception as broken:  # the library raises bare Exception on any content that it cannot read
+        raise TokenizerError(f"{origin} is not a readable tokenizer.json: {broken}") from broken
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.add_special_tokens([boundary])
+    fixed = tokenizer.to_str()
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    fingerprint = hashlib.sha256(fixed.encode()).hexdigest()[:16]
+    return FixedTokenizer(fixed, fingerprint, max(ids.values()) + 1, ids[boundary])
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> FixedTokenizer:
+    """Train a tokenizer with the special tokens as ids 0 to 5. The same texts in the same order give the same
+    one.
+
+    Raises:
+        TokenizerError: too little text for the vocabulary.
+    """
+    special_tokens = [config.boundary, *SPECIAL_TOKENS]
+    if config.kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=config.vocab_size,
+            special_tokens=special_tokens,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+    else:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=config.vocab_size, special_tokens=special_tokens, show_progress=False
+        )
+    tokenizer.train_from_iterator((part for text in texts for part in cut(text)), trainer)
+    reached = tokenizer.get_vocab_size()
+    if reached < config.vocab_size:
+        raise TokenizerError(
+            f"corpus.tokenizer.vocab_size={config.vocab_size:,} is more than the sample gives; nearest: "
+            f"{reached:,}. Lower it, or raise corpus.tokenizer.sample_bytes"
+        )
+    return fix_tokenizer(tokenizer.to_str(), "the trained tokenizer", config.boundary)
+
+
+def load_tokenizer(store: Store, fingerprint: str, boundary: str) -> FixedTokenizer:
+    """Read a prepared corpus's tokenizer.
+
+    Raises:
+        TokenizerError: the file does not have this fingerprint any more.
+    """
+    path = tokenizer_path(fingerprint)
+    fixed = fix_tokenizer(store.read(path).decode(), f"{store.uri}/{path}", boundary)
+    if fixed.fingerprint != fingerprint:
+        raise TokenizerError(f"{store.uri}/{path} was altered: its fingerprint is {fixed.fingerprint}")
+    return fixed
+
+
+class Encoder:
+    """Turns texts into token arrays, each beginning with the boundary; text itself never yields a special
+    token."""
+
+    def __init__(self, fixed: FixedTokenizer) -> None:
+        self._tokenizer = Tokenizer.from_str(fixed.json)
+        self._tokenizer.encode_special_tokens = True
+        self._boundary = np.array([fixed.boundary_id], np.uint32)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode texts; returns one uint32 array [1 + tokens] for each, boundary first."""
+        parts = [cut(text) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(
+            [part for parts_of_text in parts for part in parts_of_text], add_special_tokens=False
+        )
+        ids = iter(np.array(encoding.ids, np.uint32) for encoding in encodings)
+        return [np.concatenate([self._boundary, *(next(ids) for _ in each)]) for each in parts]
+
+
+def cut(text: str, characters: int = CUT_CHARACTERS) -> list[str]:
+    """Cut a long text into parts of at most so many characters, before a blank between words where there is
+    one.
+
+    Texts without such a blank in the last half of a part (a megabyte of Chinese) are cut at a character.
+    """
+    parts = []
+    start = 0
+    while len(text) - start > characters:
+        breaks = [
+            match.start() for match in _WORD_BREAK.finditer(text, start + characters // 2, start + characters)
+        ]
+        stop = breaks[-1] if breaks else start + characters
+        parts.append(text[start:stop])
+        start = stop
+    parts.append(text[start:])
+    return parts
