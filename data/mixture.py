@@ -2,16 +2,19 @@
 
 Legend: B rows per step, U lanes, k = B / U rows per lane and step, S sources, M points on a circle.
 
-A row of step s is a point on a circle of M points; each source owns an arc as long as its weight. The B points of a step lie at equal
-distances M / B, so an arc of w * M holds floor(w * B) or ceil(w * B) of them: each source's share is exact to within one row in every
-step, and, since every U-th of them belongs to one lane, to within one row in every lane's part of the step too.
+A row of step s is a point on a circle of M points; each source owns an arc as long as its weight. The B
+points of a step lie at equal distances M / B, so an arc of w * M holds floor(w * B) or ceil(w * B) of them:
+each source's share is exact to within one row in every step, and, since every U-th of them belongs to one
+lane, to within one row in every lane's part of the step too.
 
-From step to step the points move by the radical inverse of s in base b (van der Corput 1935), b being the least prime that does not
-divide B. Because b and B have no common factor, the points of any aligned run of b**j steps again lie at equal distances, in one lane as
-in all: shares over many steps are as even as they can be, and the rows that a source gave to a lane before step s are a sum over
-the digits of s, without a loop over steps.
+From step to step the points move by the radical inverse of s in base b (van der Corput 1935), b being the
+least prime that does not divide B. Because b and B have no common factor, the points of any aligned run of
+b**j steps again lie at equal distances, in one lane as in all: shares over many steps are as even as they can
+be, and the rows that a source gave to a lane before step s are a sum over the digits of s, without a loop
+over steps.
 
-All integers, all exact. M = B * b**J with b**J about 2**32, so a weight is exact to 1 / M, about 1e-11 at B = 16.
+All integers, all exact. M = B * b**J with b**J about 2**32, so a weight is exact to 1 / M, about 1e-11 at B =
+16.
 """
 
 from collections.abc import Sequence
@@ -21,7 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from data.permutation import key_of, permute
 
-# b**J, the steps after which the points repeat, stays below this: all products then fit 63 bits up to 2**20 rows per step.
+# b**J, the steps after which the points repeat, stays below this: all products then fit 63 bits up to 2**20
+# rows per step.
 LONGEST_PERIOD = 2**32
 LARGEST_BATCH = 2**20
 """Most rows per step."""
@@ -33,7 +37,8 @@ class Mixture:
     Args:
         rows_per_step: B, a multiple of `lanes`, at most 2**20.
         lanes: U.
-        schedule: (first step, a weight of zero or more per source), ascending, the first at step 0. Weights are scaled to add up to 1.
+        schedule: (first step, a weight of zero or more per source), ascending, the first at step 0. Weights
+            are scaled to add up to 1.
         seed: Decides which lane has which points.
     """
 
@@ -56,7 +61,8 @@ class Mixture:
         self._lane_start = lattice * self.period  # [U]
         self._starts = np.array([step for step, _ in schedule], np.int64)
         self._arcs = np.stack([self._arc_bounds(weights) for _, weights in schedule])  # [schedule, S + 1]
-        # Rows given to each lane before each change of weights, less what the new weights would have given by then.
+        # Rows given to each lane before each change of weights, less what the new weights would have given by
+        # then.
         self._carried = np.zeros((len(schedule), lanes, self._arcs.shape[1] - 1), np.int64)
         every_lane = np.arange(lanes)
         for number in range(1, len(schedule)):
@@ -78,7 +84,9 @@ class Mixture:
         return chosen
 
     def counts_before(self, step: ArrayLike, lane: ArrayLike) -> NDArray[np.int64]:
-        """Rows that each source gave to a lane in all steps before `step`: the broadcast shape of both, then S."""
+        """Rows that each source gave to a lane in all steps before `step`: the broadcast shape of both, then
+        S.
+        """
         steps, lanes = np.broadcast_arrays(np.asarray(step, np.int64), np.asarray(lane, np.int64))
         self._check(steps)
         segment = np.searchsorted(self._starts, steps, side="right") - 1
@@ -100,8 +108,8 @@ class Mixture:
     ) -> NDArray[np.int64]:
         """Rows [N, S] given before `steps` [N] to `lanes` [N] had the weights `number` held from step 0 on.
 
-        Digit d at position j of a step stands for d runs of b**j steps. The points of a lane in such a run lie at distances gap / b**j; the
-        digits above j say where they begin.
+        Digit d at position j of a step stands for d runs of b**j steps. The points of a lane in such a run
+        lie at distances gap / b**j; the digits above j say where they begin.
         """
         digits = self._digits(steps)  # [N, J]
         mirrored = digits * self._mirrored_powers
@@ -110,7 +118,9 @@ class Mixture:
         begin = above[..., None] + run * self._mirrored_powers[:, None]  # [N, J, b - 1]
         distance = (self._gap // self._powers)[:, None, None]  # [J, 1, 1]
         offset = (self._lane_start[lanes, None, None] + self._rows_per_step * begin)[..., None] % distance
-        below = (self._arcs[number] - offset + distance - 1) // distance  # [N, J, b - 1, S + 1]: points below each bound
+        below = (
+            self._arcs[number] - offset + distance - 1
+        ) // distance  # [N, J, b - 1, S + 1]: points below each bound
         given = np.diff(below, axis=-1) * (run < digits[..., None])[..., None]
         return given.sum(axis=(1, 2))
 
@@ -124,7 +134,9 @@ class Mixture:
 
     def _check(self, steps: NDArray[np.int64]) -> None:
         if steps.size and not 0 <= steps.min() <= steps.max() < self.period:
-            raise ValueError(f"mixture: steps lie in 0..{self.period - 1:,}, not {steps.min()}..{steps.max():,}")
+            raise ValueError(
+                f"mixture: steps lie in 0..{self.period - 1:,}, not {steps.min()}..{steps.max():,}"
+            )
 
 
 def least_prime_not_dividing(number: int) -> int:

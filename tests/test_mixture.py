@@ -12,11 +12,15 @@ from data.mixture import Mixture, least_prime_not_dividing
 def mixtures(draw, max_segments=3):
     lanes = draw(st.integers(1, 12))
     num_sources = draw(st.integers(1, 4))
-    weights = st.lists(st.sampled_from([0.0, 0.001, 0.2, 1.0, 3.7]), min_size=num_sources, max_size=num_sources).filter(any)
+    weights = st.lists(
+        st.sampled_from([0.0, 0.001, 0.2, 1.0, 3.7]), min_size=num_sources, max_size=num_sources
+    ).filter(any)
     starts = [0, *sorted(draw(st.sets(st.integers(1, 60), max_size=max_segments - 1)))]
     schedule = [(start, draw(weights)) for start in starts]
     rows_per_step = lanes * draw(st.integers(1, 6))
-    mixture = Mixture(rows_per_step=rows_per_step, lanes=lanes, schedule=schedule, seed=draw(st.integers(0, 99)))
+    mixture = Mixture(
+        rows_per_step=rows_per_step, lanes=lanes, schedule=schedule, seed=draw(st.integers(0, 99))
+    )
     return mixture, rows_per_step, lanes, schedule
 
 
@@ -73,7 +77,7 @@ def test_a_lanes_share_stays_even_over_any_number_of_steps(case, steps):
 def test_a_source_rarer_than_one_row_a_step_comes_at_regular_distances():
     mixture = Mixture(rows_per_step=16, lanes=16, schedule=[(0, [0.99, 0.01])], seed=1)
     steps = np.flatnonzero((mixture.sources(np.arange(2_000)[:, None], np.arange(16)) == 1).any(axis=(1, 2)))
-    # 0.16 rows a step: 320 in 2,000 steps, on average each 6.25 steps, never more than three times that apart.
+    # 0.16 rows a step: 320 in 2,000 steps, one in 6.25 steps on average, never three times that apart.
     assert len(steps) == pytest.approx(320, abs=3)
     assert np.diff(steps).max() <= 18
 
