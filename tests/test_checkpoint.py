@@ -81,7 +81,7 @@ class Interposed:
 
 @pytest.fixture(params=["folder", "s3"])
 def store(request, tmp_path: Path) -> Store:
-    return open_store(str(tmp_path)) if request.param == "folder" else request.getfixturevalue("s3")
+    return open_store(str(tmp_path) if request.param == "folder" else request.getfixturevalue("s3_uri"))
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ class CheckpointConfig:
     """Newest checkpoints that are kept. With 1, a damaged one leaves nothing to go back to."""
     keep_every_steps: int = 0
     """Checkpoints at multiples of this many steps are kept for good; 0: none but the best and the last."""
-    file_bytes: int = 256 << 20
+    file_bytes: int = 64 << 20
     """Largest file that a worker writes; also the unit of its host memory, of upload and of retry."""
     upload_threads: int = 4
     """Files that one worker uploads at the same time."""
