@@ -144,19 +144,19 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
     )
 
 
-def storage_problems(config: PretrainConfig) -> Iterator[str]:
-    """What stands in the way of reading the corpus and writing its results; speaks to the object store."""
-    for key, store in (("corpus.prepared", open_store(config.corpus.prepared)), ("run.storage", run_store(config))):
-        if problem := store.problem_writing():
-            yield f"{key}: {problem}"
-    for name, uri in config.corpus.named_sources().items():
-        if problem := open_store(uri).problem_reading():
-            yield f"{f'corpus.sources.{name}' if config.corpus.sources else 'corpus.uri'}: {problem}"
-
-
 # What a run may change when it goes on; everything else is part of what its numbers mean.
-CHANGEABLE = ("run.", "cluster.", "checkpoint.", "heartbeat.", "engine.", "energy.",
-              "validation.patience", "corpus.prepared", "corpus.uri", "corpus.sources")
+CHANGEABLE = (
+    "run.",
+    "cluster.",
+    "checkpoint.",
+    "heartbeat.",
+    "engine.",
+    "energy.",
+    "validation.patience",
+    "corpus.prepared",
+    "corpus.uri",
+    "corpus.sources",
+)
 
 
 def changed_keys(before: dict[str, Any], now: PretrainConfig) -> list[str]:

@@ -15,14 +15,17 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 try:
     from rich.console import Console
+    from rich.markup import escape
 
     from cluster.config import ConfigError, load_config, run_entry
     from cluster.session import ray_session
+    from cluster.storage import open_store
     from data.manifest import Manifest, read_manifest
     from data.prepare import corpus_table, prepare
     from data.progress import progress_line
     from trainers import closing, run_folder
     from trainers.config import PretrainConfig, absolute, run_store
+    from trainers.metrics import merge_metrics
     from trainers.planning import cpu_problems, plan_of, problems_before_start
     from trainers.progress import Progress
     from trainers.report import write_report
@@ -44,15 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_folder.check_unchanged(run, config)
     if "dry-run" in loaded.flags:
         return console.print(plan_of(config, manifest=None), highlight=False)
-    if not run_folder.is_finished(run, config):
+    if not run_folder.is_finished(run):
         train(config, console)
-    if run_folder.is_finished(run, config):
+    if run_folder.is_finished(run):
         close(config, console)
 
 
 def train(config: PretrainConfig, console: Console) -> None:
     """Prepare the corpus and train, both from where they are, on Ray."""
-    from trainers.run import run_workers  # here, because the session sets variables that Ray reads when imported
+    from trainers.run import (
+        run_workers,
+    )  # here, because the session sets variables that Ray reads when imported
 
     run = run_store(config)
     with ray_session(config.cluster) as resources:
@@ -68,12 +73,31 @@ def train(config: PretrainConfig, console: Console) -> None:
 
 def pinned_or_prepared(config: PretrainConfig, console: Console) -> Manifest:
     """The manifest that the run was started on, or that of the corpus as it is now."""
-    ...
+    pinned = run_folder.pinned_manifest(run_store(config))
+    if pinned:
+        return read_manifest(open_store(config.corpus.prepared), pinned)
+    with progress_line(console) as on_progress:
+        manifest = prepare(config.corpus, on_progress)
+    console.print(corpus_table(manifest))
+    return manifest
 
 
 def close(config: PretrainConfig, console: Console) -> None:
     """Make the report of a finished run, and print what it reached."""
-    ...
+    run = run_store(config)
+    manifest = read_manifest(open_store(config.corpus.prepared), run_folder.pinned_manifest(run) or "latest")
+    closing.write_floor(run, config, manifest)
+    samples = closing.write_samples(run, config)
+    merge_metrics(run)
+    write_report(run)
+    console.print(results_table(run))
+    for sample in samples:
+        console.print(
+            f"[bold]{escape(sample['prompt'])}[/bold]{escape(sample['continuation'])}\n", highlight=False
+        )
+    console.print(
+        f"the run is finished; report: {run.uri.removeprefix('file://')}/report.html", highlight=False
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The folder of a run: what it was started with, and what stays fixed from then on.
 
-    config.yaml  manifest.json  environment.json  plan.txt     written when the run starts
-    metrics/  metrics.jsonl  tensorboard/                      trainers/metrics.py
-    checkpoints/  best.json                                    trainers/checkpoint.py, trainers/selection.py
-    test.claim.json  test.json                                 trainers/verdict.py
-    export/  samples.json  floor.json  report.html             trainers/closing.py
-    stacks/                                                    trainers/heartbeat.py
+config.yaml  manifest.json  environment.json  plan.txt     written when the run starts
+metrics/  metrics.jsonl  tensorboard/                      trainers/metrics.py
+checkpoints/  best.json                                    trainers/checkpoint.py, trainers/selection.py
+test.claim.json  test.json                                 trainers/verdict.py
+export/  samples.json  floor.json  report.html             trainers/closing.py
+stacks/                                                    trainers/heartbeat.py
 """
 
 import json
@@ -21,10 +21,8 @@ from cluster.config import ConfigError, to_yaml
 from cluster.session import PROJECT
 from cluster.storage import Store
 from data.manifest import Manifest
-from trainers.checkpoint import committed
-from trainers.checkpoint_commit import parse_folder_name
 from trainers.config import PretrainConfig, changed_keys
-from trainers.verdict import VERDICT
+from trainers.verdict import EXPORT, VERDICT
 
 CONFIG, MANIFEST, ENVIRONMENT, PLAN = "config.yaml", "manifest.json", "environment.json", "plan.txt"
 PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "tokenizers", "safetensors", "numpy")
@@ -71,16 +69,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def finished_steps(run: Store) -> int:
-    """Steps of the newest committed checkpoint; 0 before the first one."""
-    names = committed(run)
-    parsed = parse_folder_name(names[0]) if names else None
-    return parsed[0] if parsed else 0
-
-
 def is_finished(run: Store) -> bool:
-    """Whether the test split has judged the run."""
-    return run.exists(VERDICT)
+    """Whether the run was trained to its end, judged on the test split and exported."""
+    return run.exists(VERDICT) and run.exists(f"{EXPORT}/config.json")
 
 
 def _commit(folder: Path) -> str | None:

@@ -1,0 +1,127 @@
+"""A pretraining run small enough for a test, through the entry that users call, on real text."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import psutil
+
+from cluster.session import PROJECT
+from cluster.storage import Store
+from trainers.metrics import read_metrics, steps_of
+
+STEPS = 24
+SETTINGS = {
+    "run.steps": STEPS,
+    "run.prompts": '["The "]',
+    "run.log_every_seconds": 2,
+    "cluster.cpus_per_worker": 0.75,
+    "cluster.threads_per_worker": 1,
+    "corpus.fragment_tokens": 4096,
+    "corpus.splits.validation": 0.1,
+    "corpus.splits.test": 0.1,
+    "corpus.tokenizer.vocab_size": 512,
+    "batch.seq_len": 64,
+    "batch.rows_per_step": 8,
+    "order.lanes": 4,
+    "order.window_steps": 4,
+    "model.hidden_size": 32,
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.intermediate_size": 64,
+    "model.max_positions": 64,
+    "engine.precision": "fp32",
+    "engine.micro_batch_rows": 2,
+    "checkpoint.every_steps": 4,
+    "validation.every_steps": 8,
+    "validation.max_rows": 16,
+    "schedule.warmup_steps": 4,
+}
+
+
+def put_corpus(store: Store, num_shards: int = 3) -> None:
+    """Put Python's own reference documentation, 0.5 MB of English, as JSONL shards."""
+    lines = [json.dumps({"id": name, "text": text}) for name, text in sorted(topics.items())]
+    for shard in range(num_shards):
+        store.put(f"part-{shard}.jsonl", "\n".join(lines[shard::num_shards]).encode())
+
+
+class SmallRun:
+    """One run under `root`, a URI that also holds its corpus; started as often as wanted."""
+
+    def __init__(self, root: str, log: Path) -> None:
+        self.root, self._log = root, log
+
+    def command(self, **changes: Any) -> list[str]:
+        """The command line; double underscores in the names of changes stand for dots."""
+        uris = {
+            "corpus.uri": f"{self.root}/raw",
+            "corpus.prepared": f"{self.root}/prepared",
+            "run.storage": f"{self.root}/runs",
+        }
+        settings = SETTINGS | uris | {key.replace("__", "."): value for key, value in changes.items()}
+        arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        return [sys.executable, str(PROJECT / "trainers" / "pretrain.py"), *arguments]
+
+    def start(self, **changes: Any) -> subprocess.Popen[bytes]:
+        """Start the entry in a process group of its own, from a folder that is not the project's."""
+        with open(self._log, "ab") as log:
+            return subprocess.Popen(
+                self.command(**changes),
+                cwd=self._log.parent,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+            )
+
+    def finish(self, process: subprocess.Popen[bytes], seconds: float = 240.0) -> int:
+        """Wait for the end; the exit status."""
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            kill_tree(process.pid)
+            raise AssertionError(f"the run did not end in {seconds} s:\n{self.output()[-4000:]}") from None
+
+    def output(self) -> str:
+        """All that the driver printed, in all starts."""
+        return self._log.read_text(errors="replace")
+
+
+def steps_by_number(store: Store) -> dict[int, dict[str, Any]]:
+    """The run's history: the record of each finished step."""
+    return {record["step"]: record for record in steps_of(read_metrics(store))}
+
+
+def wait_for_step(store: Store, step: int, process: subprocess.Popen[bytes], seconds: float = 180.0) -> None:
+    """Return once the metrics show that step."""
+    ends = time.monotonic() + seconds
+    while max(steps_by_number(store), default=0) < step:
+        assert process.poll() is None, "the run ended before the step was reached"
+        assert time.monotonic() < ends, f"step {step} was not reached in {seconds} s"
+        time.sleep(0.2)
+
+
+def training_workers(driver_pid: int) -> list[psutil.Process]:
+    """The processes of Ray Train's workers under a driver."""
+    return [
+        child
+        for child in psutil.Process(driver_pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline())
+    ]
+
+
+def kill_tree(pid: int) -> None:
+    """kill -9 a process and everything that it started."""
+    parent = psutil.Process(pid)
+    for process in [parent, *parent.children(recursive=True)]:
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
