@@ -1,5 +1,4 @@
-"""What a text is once it is read: normalised, so that equal texts are equal bytes, and named by a hash of its
-content."""
+"""What a text is once it is read: normalised, so that equal texts are equal bytes, and hashed."""
 
 import hashlib
 import unicodedata

@@ -1,5 +1,4 @@
-"""Reading raw shards: a stream of documents and of records that could not be read, whatever the shard's
-size."""
+"""Reading raw shards of any size: a stream of documents, and of records that hold none."""
 
 import json
 from collections.abc import Iterator
@@ -76,8 +75,7 @@ def read_documents(store: Store, shard: RawShard, config: CorpusConfig) -> Itera
 
 
 class _Watched:
-    """A file whose failures to read are the store's, and so told from what a torn file does to its
-    decoder."""
+    """A file whose failures to read are told from what torn content does to its decoder."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -208,8 +206,7 @@ def _read_exactly(stream: Any, num_bytes: int) -> Iterator[bytes]:
 
 
 def _lines(stream: Any, max_bytes: int) -> Iterator[bytes]:
-    """Lines without their line feeds. Of one longer than `max_bytes` just more than that comes, the rest is
-    skipped."""
+    """Lines without their line feeds; of a line longer than `max_bytes` somewhat more than that, no end."""
     pieces: list[bytes] = []
     held = 0
     while block := stream.read(BLOCK_BYTES):

@@ -6,7 +6,7 @@ Four passes over pieces of work, each named by its input and done once:
 
 1. survey: read every piece (some raw shards), write its documents' content hashes and splits, set broken
    records aside;
-2. duplicates: sort the hashes of all pieces, one range of hashes at a time, note which documents to leave out;
+2. duplicates: sort the hashes of all pieces, one range at a time, and note which documents to leave out;
 3. tokenizer: the given one, or one trained on a bounded sample of the train split;
 4. tokens: read every piece again, leave out what was noted, write token shards.
 

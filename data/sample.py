@@ -29,7 +29,9 @@ SCENE = re.compile(r"^(?:## .*\n\s*)?### ", re.MULTILINE)
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, metavar="URI", help="folder or s3://bucket/prefix for the shards")
+    parser.add_argument(
+        "--output", required=True, metavar="URI", help="folder or s3://bucket/prefix for the shards"
+    )
     options = parser.parse_args(argv)
     store = open_store(options.output)
     if present := store.list():

@@ -150,7 +150,7 @@ class ShardWriter:
             "num_tokens": len(values),
             "num_bytes": sum(pending.num_bytes),
             "num_documents": pending.num_documents,
-            "checksum": zlib.crc32(values),
+            "checksum": zlib.crc32(values.data),
         }
         for name, value in entry.items():
             self._columns.setdefault(name, []).append(value)
@@ -235,7 +235,7 @@ def _read_verified(store: Store, manifest: Manifest, fragment: int, columns: lis
         except (OSError, pa.ArrowException) as broken:
             reason = str(broken)
         else:
-            found = zlib.crc32(_join(table.column("tokens"), np.dtype(np.uint8)))
+            found = zlib.crc32(_join(table.column("tokens"), np.dtype(np.uint8)).data)
             if found == checksum:
                 return table
             reason = f"checksum {found:#010x} instead of {checksum:#010x}"

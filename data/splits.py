@@ -13,14 +13,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """How documents are dealt to train, validation and test. A split that is named by patterns takes no
-    fraction."""
+    """How documents are dealt to train, validation and test, by fractions or by names."""
 
     validation: float = 0.005
-    """Share of the documents, by hash of their content, in 0 to 1; without effect if validation is named
-    below."""
+    """Share of the documents, by hash of content, in 0 to 1; not used if validation is named below."""
     test: float = 0.005
-    """Share of the documents, by hash of their content, in 0 to 1; without effect if test is named below."""
+    """Share of the documents, by hash of content, in 0 to 1; not used if test is named below."""
     validation_shards: tuple[str, ...] = ()
     """Patterns (`*`, `?`, `[abc]`) of raw shards' paths, relative to their source, that are validation."""
     test_shards: tuple[str, ...] = ()
@@ -48,8 +46,7 @@ class SplitConfig:
 
 
 def matching_pattern(config: SplitConfig, shard: str, document_id: str) -> tuple[str, str] | None:
-    """The first of `config.patterns()` that names this document, by shard or id. Test goes before
-    validation."""
+    """The first of `config.patterns()` that names this document, by shard or id; None if none does."""
     for key, pattern in config.patterns():
         if fnmatchcase(shard if key.endswith("_shards") else document_id, pattern):
             return key, pattern

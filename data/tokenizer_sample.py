@@ -58,8 +58,7 @@ def _of_piece(
 
 
 def _equal_share(sizes: Sequence[int], total: int) -> int:
-    """The greatest share, equal for all, such that together they take at most `total` (smaller ones take all
-    they have)."""
+    """The greatest share, equal for all, with which they take at most `total`; small ones take less."""
     remaining = total
     for left, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
         if size * left > remaining:

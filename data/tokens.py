@@ -41,8 +41,7 @@ class TokenizerConfig:
     boundary: str = "<|endoftext|>"
     """Special token that begins each document; added to a given tokenizer that lacks it."""
     sample_bytes: int = 67_108_864
-    """Text that a tokenizer is trained on, at most: documents of the train split, chosen by hash of their
-    content."""
+    """Text of the train split that a tokenizer is trained on, at most."""
 
     def problems(self, at: str) -> Iterator[str]:
         """Messages on values that cannot be met; `at` is the section's dotted name."""
@@ -160,8 +159,7 @@ def load_tokenizer(store: Store, fingerprint: str, boundary: str) -> FixedTokeni
 
 
 class Encoder:
-    """Turns texts into token arrays, each beginning with the boundary; text itself never yields a special
-    token."""
+    """Turns texts into tokens, each beginning with the boundary, that text itself never yields."""
 
     def __init__(self, fixed: FixedTokenizer) -> None:
         self._tokenizer = Tokenizer.from_str(fixed.json)

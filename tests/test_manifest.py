@@ -1,0 +1,124 @@
+"""Laws of the manifest: named by all of its content, and refused when that was altered."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.storage import open_store
+from data.manifest import (
+    Fragments,
+    Manifest,
+    ManifestError,
+    Shard,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+
+SHARDS = (
+    Shard("shards/a.parquet", "train", "plays", 1_000, "aa"),
+    Shard("shards/b.parquet", "test", "plays", 500, "bb"),
+    Shard("shards/c.parquet", "train", "poems", 700, "cc"),
+)
+FRAGMENTS = Fragments.from_columns(
+    {
+        "shard": [0, 0, 1, 2],
+        "row_group": [0, 1, 0, 0],
+        "num_tokens": [100, 50, 30, 20],
+        "num_bytes": [400, 150, 90, 80],
+        "num_documents": [3, 2, 1, 1],
+        "checksum": [1, 2**32 - 1, 3, 4],
+    }
+)
+MANIFEST = Manifest(
+    tokenizer="0123456789abcdef",
+    vocab_size=4_096,
+    boundary_id=0,
+    token_dtype="uint16",
+    sources=("plays", "poems"),
+    shards=SHARDS,
+    fragments=FRAGMENTS,
+    duplicates={"train": {"plays": 2, "poems": 0}},
+    set_aside={"plays": 1, "poems": 0},
+)
+
+
+def test_reading_gives_what_was_written_by_digest_and_as_latest(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    write_manifest(store, replace(MANIFEST, boundary_id=7))
+    write_manifest(store, MANIFEST)
+    for name in ("latest", MANIFEST.digest):
+        manifest = read_manifest(store, name)
+        assert manifest.digest == MANIFEST.digest
+        assert manifest.shards == SHARDS and manifest.sources == MANIFEST.sources
+        assert manifest.fragments.checksum.tolist() == FRAGMENTS.checksum.tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer": "f" * 16},
+        {"vocab_size": 4_097},
+        {"boundary_id": 1},
+        {"token_dtype": "uint32"},
+        {"sources": ("plays",)},
+        {"shards": SHARDS[:2]},
+        {"duplicates": {}},
+        {"set_aside": {}},
+        *(
+            {"fragments": replace(FRAGMENTS, **{name: getattr(FRAGMENTS, name)[::-1].copy()})}
+            for name in ("shard", "row_group", "num_tokens", "num_bytes", "num_documents", "checksum")
+        ),
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_digest_covers_every_field(change: dict) -> None:
+    assert replace(MANIFEST, **change).digest != MANIFEST.digest
+
+
+def test_a_manifest_of_other_content_than_its_name_is_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    write_manifest(store, MANIFEST)
+    other = replace(MANIFEST, boundary_id=9)
+    write_manifest(store, other)
+    store.put(manifest_path(MANIFEST.digest), store.read(manifest_path(other.digest)))
+    with pytest.raises(ManifestError, match=f"{MANIFEST.digest}.*altered.*{other.digest}"):
+        read_manifest(store, MANIFEST.digest)
+
+
+def test_a_torn_or_absent_manifest_is_refused_with_its_path(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    with pytest.raises(ManifestError, match=r"no manifest.*data/prepare\.py"):
+        read_manifest(store)
+    path = write_manifest(store, MANIFEST)
+    store.put(path, store.read(path)[:-20])
+    with pytest.raises(ManifestError, match=MANIFEST.digest):
+        read_manifest(store)
+
+
+def test_select_gives_the_fragments_of_a_split_and_source() -> None:
+    assert MANIFEST.select("train").tolist() == [0, 1, 3]
+    assert MANIFEST.select("train", "poems").tolist() == [3]
+    assert MANIFEST.select("validation").tolist() == []
+    with pytest.raises(ManifestError, match="validation"):
+        MANIFEST.select("dev")
+    with pytest.raises(ManifestError, match="plays, poems"):
+        MANIFEST.select("train", "novels")
+
+
+def test_summary_adds_up_to_the_counts_of_the_fragments() -> None:
+    summary = MANIFEST.summary()
+    plays = summary["splits"]["train"]["plays"]
+    assert plays == {
+        "fragments": 2,
+        "documents": 5,
+        "bytes": 550,
+        "tokens": 150,
+        "bytes_per_token": 550 / 150,
+        "duplicates": 2,
+    }
+    assert summary["set_aside"] == {"plays": 1, "poems": 0}
+    tokens = [counts["tokens"] for split in summary["splits"].values() for counts in split.values()]
+    assert sum(tokens) == int(np.sum(FRAGMENTS.num_tokens))

@@ -1,0 +1,170 @@
+"""Laws of token shards: what was written is read, and what was altered is refused."""
+
+import io
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.storage import Store, open_store
+from cluster.store import LocalStore
+from data.manifest import Fragments, Manifest
+from data.shards import PART_TOKENS, ShardError, ShardWriter, read_fragment, read_fragment_documents
+
+BOUNDARY = 0
+
+
+def write(
+    store: Store, documents: Sequence[np.ndarray], *, dtype: str = "uint16", fragment: int, shard: int = 10**9
+) -> Manifest:
+    with ShardWriter(
+        store, split="train", source="s", token_dtype=dtype, fragment_tokens=fragment, shard_tokens=shard
+    ) as writer:
+        for number, tokens in enumerate(documents):
+            writer.add(f"doc-{number}", tokens, 3 * len(tokens) + 1)
+        written = writer.finish()
+    columns: dict[str, list[int]] = {"shard": []}
+    for index, each in enumerate(written):
+        columns["shard"] += [index] * len(each.fragments["row_group"])
+        for name, values in each.fragments.items():
+            columns.setdefault(name, []).extend(values)
+    shards = tuple(each.shard for each in written)
+    fragments = Fragments.from_columns(columns)
+    return Manifest("0" * 16, 2**16, BOUNDARY, dtype, ("s",), shards, fragments, {}, {})
+
+
+def document(length: int, highest: int = 2**16) -> np.ndarray:
+    tokens = np.random.default_rng(length).integers(1, highest, length, np.uint32)
+    tokens[0] = BOUNDARY
+    return tokens
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40),
+    fragment=st.integers(1, 600),
+    shard=st.integers(1, 3_000),
+    dtype=st.sampled_from(["uint16", "uint32"]),
+)
+def test_fragments_in_order_are_the_documents_in_order(
+    lengths: list[int], fragment: int, shard: int, dtype: str
+) -> None:
+    documents = [document(length) for length in lengths]
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(folder)
+        manifest = write(store, documents, dtype=dtype, fragment=fragment, shard=shard)
+        read = [read_fragment(store, manifest, index) for index in range(len(manifest.fragments))]
+        ids = [read_fragment_documents(store, manifest, index)[0] for index in range(len(read))]
+    assert np.array_equal(np.concatenate(read), np.concatenate(documents))
+    assert all(tokens.dtype == np.dtype(dtype) for tokens in read)
+    assert [len(tokens) for tokens in read] == manifest.fragments.num_tokens.tolist()
+    assert all(len(tokens) <= max(fragment, *lengths) for tokens in read)
+    assert sum(ids, []) == [f"doc-{number}" for number in range(len(lengths))]
+    assert manifest.fragments.num_bytes.sum() == sum(3 * length + 1 for length in lengths)
+
+
+def test_documents_of_a_fragment_begin_where_their_boundaries_are(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write(store, [document(length) for length in (5, 1, 300, 2)], fragment=1_000)
+    ids, starts = read_fragment_documents(store, manifest, 0)
+    assert ids == ["doc-0", "doc-1", "doc-2", "doc-3"]
+    assert starts.tolist() == np.flatnonzero(read_fragment(store, manifest, 0) == BOUNDARY).tolist()
+
+
+def test_a_very_long_document_is_cut_into_parts_of_which_only_the_first_begins(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    whole = document(2 * PART_TOKENS + 10)
+    manifest = write(store, [document(9), whole], fragment=4_096)
+    assert manifest.fragments.num_tokens.tolist() == [9, PART_TOKENS, PART_TOKENS, 10]
+    assert manifest.fragments.num_documents.tolist() == [1, 1, 0, 0]
+    assert manifest.fragments.num_bytes.sum() == 3 * (len(whole) + 9) + 2
+    ids = [read_fragment_documents(store, manifest, index)[0] for index in (1, 2, 3)]
+    assert ids == [["doc-1#1"], ["doc-1#2"], ["doc-1#3"]]
+    parts = np.concatenate([read_fragment(store, manifest, index) for index in (1, 2, 3)])
+    assert np.array_equal(parts, whole)
+
+
+def test_equal_content_has_equal_names(tmp_path: Path) -> None:
+    documents = [document(length) for length in (50, 60, 70)]
+    one, two = (write(open_store(str(tmp_path / name)), documents, fragment=100) for name in "ab")
+    assert one.shards == two.shards
+    assert one.digest == two.digest
+    other = write(open_store(str(tmp_path / "c")), documents[:2], fragment=100)
+    assert other.shards != one.shards
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
+def test_a_flipped_byte_on_the_disk_is_refused_by_shard_and_fragment(tmp_path: Path, place: float) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write(store, [document(1_000) for _ in range(8)], fragment=1_000)
+    path = manifest.shards[0].path
+    content = bytearray(store.read(path))
+    content[int(len(content) * place * 0.9)] ^= 0x10
+    store.put(path, bytes(content))
+    refused = 0
+    for index in range(len(manifest.fragments)):
+        try:
+            tokens = read_fragment(store, manifest, index)
+        except ShardError as error:
+            assert path in str(error) and f"fragment {index}" in str(error)
+            refused += 1
+        else:
+            assert np.array_equal(tokens, document(1_000))
+    assert refused == 1
+
+
+class _FlipsOneByteOnce(LocalStore):
+    """A store behind a wire that damages one of the answers."""
+
+    flips: list[bool] = [True]
+
+    def open(self, path: str) -> BinaryIO:
+        content = bytearray(self.read(path))
+        if self.flips:
+            self.flips.pop()
+            content[len(content) // 2] ^= 1
+        return io.BytesIO(bytes(content))
+
+
+def test_a_byte_flipped_on_the_way_is_read_again(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write(store, [document(5_000)], fragment=10_000)
+    read_fragment(store, manifest, 0)  # its footer is now known, so that the tokens are what is damaged
+    damaged = _FlipsOneByteOnce(store.uri, store.policy)
+    assert np.array_equal(read_fragment(damaged, manifest, 0), document(5_000))
+    assert not damaged.flips
+
+
+def test_another_checksum_in_the_manifest_is_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write(store, [document(100)], fragment=1_000)
+    fragments = replace(manifest.fragments, checksum=manifest.fragments.checksum ^ np.uint32(1))
+    with pytest.raises(ShardError, match="checksum"):
+        read_fragment(store, replace(manifest, fragments=fragments), 0)
+
+
+def test_nothing_written_stays_on_the_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = tmp_path / "local"
+    local.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(local))
+    with (
+        pytest.raises(RuntimeError),
+        ShardWriter(
+            open_store(str(tmp_path / "s")),
+            split="train",
+            source="s",
+            token_dtype="uint16",
+            fragment_tokens=10,
+        ) as writer,
+    ):
+        for number in range(10):
+            writer.add(str(number), document(9), 1)
+        assert list(local.iterdir())
+        raise RuntimeError
+    assert not list(local.iterdir())
