@@ -1,7 +1,8 @@
 """The backbone: a decoder shaped as Llama (Touvron et al. 2023), with few and large parameters.
 
-Query, key and value projections are one matrix, gate and up projections another: ZeRO's hooks cost host time per
-parameter. `trainers/export.py` splits them. Positions go on across the documents of a row, as in the exported model.
+Query, key and value projections are one matrix, gate and up projections another: ZeRO's hooks cost host time
+per parameter. `trainers/export.py` splits them. Positions go on across the documents of a row, as in the
+exported model.
 
 Legend: B rows, T positions, S positions attended to, D model width, N heads, K key/value heads, H head width,
 F width inside the MLP, V vocabulary, L layers.
@@ -48,7 +49,8 @@ class ModelConfig:
     document_mask: bool = False
     """Keep attention within a document."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; those that write to the residual stream have it / sqrt(2 L)."""
+    """Standard deviation of the initial weights; those that write to the residual stream have it / sqrt(2 L).
+    """
 
     @property
     def kv_heads(self) -> int:
@@ -72,11 +74,14 @@ class ModelConfig:
             return
         if self.hidden_size % self.num_heads:
             nearest = _nearest_divisor(self.hidden_size, self.num_heads)
-            yield f"{at}.num_heads={self.num_heads} does not divide {at}.hidden_size={self.hidden_size}; nearest: {nearest}"
+            yield (
+                f"{at}.num_heads={self.num_heads} does not divide {at}.hidden_size={self.hidden_size}; "
+                f"nearest: {nearest}"
+            )
         elif self.head_width % 2:
             yield (
-                f"{at}.hidden_size={self.hidden_size} / {at}.num_heads={self.num_heads} gives heads of odd width "
-                f"{self.head_width}, which rotary positions cannot halve; nearest {at}.hidden_size: "
+                f"{at}.hidden_size={self.hidden_size} / {at}.num_heads={self.num_heads} gives heads of odd "
+                f"width {self.head_width}, which rotary positions cannot halve; nearest {at}.hidden_size: "
                 f"{self.num_heads * (self.head_width + 1)}"
             )
         if self.num_kv_heads < 0 or self.num_heads % self.kv_heads:
@@ -112,8 +117,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Return the floating-point operations of one training token, forward and backward.
 
-    6 for each weight of a matrix product and 12 L N H T for attention, the causal half counted as if it were computed
-    (PaLM, Chowdhery et al. 2022, appendix B), so that MFU compares with published figures.
+    6 for each weight of a matrix product and 12 L N H T for attention, the causal half counted as if it were
+    computed (PaLM, Chowdhery et al. 2022, appendix B), so that MFU compares with published figures.
     """
     D, V = config.hidden_size, config.vocab_size
     norms = (2 * config.num_layers + 1) * D
@@ -155,14 +160,21 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         heads_BTAH = self.qkv_proj(x_BTD).view(B, T, -1, self.head_width)
-        q_BTNH, k_BTKH, v_BTKH = heads_BTAH.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q_BTNH, k_BTKH, v_BTKH = heads_BTAH.split(
+            [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2
+        )
         q = rotate(q_BTNH, *rotation).transpose(1, 2)
         k = rotate(k_BTKH, *rotation).transpose(1, 2)
         v = v_BTKH.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         mixed_BNTH = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=self.num_heads != self.num_kv_heads
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return self.o_proj(mixed_BNTH.transpose(1, 2).reshape(B, T, -1))
 
@@ -194,7 +206,8 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """Output projection, with the loss inside: ZeRO stage 3 gathers a weight for the forward pass of its module."""
+    """Output projection, with the loss inside: ZeRO stage 3 gathers a weight for the forward pass of its
+    module."""
 
     def forward(  # type: ignore[override]
         self, x_BTD: Tensor, targets_BT: Tensor | None = None, weights_BT: Tensor | None = None
@@ -240,11 +253,12 @@ class Decoder(nn.Module):
         targets_BT: Tensor | None = None,
         weights_BT: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return hidden states [B, T, D]; with `targets_BT` the loss sum (float32, nats) and each row's sum [B].
+        """Return hidden states [B, T, D]; with `targets_BT` the loss sum (float32, nats) and each row's sum
+        [B].
 
         A position attends to the earlier ones of its segment; without `segments_BT` to all earlier ones.
-        `weights_BT` (float32, default 1) multiplies each target's loss. A `cache` supplies the earlier positions and
-        takes in the new ones.
+        `weights_BT` (float32, default 1) multiplies each target's loss. A `cache` supplies the earlier
+        positions and takes in the new ones.
         """
         x_BTD = self.embed_tokens(tokens_BT)
         start = cache.length if cache is not None else 0
@@ -266,11 +280,15 @@ class Decoder(nn.Module):
 
 
 def rotary_table(config: ModelConfig, start: int, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [T, 1, H] (RoFormer, Su et al. 2021), in halves as transformers' Llama has them.
+    """Return cosines and sines [T, 1, H] (RoFormer, Su et al. 2021), in halves as transformers' Llama has
+    them.
 
-    Computed in float32 at each call: a buffer would be cast to bf16 by the engine and lost on the meta device.
+    Computed in float32 at each call: a buffer would be cast to bf16 by the engine and lost on the meta
+    device.
     """
-    exponents = torch.arange(0, config.head_width, 2, device=like.device, dtype=torch.float32) / config.head_width
+    exponents = (
+        torch.arange(0, config.head_width, 2, device=like.device, dtype=torch.float32) / config.head_width
+    )
     positions = torch.arange(start, start + num_positions, device=like.device, dtype=torch.float32)
     angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
     angles_T1H = torch.cat((angles, angles), dim=-1)[:, None, :]
@@ -285,8 +303,8 @@ def rotate(x_BTNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
 def attention_mask(segments_BT: Tensor | None, cache: Cache | None, like: Tensor) -> Tensor | None:
     """Return what is added to the scores, [B, 1, T, S], or None where plain causal attention does.
 
-    Additive and in the compute type, made once for all layers: fused kernels take it as it is, on CPU and CUDA.
-    Plain causal attention needs no mask and takes the faster kernel.
+    Additive and in the compute type, made once for all layers: fused kernels take it as it is, on CPU and
+    CUDA. Plain causal attention needs no mask and takes the faster kernel.
     """
     if segments_BT is None:
         assert cache is None, "a cache needs segments"
@@ -307,11 +325,19 @@ def build(
     config: ModelConfig, seed: int, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Decoder:
     """Make a decoder with the initial weights of `seed`."""
+    model = build_empty(config, device=device, dtype=dtype)
+    initialize(model, seed)
+    return model
+
+
+def build_empty(
+    config: ModelConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """Make a decoder whose memory is not filled yet, sparing torch's default initialisation."""
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     model.to_empty(device=device)
     model.tie()
-    initialize(model, seed)
     return model
 
 
@@ -325,8 +351,9 @@ def initialize(model: Decoder, seed: int) -> None:
 def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
     """Return a parameter's initial value, float32 on the CPU.
 
-    Normal with `init_std`; output projections of attention and MLP divided by sqrt(2 L), as in GPT-2 (Radford et al.
-    2019, section 2.3); norms one. A pure function of (seed, name): any shard can be made anywhere, in any order.
+    Normal with `init_std`; output projections of attention and MLP divided by sqrt(2 L), as in GPT-2 (Radford
+    et al. 2019, section 2.3); norms one. A pure function of (seed, name): any shard can be made anywhere, in
+    any order.
     """
     if len(shape) == 1:
         return torch.ones(shape)

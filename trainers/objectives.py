@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 MIN_CHUNK_TOKENS = 128
-"""A matrix product over fewer tokens no longer fills the matrix units (AMX tiles of 32, tensor cores of 128)."""
+"""A matrix product over fewer tokens no longer fills the matrix units (AMX tiles of 32, tensor cores of 128).
+"""
 
 
 class LossSum(NamedTuple):
@@ -21,7 +22,8 @@ class LossSum(NamedTuple):
     num_targets: Tensor
     """float32 scalar: the sum of the targets' weights."""
     per_row_B: Tensor
-    """float32, detached: the sum of each row in nats, so that a guard can name the documents of a bad step."""
+    """float32, detached: the sum of each row in nats, so that a guard can name the documents of a bad step.
+    """
 
 
 def causal_lm(
@@ -29,9 +31,9 @@ def causal_lm(
 ) -> LossSum:
     """Predict each token from those before it.
 
-    `rows_BT1` holds T + 1 tokens a row (any integer type). `weights` is float32, of shape [B], or [B, T] for each
-    target: 0 leaves out filler rows and padding. With `document_mask` no token attends to an earlier document;
-    a document starts at each `boundary_id`.
+    `rows_BT1` holds T + 1 tokens a row (any integer type). `weights` is float32, of shape [B], or [B, T] for
+    each target: 0 leaves out filler rows and padding. With `document_mask` no token attends to an earlier
+    document; a document starts at each `boundary_id`.
     """
     rows_BT1 = rows_BT1.long()
     tokens_BT, targets_BT = rows_BT1[:, :-1], rows_BT1[:, 1:]
@@ -49,11 +51,12 @@ def document_segments(tokens_BT: Tensor, boundary_id: int) -> Tensor:
 def linear_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the cross entropies of `hidden @ weight.T` (differentiable) and each token's (not).
+    """Return the weighted sum of the cross entropies of `hidden @ weight.T` (differentiable) and each token's
+    (not).
 
     Both are float32, in nats. Chunks of tokens are taken through loss and gradient in the forward pass, as in
-    Liger Kernel (Hsu et al. 2024, section 3.2), so no logits are kept and none computed twice.
-    torch 2.13 has F.linear_cross_entropy, whose chunked form takes no token weights and breaks a compiled graph.
+    Liger Kernel (Hsu et al. 2024, section 3.2), so no logits are kept and none computed twice. torch 2.13 has
+    F.linear_cross_entropy, whose chunked form takes no token weights and breaks a compiled graph.
     """
     wants_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, weights_N, wants_gradient)
@@ -68,7 +71,12 @@ def chunk_tokens(num_tokens: int, width: int, vocab_size: int) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, wants_gradient: bool
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         size = chunk_tokens(len(hidden_ND), hidden_ND.shape[1], weight_VD.shape[0])
         losses, grads_hidden = [], []

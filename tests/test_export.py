@@ -1,0 +1,172 @@
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cluster.storage import open_store
+from trainers import export as export_module
+from trainers.export import export, load_exported
+from trainers.generate import SamplingConfig, generate
+from trainers.model import ModelConfig, build
+
+BOUNDARY = "<|endoftext|>"
+TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer"
+SHAPE = dict(hidden_size=48, num_layers=3, num_heads=4, intermediate_size=80, max_positions=96)
+SHAPES = {
+    "plain": dict(),
+    "grouped": dict(num_kv_heads=2),
+    "tied": dict(tie_embeddings=True),
+    "grouped-tied": dict(num_kv_heads=1, tie_embeddings=True, rope_theta=50_000.0, norm_eps=1e-3),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trained.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=[BOUNDARY], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    return trained
+
+
+def exported_model(tokenizer, shape, uri, **options):
+    model = build(ModelConfig(vocab_size=tokenizer.get_vocab_size(), **SHAPE, **shape), seed=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    boundary_id = tokenizer.token_to_id(BOUNDARY)
+    export(
+        model.named_parameters(),
+        model.config,
+        tokenizer.to_str().encode(),
+        boundary_id,
+        open_store(uri),
+        **options,
+    )
+    return model.eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_transformers_computes_the_same_logits(tokenizer, shape, tmp_path):
+    model = exported_model(tokenizer, shape, str(tmp_path))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.LlamaForCausalLM and loaded.dtype == torch.float32
+    tokens = torch.randint(300, (2, 90), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = model.logits(model(tokens)), loaded(tokens).logits
+    assert theirs.std() > 0.1
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_transformers_continues_a_prompt_with_the_same_tokens(tokenizer, shape, tmp_path):
+    model = exported_model(tokenizer, shape, str(tmp_path))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = [0, *tokenizer.encode("To be").ids]
+    theirs = loaded.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(
+            1, len(prompt)
+        ),  # else the boundary, which is the padding too, would be masked
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    ours = generate(model, [prompt], SamplingConfig(max_new_tokens=12, temperature=0))
+    assert ours[0] == theirs[0, len(prompt) :].tolist()
+
+
+def test_transformers_reads_the_same_tokenizer(tokenizer, tmp_path):
+    exported_model(tokenizer, {}, str(tmp_path))
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(TEXT)["input_ids"] == tokenizer.encode(TEXT).ids
+    assert loaded.decode(tokenizer.encode(TEXT).ids) == TEXT
+    assert loaded.bos_token == loaded.eos_token == loaded.pad_token == BOUNDARY
+    assert loaded.model_max_length == 96 and loaded.padding_side == "left"
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_loading_gives_back_what_was_exported(tokenizer, shape, tmp_path):
+    model = exported_model(tokenizer, shape, str(tmp_path))
+    loaded = load_exported(open_store(str(tmp_path)))
+    assert loaded.tokenizer.to_str() == tokenizer.to_str()
+    assert loaded.boundary_id == tokenizer.token_to_id(BOUNDARY)
+    expected = dict(model.named_parameters())
+    found = dict(loaded.model.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_transformers_saved_loads_here(tokenizer, tmp_path):
+    model = exported_model(tokenizer, SHAPES["grouped-tied"], str(tmp_path))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    (tmp_path / "again/tokenizer.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+    loaded = load_exported(open_store(str(tmp_path / "again"))).model
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(loaded.logits(loaded(tokens)), model.logits(model(tokens)))
+
+
+def test_a_large_model_is_cut_into_files_that_transformers_joins(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "MAX_FILE_BYTES", 100_000)
+    model = exported_model(tokenizer, {}, str(tmp_path))
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
+    assert all(file.stat().st_size < 110_000 for file in files)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model.logits(model(tokens))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits
+        loaded = load_exported(open_store(str(tmp_path))).model
+        assert (theirs - expected).abs().max() < 1e-4
+        assert torch.equal(loaded.logits(loaded(tokens)), expected)
+
+
+def test_exporting_again_leaves_no_trace_of_the_larger_export(tokenizer, tmp_path, monkeypatch):
+    with monkeypatch.context() as smaller:
+        smaller.setattr(export_module, "MAX_FILE_BYTES", 100_000)
+        exported_model(tokenizer, {}, str(tmp_path))
+    exported_model(tokenizer, {"tie_embeddings": True}, str(tmp_path))
+    assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_bf16_export_halves_the_file(tokenizer, tmp_path):
+    exported_model(tokenizer, {}, str(tmp_path), dtype=torch.bfloat16)
+    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("norm.weight"), "missing, the first: norm.weight"),
+        (lambda state: state.update({"norm.bias": torch.zeros(48)}), "norm.bias"),
+        (lambda state: state.update({"norm.weight": torch.zeros(47)}), r"\(47,\).*\(48,\)"),
+    ],
+    ids=["missing", "unknown", "other shape"],
+)
+def test_weights_of_another_model_are_refused_and_leave_no_loadable_export(
+    tokenizer, tmp_path, change, message
+):
+    config = ModelConfig(vocab_size=300, **SHAPE)
+    state = dict(build(config, 0).named_parameters())
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        export(state, config, tokenizer.to_str().encode(), 0, open_store(str(tmp_path)))
+    with pytest.raises(FileNotFoundError):
+        load_exported(open_store(str(tmp_path)))
+
+
+def test_a_shape_that_the_decoder_lacks_is_refused_by_name(tokenizer, tmp_path):
+    exported_model(tokenizer, {}, str(tmp_path))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"attention_bias": True}))
+    with pytest.raises(ValueError, match="attention_bias=True"):
+        load_exported(open_store(str(tmp_path)))

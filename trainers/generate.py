@@ -1,0 +1,220 @@
+"""Continuing prompts with an exported model.
+
+    python trainers/generate.py --model runs/NAME/export --prompt "To be, or" --prompt "Enter" --temperature
+    0.7
+
+Legend: B prompts, T positions, V vocabulary.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cluster.keys import keys_of
+from cluster.storage import open_store
+from trainers.export import Exported, load_exported
+from trainers.model import Cache, Decoder, ModelConfig
+
+PADDING_SEGMENT, PROMPT_SEGMENT = -1, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen, and when a text ends."""
+
+    max_new_tokens: int = 128
+    """Tokens after the prompt, at most."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Choose among the k likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together reach this probability."""
+    seed: int = 0
+    """Of the random choices; the n-th prompt of a batch has a stream of its own."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation, and are not part of it."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        """Yield a line for each value that cannot be used."""
+        if self.max_new_tokens < 1:
+            yield f"{at}.max_new_tokens={self.max_new_tokens} must be at least 1"
+        if self.temperature < 0:
+            yield f"{at}.temperature={self.temperature} must be 0 (always the likeliest) or more"
+        if self.top_k < 0:
+            yield f"{at}.top_k={self.top_k} must be 0 (all tokens) or more"
+        if not 0 < self.top_p <= 1:
+            yield f"{at}.top_p={self.top_p} must be above 0 and at most 1"
+        if "" in self.stop:
+            yield f"{at}.stop holds an empty text, which would stop at once; remove it"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What follows a prompt."""
+
+    text: str
+    tokens: list[int]
+    ended_by: Literal["stop", "length"]
+    """stop: a stop text, or the model closed the document; length: max_new_tokens."""
+
+
+def complete(exported: Exported, prompts: Sequence[str], sampling: SamplingConfig) -> list[Completion]:
+    """Continue each prompt as the beginning of a document; one batch, whatever the lengths.
+
+    Raises:
+        ValueError: a prompt and its continuation need more positions than the model has.
+    """
+    tokenizer, boundary_id = exported.tokenizer, exported.boundary_id
+
+    def ends(tokens: Sequence[int]) -> bool:
+        return tokens[-1] == boundary_id or cut(tokenizer.decode(tokens), sampling.stop) is not None
+
+    encoded = [[boundary_id, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
+    completions = []
+    for tokens in generate(exported.model, encoded, sampling, ends):
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        before_stop = cut(text, sampling.stop)
+        completions.append(
+            Completion(
+                text if before_stop is None else before_stop, tokens, "stop" if ends(tokens) else "length"
+            )
+        )
+    return completions
+
+
+def cut(text: str, stops: Sequence[str]) -> str | None:
+    """Return what stands before the first of `stops`; None if none is in `text`."""
+    found = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(found)] if found else None
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    ends: Callable[[Sequence[int]], bool] = lambda tokens: False,
+) -> list[list[int]]:
+    """Return the tokens that follow each prompt; a row is closed once `ends` is true of its new tokens.
+
+    Shorter prompts are padded on the left with a segment of their own, which nothing else attends to; rotary
+    positions are relative, so a prompt's place in its row does not matter.
+    """
+    check_lengths(model.config, prompts, sampling.max_new_tokens)
+    device = model.embed_tokens.weight.device
+    longest = max(map(len, prompts))
+    tokens_BT = torch.zeros(len(prompts), longest, dtype=torch.long)
+    segments_BT = torch.full_like(tokens_BT, PADDING_SEGMENT)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
+        segments_BT[row, longest - len(prompt) :] = PROMPT_SEGMENT
+    tokens_BT, segments_BT = tokens_BT.to(device), segments_BT.to(device)
+    cache = Cache(
+        model.config, len(prompts), longest + sampling.max_new_tokens, like=model.embed_tokens.weight
+    )
+    streams = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+    written: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    for _ in range(sampling.max_new_tokens):
+        hidden_BTD = model(tokens_BT, segments_BT, cache)
+        chosen_B = choose(model.logits(hidden_BTD[:, -1:]).squeeze(1), sampling, streams)
+        for row, token in enumerate(chosen_B.tolist()):
+            if row in open_rows:
+                written[row].append(token)
+        open_rows = {row for row in open_rows if not ends(written[row])}
+        if not open_rows:
+            break
+        tokens_BT = chosen_B[:, None].to(device)
+        segments_BT = torch.full_like(tokens_BT, PROMPT_SEGMENT)
+    return written
+
+
+def check_lengths(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt has no tokens; give each at least the boundary token")
+    longest, room = max(map(len, prompts)), config.max_positions
+    if longest + max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens:,} after a prompt of {longest:,} tokens exceed the model's "
+            f"{room:,} positions; use at most {max(0, room - longest):,}, or a shorter prompt"
+        )
+
+
+def choose(logits_BV: Tensor, sampling: SamplingConfig, streams: Sequence[torch.Generator]) -> Tensor:
+    """Return the next token of each row, int64 [B], on the CPU."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1).cpu()
+    probabilities_BV = candidates(
+        logits_BV.float() / sampling.temperature, sampling.top_k, sampling.top_p
+    ).cpu()
+    picks = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities_BV, streams, strict=True)]
+    return torch.cat(picks)
+
+
+def candidates(logits_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Return the probabilities with all but the candidates at zero, not normalised again.
+
+    First the `top_k` likeliest (0: all), then of these the fewest that reach `top_p` of their joint
+    probability (nucleus sampling, Holtzman et al. 2020).
+    """
+    values_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        values_BV[:, top_k:] = -torch.inf
+    sorted_BV = values_BV.softmax(dim=-1)
+    likelier_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
+    sorted_BV[likelier_BV >= top_p] = 0
+    return torch.zeros_like(sorted_BV).scatter(-1, order_BV, sorted_BV)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Continue the prompts of the command line and print them."""
+    arguments = parse(argv)
+    exported = load_exported(open_store(arguments.model))
+    for prompt, completion in zip(
+        arguments.prompt, complete(exported, arguments.prompt, arguments.sampling), strict=True
+    ):
+        print(
+            f"{prompt}{completion.text}\n--- {len(completion.tokens)} tokens, ended by {completion.ended_by}"
+        )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; `sampling` holds the fields of SamplingConfig."""
+    parser = argparse.ArgumentParser(description="Continue prompts with an exported model.")
+    parser.add_argument(
+        "--model", required=True, metavar="URI", help="exported folder: a path, file://, s3:// or gs://"
+    )
+    parser.add_argument(
+        "--prompt", required=True, action="append", help="beginning of a document; repeatable"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], help="text that ends a continuation; repeatable"
+    )
+    for key in keys_of(SamplingConfig).values():
+        if key.name != "stop":
+            flag = f"--{key.name.replace('_', '-')}"
+            parser.add_argument(
+                flag, type=key.hint, default=key.default, help=f"{key.doc} (default {key.default})"
+            )
+    arguments = parser.parse_args(argv)
+    given = {key: getattr(arguments, key) for key in keys_of(SamplingConfig)}
+    arguments.sampling = SamplingConfig(**given | {"stop": tuple(arguments.stop)})
+    if problems := list(arguments.sampling.problems("")):
+        parser.error("; ".join(problem.lstrip(".") for problem in problems))
+    return arguments
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a missing folder, a model of another shape, a prompt that is too long
+        sys.exit(f"generate: {error}")
