@@ -16,7 +16,7 @@ The same corpus prepared elsewhere with the same settings has the same digest.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -126,6 +126,21 @@ class Manifest:
             [shard.split == split and source in (None, shard.source) for shard in self.shards], dtype=bool
         )
         return np.flatnonzero(wanted[self.fragments.shard]) if len(self.shards) else np.empty(0, np.int64)
+
+    def part(self, chosen: np.ndarray) -> "Manifest":
+        """Some fragments (int64 indices) and their shards alone: what a reader elsewhere needs to be sent.
+
+        It goes by the digest of the whole, which errors are to name.
+        """
+        shards, shard = np.unique(self.fragments.shard[chosen], return_inverse=True)
+        columns = {name: getattr(self.fragments, name)[chosen] for name in FRAGMENT_DTYPES}
+        part = replace(
+            self,
+            shards=tuple(self.shards[index] for index in shards),
+            fragments=Fragments.from_columns(columns | {"shard": shard}),
+        )
+        vars(part)["digest"] = self.digest
+        return part
 
     def summary(self) -> dict[str, Any]:
         """Counts for tables.
