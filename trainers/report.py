@@ -1,0 +1,212 @@
+"""A run as one page: `python trainers/report.py --run URI` writes `report.html` into the run, also half-way.
+
+Everything on it is recomputed from the run directory. A file that is not there (yet) leaves its section out,
+or says so; nothing is estimated but energy, whose assumption is printed.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run as a file: the project's root is not on the path, this folder is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import jinja2
+import yaml
+
+from cluster.storage import Store, open_store
+from trainers.charts import draw_charts
+from trainers.metrics import events_of
+from trainers.results import (
+    RunFiles,
+    Score,
+    Totals,
+    attempts_of,
+    energy_of,
+    read_run,
+    scores_of,
+    totals_of,
+)
+from trainers.units import count, duration, energy, flop, mass, size
+
+REPORT = "report.html"
+TEMPLATE = Path(__file__).with_suffix(".html")
+
+
+def write_report(store: Store) -> str:
+    """Makes the page of a run and puts it there; returns its URI. ValueError if no run is there."""
+    run = read_run(store)
+    store.put(REPORT, render(run, name=store.uri.rstrip("/").rpartition("/")[2]).encode())
+    return f"{store.uri.rstrip('/')}/{REPORT}"
+
+
+def render(run: RunFiles, name: str) -> str:
+    """The page as HTML, whole in itself."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "count": count,
+        "size": size,
+        "duration": duration,
+        "energy": energy,
+        "mass": mass,
+        "settings": lambda settings: ", ".join(f"{key} {value}" for key, value in settings.items()),
+    }
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page(run, name))
+
+
+def page(run: RunFiles, name: str) -> dict[str, Any]:
+    """What the template is filled with."""
+    totals, scores = totals_of(run), scores_of(run)
+    floor = ((run.test or {}).get("floor") or {}).get("validation")
+    return {
+        "name": name,
+        "state": state(run, totals),
+        "numbers": list(headline(run, totals, scores)),
+        "scores": scores,
+        "reading": reading(run, scores),
+        "charts": draw_charts(run.history, run.attempts, floor),
+        "marks": marks(run),
+        "attempts": attempts_of(run.attempts),
+        "repeated": repeated(totals),
+        "skipped": [
+            {
+                "step": event["step"],
+                "reason": event.get("reason", ""),
+                "documents": event.get("documents", []),
+            }
+            for event in events_of(run.attempts, "skipped")
+        ],
+        "energy": energy_of(run),
+        "samples": run.samples,
+        "corpus": corpus_table(run.manifest),
+        "plan": run.plan,
+        "config": None
+        if run.config is None
+        else yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+        "environment": list(flatten(run.environment or {})),
+        "made": f"Made {datetime.now(UTC):%Y-%m-%d %H:%M} UTC from {len(run.attempts):,} records.",
+    }
+
+
+def state(run: RunFiles, totals: Totals | None) -> str:
+    """One line: how far the run is, and of what it is."""
+    planned = ((run.config or {}).get("run") or {}).get("steps")
+    if totals is None:
+        return "No step finished yet."
+    trained = f"{count(totals.tokens)} tokens in {duration(totals.step_seconds)} of training"
+    if run.test is not None:
+        return f"Finished after {totals.steps:,} steps: {trained}."
+    of_all = f" of {planned:,}" if planned else ""
+    return f"Under way or interrupted: step {totals.steps:,}{of_all}, {trained}."
+
+
+def headline(run: RunFiles, totals: Totals | None, scores: Sequence[Score]) -> Iterator[dict[str, str]]:
+    """The numbers at the top, each with its unit and what it is of."""
+
+    def number(name: str, value: str, unit: str, note: str) -> dict[str, str]:
+        return {"name": name, "value": value, "unit": unit, "note": note}
+
+    for score in reversed(scores):
+        note = f"perplexity {score.perplexity:,.1f} per token" if score.perplexity is not None else ""
+        if score.below_floor is not None:
+            relation = "below" if score.below_floor >= 0 else "above"
+            note = f"{abs(score.below_floor):.1%} {relation} the byte 6-gram"
+        yield number(score.split.capitalize(), f"{score.bits_per_byte:.3f}", "bits/byte", note)
+    if totals:
+        median = f"median step {count(round(totals.median_tokens_per_second))}"
+        yield number("Throughput", count(round(totals.tokens_per_second)), "tokens/s", median)
+        if totals.mfu is not None:
+            yield number("Utilization (MFU)", f"{totals.mfu:.1%}", "", "model FLOP/s over peak FLOP/s")
+        yield number("Waiting for data", f"{totals.data_wait_share:.2%}", "", "of training time")
+        yield number("Checkpoint stalls", f"{totals.stall_share:.2%}", "", "of training time")
+        validated = f"and {duration(totals.validation_seconds)} of validation"
+        yield number("Training time", duration(totals.step_seconds), "", validated)
+    if estimate := energy_of(run):
+        yield number("Energy, estimated", energy(estimate.kwh), "", f"{mass(estimate.co2_grams)} CO2")
+
+
+def reading(run: RunFiles, scores: Sequence[Score]) -> str:
+    """How the table of results is to be read."""
+    if not scores:
+        return ""
+    step = f"{scores[0].step:,}"
+    if run.test is None:
+        chosen = f"Validation prefers the weights of step {step} so far; the test split has not been read."
+    else:
+        chosen = f"Validation chose the weights of step {step}; then the test split was read, once."
+    return (
+        f"{chosen} The byte 6-gram is fitted on training text and scored on the same text as the model: what "
+        "counting alone achieves. Perplexity depends on the tokenizer, bits per byte do not."
+    )
+
+
+def marks(run: RunFiles) -> str:
+    """What the marks in the charts mean, if there are any."""
+    sentences = ["Curves of many steps are averaged; the pale band is the range."]
+    if any(event["step"] for event in events_of(run.attempts, "start")):
+        sentences.append("Dotted lines: the run went on from a checkpoint.")
+    if events_of(run.attempts, "skipped"):
+        sentences.append("Red ticks: steps that the guard skipped.")
+    return " ".join(sentences)
+
+
+def repeated(totals: Totals | None) -> str:
+    """How much was done twice."""
+    if not totals or not totals.repeated:
+        return "No step was done twice."
+    return f"Steps done again after a restart: {totals.repeated:,}. Sums and curves count each step once."
+
+
+def corpus_table(manifest: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Rows by split and source, from the `summary` of manifest.json."""
+    if not manifest or "summary" not in manifest:
+        return None
+    summary = manifest["summary"]
+    rows = [
+        {"split": split, "source": source, **counts}
+        for split, sources in summary["splits"].items()
+        for source, counts in sources.items()
+    ]
+    duplicates, broken = sum(row["duplicates"] for row in rows), sum(summary.get("set_aside", {}).values())
+    return {
+        "rows": rows,
+        "has_sources": len({row["source"] for row in rows}) > 1,
+        "left_out": f"Left out: {duplicates:,} duplicates; {broken:,} broken records, set aside with why.",
+    }
+
+
+def flatten(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, str]]:
+    """("a.b", value) for each leaf of nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", _readable(key, value)
+
+
+def _readable(key: str, value: Any) -> str:
+    if isinstance(value, int | float) and key.endswith("_bytes"):
+        return size(value)
+    if isinstance(value, int | float) and key.endswith("flops_per_second"):
+        return f"{flop(value)}/s"
+    return str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write report.html into a run, from what the run holds now.")
+    parser.add_argument(
+        "--run", required=True, metavar="URI", help="the run's folder: a path, s3:// or gs://"
+    )
+    try:
+        print(write_report(open_store(parser.parse_args(argv).run)))
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What a run came to, recomputed from its directory alone: totals, the comparison with the floor, energy.
+
+Everything may be missing, for a run is looked at while it goes on; what is not known is None.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from cluster.config import from_dict
+from cluster.hardware import Energy, EnergyConfig, estimate_energy
+from cluster.storage import Store
+from trainers.metrics import (
+    Record,
+    attempt_starts,
+    events_of,
+    one_history,
+    read_attempts,
+    steps_of,
+    validations_of,
+)
+from trainers.units import count, duration, energy, mass
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of a run directory, parsed; None for each that is not there (yet)."""
+
+    config: dict[str, Any] | None
+    manifest: dict[str, Any] | None
+    environment: dict[str, Any] | None
+    plan: str | None
+    best: dict[str, Any] | None
+    test: dict[str, Any] | None
+    samples: list[dict[str, Any]] | None
+    attempts: list[Record]
+    """Every record of every attempt, in the order written."""
+
+    @cached_property
+    def history(self) -> list[Record]:
+        """The run's one history, by step."""
+        return one_history(self.attempts)
+
+
+def read_run(store: Store) -> RunFiles:
+    """Reads the directory of a run, finished or under way. ValueError if nothing of a run is there."""
+
+    def text(path: str) -> str | None:
+        return store.read(path).decode() if store.exists(path) else None
+
+    def parsed(path: str) -> Any:
+        content = text(path)
+        return None if content is None else json.loads(content)
+
+    config = text("config.yaml")
+    run = RunFiles(
+        config=None if config is None else yaml.safe_load(config),
+        manifest=parsed("manifest.json"),
+        environment=parsed("environment.json"),
+        plan=text("plan.txt"),
+        best=parsed("best.json"),
+        test=parsed("test.json"),
+        samples=parsed("samples.json"),
+        attempts=read_attempts(store),
+    )
+    if run.config is None and not run.attempts:
+        raise ValueError(
+            f"{store.uri} has neither config.yaml nor metrics/; give the URI of a run's own folder"
+        )
+    return run
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the run."""
+
+    number: int
+    first_step: int
+    """Finished steps when it began."""
+    last_step: int
+    num_workers: int | None
+    seconds: float
+    """By the clock, from its first record to its last."""
+
+
+def attempts_of(records: list[Record]) -> list[Attempt]:
+    """The starts of a run in their order."""
+    attempts = []
+    for number, first_step in sorted(attempt_starts(records).items()):
+        own = [record for record in records if record["attempt"] == number]
+        starts = events_of(own, "start")
+        times = [record["time"] for record in own]
+        # The first record of an attempt without a start is that of a step, and stands at the step's end.
+        before = 0.0 if starts else (steps_of(own) or [{"step_seconds": 0.0}])[0]["step_seconds"]
+        attempts.append(
+            Attempt(
+                number=number,
+                first_step=first_step,
+                last_step=max(record["step"] for record in own),
+                num_workers=starts[0].get("world_size") if starts else None,
+                seconds=max(times) - min(times) + before,
+            )
+        )
+    return attempts
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the steps of the history, so that rates times seconds are amounts."""
+
+    steps: int
+    tokens: int
+    step_seconds: float
+    tokens_per_second: float
+    """tokens / step_seconds."""
+    median_tokens_per_second: float
+    """Of a step: without compilation and checkpoints."""
+    data_wait_share: float
+    """Of step_seconds."""
+    stall_share: float
+    """Of step_seconds: stalls by checkpoints."""
+    mfu: float | None
+    """Model FLOP / what the peak would have done in step_seconds."""
+    validation_seconds: float
+    skipped: int
+    repeated: int
+    """Steps that were done again after a restart."""
+
+
+def totals_of(run: RunFiles) -> Totals | None:
+    """Sums over the history; None before the first step."""
+    steps = steps_of(run.history)
+    if not steps:
+        return None
+    seconds = sum(step["step_seconds"] for step in steps)
+    tokens = sum(step["tokens"] for step in steps)
+    rates = sorted(step["tokens_per_second"] for step in steps)
+    with_mfu = [step for step in steps if step.get("mfu") is not None]
+    mfu_seconds = sum(step["step_seconds"] for step in with_mfu)
+    return Totals(
+        steps=steps[-1]["step"],
+        tokens=tokens,
+        step_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        median_tokens_per_second=(rates[(len(rates) - 1) // 2] + rates[len(rates) // 2]) / 2,
+        data_wait_share=sum(step["data_wait_seconds"] for step in steps) / seconds,
+        stall_share=sum(step["checkpoint_stall_seconds"] for step in steps) / seconds,
+        mfu=sum(step["mfu"] * step["step_seconds"] for step in with_mfu) / mfu_seconds if with_mfu else None,
+        validation_seconds=sum(v["validation"].get("seconds", 0.0) for v in validations_of(run.history)),
+        skipped=len({event["step"] for event in events_of(run.attempts, "skipped")}),
+        repeated=len(steps_of(run.attempts)) - len(steps),
+    )
+
+
+def energy_of(run: RunFiles) -> Energy | None:
+    """Energy of all attempts, repeated steps included; None where the environment does not say the power."""
+    watts_per_worker = (run.environment or {}).get("watts_per_worker")
+    attempts = attempts_of(run.attempts)
+    if not watts_per_worker or not attempts:
+        return None
+    config = from_dict(EnergyConfig, (run.config or {}).get("energy") or {})
+    seconds = sum(attempt.seconds for attempt in attempts)
+    worker_seconds = sum(attempt.seconds * (attempt.num_workers or 1) for attempt in attempts)
+    watts = watts_per_worker * worker_seconds / seconds if seconds else 0.0
+    return estimate_energy(config, watts, seconds)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A split's bits per byte next to the floor on the same text."""
+
+    split: str
+    step: int
+    """Of the weights that were judged."""
+    bits_per_byte: float
+    floor: float | None
+    perplexity: float | None
+    """Per token."""
+
+    @property
+    def below_floor(self) -> float | None:
+        """Share by which the model needs fewer bits than the floor; negative if it needs more."""
+        return None if self.floor is None else 1 - self.bits_per_byte / self.floor
+
+
+def scores_of(run: RunFiles) -> list[Score]:
+    """Validation at the best step (or the best so far), and test once it was judged."""
+    floors = (run.test or {}).get("floor") or {}
+    scores = []
+    validations = validations_of(run.history)
+    best = min(
+        validations, key=lambda record: record["validation"]["bits_per_byte"] or float("inf"), default=None
+    )
+    if run.best:
+        best = next((record for record in validations if record["step"] == run.best["step"]), best)
+    for split, step, found in (
+        ("validation", best["step"] if best else 0, best["validation"] if best else None),
+        ("test", (run.test or {}).get("step", 0), run.test),
+    ):
+        if found and found.get("bits_per_byte") is not None:
+            scores.append(
+                Score(split, step, found["bits_per_byte"], floors.get(split), found.get("perplexity"))
+            )
+    return scores
+
+
+def results_table(run: RunFiles) -> Table:
+    """The table at the end of a run, for a terminal."""
+    table = Table(title="Results", title_justify="left")
+    table.add_column("")
+    table.add_column("bits per byte", justify="right")
+    table.add_column("byte 6-gram", justify="right")
+    table.add_column("below it", justify="right")
+    table.add_column("perplexity", justify="right")
+    for score in scores_of(run):
+        table.add_row(
+            f"{score.split} (step {score.step:,})",
+            f"{score.bits_per_byte:.3f}",
+            "" if score.floor is None else f"{score.floor:.3f}",
+            "" if score.below_floor is None else f"{score.below_floor:.1%}",
+            "" if score.perplexity is None else f"{score.perplexity:,.2f}",
+        )
+    table.caption, table.caption_justify = "\n".join(summary_lines(run)), "left"
+    return table
+
+
+def summary_lines(run: RunFiles) -> list[str]:
+    """Speed, waiting, stalls and energy in words."""
+    lines = []
+    if totals := totals_of(run):
+        rate, trained = count(round(totals.tokens_per_second)), duration(totals.step_seconds)
+        lines.append(f"{rate} tokens/s: {count(totals.tokens)} tokens in {trained} of training")
+        stalled = f"stalled by checkpoints {totals.stall_share:.2%}"
+        lines.append(f"waited for data {totals.data_wait_share:.2%} of that time, {stalled}")
+    if estimate := energy_of(run):
+        lines.append(f"{energy(estimate.kwh)}, {mass(estimate.co2_grams)} CO2 ({estimate.assumption})")
+    return lines
