@@ -1,16 +1,26 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
 
 from cluster.storage import open_store
+from data.manifest import FRAGMENT_DTYPES, Fragments, Manifest, write_manifest
+from data.tokens import fix_tokenizer
 from trainers import export as export_module
-from trainers.export import export, load_exported
+from trainers.checkpoint import CheckpointConfig
+from trainers.checkpoint_writer import CheckpointWriter
+from trainers.export import export, load_exported, main
 from trainers.generate import SamplingConfig, generate
-from trainers.model import ModelConfig, build
+from trainers.model import build
+from trainers.shape import ModelConfig
+from trainers.state import VALUE, StateSlice
 
 BOUNDARY = "<|endoftext|>"
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer"
@@ -30,7 +40,7 @@ def tokenizer() -> Tokenizer:
     trained.decoder = decoders.ByteLevel()
     trained.train_from_iterator(
         [TEXT],
-        trainers.BpeTrainer(
+        BpeTrainer(
             vocab_size=300, special_tokens=[BOUNDARY], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         ),
     )
@@ -170,3 +180,63 @@ def test_a_shape_that_the_decoder_lacks_is_refused_by_name(tokenizer, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields | {"attention_bias": True}))
     with pytest.raises(ValueError, match="attention_bias=True"):
         load_exported(open_store(str(tmp_path)))
+
+
+@pytest.fixture
+def run(tokenizer, tmp_path):
+    """A run's folder with checkpoints of the steps 1 and 2; returns it and the models."""
+    fixed = fix_tokenizer(tokenizer.to_str(), "test", BOUNDARY)
+    corpus, store = open_store(str(tmp_path / "prepared")), open_store(str(tmp_path / "run"))
+    corpus.put(fixed.path, fixed.json.encode())
+    fragments = Fragments.from_columns({name: [] for name in FRAGMENT_DTYPES})
+    manifest = Manifest(
+        tokenizer=fixed.fingerprint,
+        vocab_size=fixed.vocab_size,
+        boundary_id=fixed.boundary_id,
+        token_dtype="uint16",
+        sources=(),
+        shards=(),
+        fragments=fragments,
+        duplicates={},
+        set_aside={},
+    )
+    write_manifest(corpus, manifest)
+    store.put("manifest.json", json.dumps({"digest": manifest.digest}).encode())
+    sections = {"model": SHAPE | {"vocab_size": 0}, "corpus": {"prepared": corpus.uri}}
+    store.put("config.yaml", yaml.safe_dump(sections).encode())
+    config = ModelConfig(vocab_size=fixed.vocab_size, **SHAPE)
+    models = {step: build(config, seed=step) for step in (1, 2)}
+    with CheckpointWriter(store, CheckpointConfig(), rank=0, world_size=1, attempt=1) as writer:
+        for step, model in models.items():
+            slices = [
+                StateSlice(name, VALUE, tuple(p.shape), 0, p.detach().flatten())
+                for name, p in model.named_parameters()
+            ]
+            writer.save(step, slices, {})
+    return store, models
+
+
+@pytest.mark.parametrize(("which", "step"), [("1", 1), ("last", 2)])
+def test_the_entry_exports_the_checkpoint_that_was_asked_for(run, which, step, tmp_path, capsys):
+    store, models = run
+    main(["--run", store.uri, "--step", which, "--output", str(tmp_path / "out")])
+    loaded = dict(load_exported(open_store(str(tmp_path / "out"))).model.named_parameters())
+    assert all(torch.equal(loaded[name], p) for name, p in models[step].named_parameters())
+    assert f"step-{step:08d}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--run", "/nowhere"], "/nowhere/config.yaml"),
+        (["--run", "RUN", "--step", "9"], "step 9"),
+        (["--run", "RUN"], "best"),
+        (["--run", "RUN", "--step", "newest"], "--step newest"),
+    ],
+)
+def test_the_entry_says_in_a_line_what_is_missing(run, arguments, named, tmp_path):
+    given = [run[0].uri if argument == "RUN" else argument for argument in arguments]
+    command = [sys.executable, export_module.__file__, *given, "--output", str(tmp_path / "out")]
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert failed.returncode != 0
+    assert named in failed.stderr and "Traceback" not in failed.stderr

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from cluster.storage import open_store
 from trainers.export import Exported, export
 from trainers.generate import SamplingConfig, candidates, choose, complete, generate
-from trainers.model import ModelConfig, build
+from trainers.model import build
+from trainers.shape import ModelConfig
 
 CONFIG = ModelConfig(
     vocab_size=257,

@@ -9,18 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from trainers.export import llama_config, to_llama
-from trainers.model import (
-    Cache,
-    Decoder,
-    ModelConfig,
-    attention_mask,
-    build,
-    count_parameters,
-    flops_per_token,
-    initial_value,
-)
+from trainers.llama import llama_config, to_llama
+from trainers.model import Cache, Decoder, attention_mask, build, initial_value
 from trainers.objectives import causal_lm, document_segments
+from trainers.shape import ModelConfig, count_parameters, flops_per_token
 
 SMALL = dict(vocab_size=97, hidden_size=48, num_layers=3, num_heads=4, intermediate_size=80, max_positions=64)
 SHAPES = {

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.model import ModelConfig, build
+from trainers.model import build
 from trainers.objectives import causal_lm, chunk_tokens, document_segments, linear_cross_entropy
+from trainers.shape import ModelConfig
 
 SMALL = ModelConfig(vocab_size=311, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
 TIED = ModelConfig(

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from cluster.hardware import EnergyConfig, Peak
 from trainers.checkpoint import CheckpointConfig
 from trainers.engine import EngineConfig
-from trainers.model import Decoder, ModelConfig
+from trainers.model import Decoder
 from trainers.optimizer import OptimizerConfig
 from trainers.plan import Job, activation_bytes, make_plan, memory_per_worker, state_elements
+from trainers.shape import ModelConfig
 
 MODEL = ModelConfig(vocab_size=1_000, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128)
 PARAMETERS = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 2 * 1_000 * 64  # 210,240

@@ -3,24 +3,49 @@
 python trainers/export.py --run runs/NAME --step best --output exports/NAME
 """
 
+import argparse
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import safetensors.torch
 import torch
+import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cluster.storage import Store
-from trainers.model import Decoder, ModelConfig, build_empty
+from cluster.config import from_dict
+from cluster.storage import Store, open_store
+from data.manifest import read_manifest
+from data.tokens import tokenizer_path
+from trainers.checkpoint import checkpoint_at
+from trainers.checkpoint_commit import CheckpointError
+from trainers.checkpoint_reader import CheckpointReader
+from trainers.llama import checked, config_from_llama, from_llama, llama_config, to_llama
+from trainers.model import Decoder, build_empty
+from trainers.shape import ModelConfig
 
 MAX_FILE_BYTES = 2 << 30
 """Of one weight file: it is held in memory while it is written, and S3 takes 5 GiB in one put."""
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What generation and evaluation need of an exported folder."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    boundary_id: int
+    """Opens every document in training, so it opens every prompt and ends every text."""
 
 
 def export(
@@ -32,8 +57,7 @@ def export(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write weights, configuration and tokenizer to `target`; config.json last, so that a cut export does not
-    load.
+    """Write weights, configuration and tokenizer; config.json last, so that a cut export does not load.
 
     `model_state` holds the decoder's parameters by name; one that yields them one at a time is not held as a
     whole. Raises ValueError if its names or shapes are not those of `config`.
@@ -51,7 +75,7 @@ def export(
     put_json(target, "config.json", llama_config(config, boundary_id, dtype))
 
 
-def load_exported(source: Store) -> "Exported":
+def load_exported(source: Store) -> Exported:
     """Read an exported folder into float32 weights on the CPU.
 
     Raises:
@@ -70,78 +94,6 @@ def load_exported(source: Store) -> "Exported":
             parameters[name].copy_(tensor)
     tokenizer = Tokenizer.from_buffer(source.read("tokenizer.json"))
     return Exported(model.eval(), tokenizer, fields["bos_token_id"])
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What generation and evaluation need of an exported folder."""
-
-    model: Decoder
-    tokenizer: Tokenizer
-    boundary_id: int
-    """Opens every document in training, so it opens every prompt and ends every text."""
-
-
-# --- weights ---
-
-
-def to_llama(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters under the names of LlamaForCausalLM, the fused matrices cut up; views of their
-    rows."""
-    for name, tensor in pairs:
-        if name == "lm_head.weight":
-            yield name, tensor
-            continue
-        fused = next((key for key in fused_rows(config) if f".{key}." in name), None)
-        if fused is None:
-            yield f"model.{name}", tensor
-            continue
-        parts = fused_rows(config)[fused]
-        for part, rows in zip(parts, tensor.split(list(parts.values())), strict=True):
-            yield f"model.{name.replace(fused, part)}", rows
-
-
-def from_llama(found: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the decoder's parameters out of LlamaForCausalLM's."""
-    by_name = dict(found)
-    for name in list(found):
-        for fused, parts in fused_rows(config).items():
-            first, *others = parts
-            if f".{first}." in name and all(name.replace(first, other) in by_name for other in others):
-                by_name[name.replace(first, fused)] = torch.cat(
-                    [by_name.pop(name.replace(first, part)) for part in parts]
-                )
-    for name, tensor in by_name.items():
-        yield name.removeprefix("model."), tensor
-
-
-def fused_rows(config: ModelConfig) -> dict[str, dict[str, int]]:
-    """Rows of each part of a fused matrix, in order."""
-    q, kv, mlp = (
-        config.num_heads * config.head_width,
-        config.kv_heads * config.head_width,
-        config.intermediate_size,
-    )
-    return {
-        "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
-        "gate_up_proj": {"gate_proj": mlp, "up_proj": mlp},
-    }
-
-
-def checked(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Pass the parameters on; ValueError for one that `config` does not have, has otherwise, or misses."""
-    with torch.device("meta"):
-        expected = {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
-    for name, tensor in pairs:
-        shape = expected.pop(name, None)
-        if shape != tensor.shape:
-            wanted = tuple(shape) if shape is not None else "no such parameter, or stood there twice"
-            raise ValueError(
-                f"{name} is of shape {tuple(tensor.shape)}; this model.* configuration has {wanted}"
-            )
-        yield name, tensor
-    if expected:
-        raise ValueError(f"{len(expected)} parameters are missing, the first: {next(iter(expected))}")
 
 
 def write_weights(named: Iterable[tuple[str, Tensor]], target: Store) -> None:
@@ -179,66 +131,6 @@ def weight_files(source: Store) -> list[str]:
     return sorted(set(json.loads(source.read(INDEX))["weight_map"].values()))
 
 
-# --- configuration ---
-
-
-def llama_config(config: ModelConfig, boundary_id: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return config.json; `rope_theta` for transformers 4, `rope_parameters` for 5."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": boundary_id,
-        "eos_token_id": boundary_id,
-        "pad_token_id": None,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def config_from_llama(fields: Mapping[str, Any], uri: str) -> ModelConfig:
-    """Return the shape that config.json describes; ValueError for what the decoder does not have."""
-    rope = fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta", 10_000.0)}
-    head_width = fields["hidden_size"] // fields["num_attention_heads"]
-    for key, value, wanted in (
-        ("model_type", fields.get("model_type"), "llama"),
-        ("hidden_act", fields.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", fields.get("attention_bias", False), False),
-        ("mlp_bias", fields.get("mlp_bias", False), False),
-        ("rope_scaling", fields.get("rope_scaling"), None),
-        ("rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
-        ("head_dim", fields.get("head_dim") or head_width, head_width),
-    ):
-        if value != wanted:
-            raise ValueError(f"{uri}/config.json: {key}={value!r} cannot be loaded, only {wanted!r} can")
-    return ModelConfig(
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        num_layers=fields["num_hidden_layers"],
-        num_heads=fields["num_attention_heads"],
-        num_kv_heads=fields.get("num_key_value_heads") or 0,
-        intermediate_size=fields["intermediate_size"],
-        max_positions=fields["max_position_embeddings"],
-        rope_theta=rope["rope_theta"],
-        norm_eps=fields["rms_norm_eps"],
-        tie_embeddings=fields.get("tie_word_embeddings", False),
-    )
-
-
 def tokenizer_config(config: ModelConfig, boundary: str) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -257,3 +149,48 @@ def generation_config(boundary_id: int) -> dict[str, Any]:
 
 def put_json(target: Store, path: str, content: Mapping[str, Any]) -> None:
     target.put(path, json.dumps(content, indent=2).encode())
+
+
+def export_run(run: Store, which: int | Literal["best", "last"], target: Store) -> str:
+    """Export a checkpoint of a run's folder; returns its name.
+
+    Raises:
+        FileNotFoundError: `run` is not the folder of a run, or its prepared corpus is gone.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    sections = yaml.safe_load(run.read("config.yaml"))
+    corpus = open_store(sections["corpus"]["prepared"])
+    manifest = read_manifest(corpus, json.loads(run.read("manifest.json"))["digest"])
+    config = from_dict(ModelConfig, sections["model"])
+    config = replace(config, vocab_size=config.vocab_size or manifest.vocab_size)
+    record = checkpoint_at(run, which)
+    tokenizer = corpus.read(tokenizer_path(manifest.tokenizer))
+    export(CheckpointReader(run, record).values(), config, tokenizer, manifest.boundary_id, target)
+    return record.name
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export a checkpoint of a run from the command line."""
+    parser = argparse.ArgumentParser(description="Export a checkpoint of a run for transformers, as Llama.")
+    parser.add_argument(
+        "--run", required=True, metavar="URI", help="the run's folder: a path, file://, s3://, gs://"
+    )
+    parser.add_argument(
+        "--step", default="best", help="best (default), last, or the number of finished steps"
+    )
+    parser.add_argument("--output", required=True, metavar="URI", help="folder to write")
+    arguments = parser.parse_args(argv)
+    which = arguments.step
+    if which not in ("best", "last"):
+        if not which.isdecimal():
+            parser.error(f"--step {which} is none of best, last and a number of steps")
+        which = int(which)
+    target = open_store(arguments.output)
+    print(f"{export_run(open_store(arguments.run), which, target)} is exported to {target.uri}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, CheckpointError) as error:  # no such run, no such step, another model
+        sys.exit(f"export: {error}")

@@ -10,7 +10,11 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
@@ -18,7 +22,8 @@ from torch import Tensor
 from cluster.keys import keys_of
 from cluster.storage import open_store
 from trainers.export import Exported, load_exported
-from trainers.model import Cache, Decoder, ModelConfig
+from trainers.model import Cache, Decoder
+from trainers.shape import ModelConfig
 
 PADDING_SEGMENT, PROMPT_SEGMENT = -1, 0
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from cluster.hardware import Energy, EnergyConfig, Peak, estimate_energy
 from trainers.checkpoint import CheckpointConfig
 from trainers.engine import EngineConfig
-from trainers.model import ModelConfig, count_parameters, flops_per_token
 from trainers.optimizer import OptimizerConfig, moments
+from trainers.shape import ModelConfig, count_parameters, flops_per_token
 from trainers.units import count, duration, energy, flop, mass, size
 
 GPU_UTILIZATION = 0.40

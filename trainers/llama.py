@@ -1,0 +1,126 @@
+"""The decoder as transformers' LlamaForCausalLM has it: names of its weights, keys of its config.json."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainers.model import Decoder
+from trainers.shape import ModelConfig
+
+
+def to_llama(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters under the names of LlamaForCausalLM, the fused matrices cut up; views of their
+    rows."""
+    for name, tensor in pairs:
+        if name == "lm_head.weight":
+            yield name, tensor
+            continue
+        fused = next((key for key in fused_rows(config) if f".{key}." in name), None)
+        if fused is None:
+            yield f"model.{name}", tensor
+            continue
+        parts = fused_rows(config)[fused]
+        for part, rows in zip(parts, tensor.split(list(parts.values())), strict=True):
+            yield f"model.{name.replace(fused, part)}", rows
+
+
+def from_llama(found: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the decoder's parameters out of LlamaForCausalLM's."""
+    by_name = dict(found)
+    for name in list(found):
+        for fused, parts in fused_rows(config).items():
+            first, *others = parts
+            if f".{first}." in name and all(name.replace(first, other) in by_name for other in others):
+                by_name[name.replace(first, fused)] = torch.cat(
+                    [by_name.pop(name.replace(first, part)) for part in parts]
+                )
+    for name, tensor in by_name.items():
+        yield name.removeprefix("model."), tensor
+
+
+def fused_rows(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Rows of each part of a fused matrix, in order."""
+    q, kv, mlp = (
+        config.num_heads * config.head_width,
+        config.kv_heads * config.head_width,
+        config.intermediate_size,
+    )
+    return {
+        "qkv_proj": {"q_proj": q, "k_proj": kv, "v_proj": kv},
+        "gate_up_proj": {"gate_proj": mlp, "up_proj": mlp},
+    }
+
+
+def checked(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Pass the parameters on; ValueError for one that `config` does not have, has otherwise, or misses."""
+    with torch.device("meta"):
+        expected = {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
+    for name, tensor in pairs:
+        shape = expected.pop(name, None)
+        if shape != tensor.shape:
+            wanted = tuple(shape) if shape is not None else "no such parameter, or stood there twice"
+            raise ValueError(
+                f"{name} is of shape {tuple(tensor.shape)}; this model.* configuration has {wanted}"
+            )
+        yield name, tensor
+    if expected:
+        raise ValueError(f"{len(expected)} parameters are missing, the first: {next(iter(expected))}")
+
+
+def llama_config(config: ModelConfig, boundary_id: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return config.json; `rope_theta` for transformers 4, `rope_parameters` for 5."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": boundary_id,
+        "eos_token_id": boundary_id,
+        "pad_token_id": None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def config_from_llama(fields: Mapping[str, Any], uri: str) -> ModelConfig:
+    """Return the shape that config.json describes; ValueError for what the decoder does not have."""
+    rope = fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta", 10_000.0)}
+    head_width = fields["hidden_size"] // fields["num_attention_heads"]
+    for key, value, wanted in (
+        ("model_type", fields.get("model_type"), "llama"),
+        ("hidden_act", fields.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", fields.get("attention_bias", False), False),
+        ("mlp_bias", fields.get("mlp_bias", False), False),
+        ("rope_scaling", fields.get("rope_scaling"), None),
+        ("rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
+        ("head_dim", fields.get("head_dim") or head_width, head_width),
+    ):
+        if value != wanted:
+            raise ValueError(f"{uri}/config.json: {key}={value!r} cannot be loaded, only {wanted!r} can")
+    return ModelConfig(
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["hidden_size"],
+        num_layers=fields["num_hidden_layers"],
+        num_heads=fields["num_attention_heads"],
+        num_kv_heads=fields.get("num_key_value_heads") or 0,
+        intermediate_size=fields["intermediate_size"],
+        max_positions=fields["max_position_embeddings"],
+        rope_theta=rope["rope_theta"],
+        norm_eps=fields["rms_norm_eps"],
+        tie_embeddings=fields.get("tie_word_embeddings", False),
+    )
