@@ -2,9 +2,10 @@
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -110,32 +111,14 @@ def fix_tokenizer(serialised: str, origin: str, boundary: str) -> FixedTokenizer
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> FixedTokenizer:
-    """Train a tokenizer with the special tokens as ids 0 to 5. The same texts in the same order give the same
-    one.
+    """Train a tokenizer with the special tokens as ids 0 to 5; the same texts always give the same one.
 
     Raises:
         TokenizerError: too little text for the vocabulary.
     """
-    special_tokens = [config.boundary, *SPECIAL_TOKENS]
-    if config.kind == "bpe":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer: Any = trainers.BpeTrainer(
-            vocab_size=config.vocab_size,
-            special_tokens=special_tokens,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-    else:
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=config.vocab_size, special_tokens=special_tokens, show_progress=False
-        )
-    tokenizer.train_from_iterator((part for text in texts for part in cut(text)), trainer)
+    parts = (part for text in texts for part in cut(text))
+    train = _train_bpe if config.kind == "bpe" else _train_wordpiece
+    tokenizer = train(parts, config.vocab_size, [config.boundary, *SPECIAL_TOKENS], config)
     reached = tokenizer.get_vocab_size()
     if reached < config.vocab_size:
         raise TokenizerError(
@@ -143,6 +126,62 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> FixedToken
             f"{reached:,}. Lower it, or raise corpus.tokenizer.sample_bytes"
         )
     return fix_tokenizer(tokenizer.to_str(), "the trained tokenizer", config.boundary)
+
+
+def _train_bpe(
+    texts: Iterable[str], vocab_size: int, special_tokens: list[str], config: TokenizerConfig
+) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # all 256 bytes, so that no text is unknown
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _train_wordpiece(
+    texts: Iterable[str], vocab_size: int, special_tokens: list[str], config: TokenizerConfig
+) -> Tokenizer:
+    """Train twice: the library numbers `##x` in an order that differs each time, and breaks ties by number.
+
+    The first training only finds which there are. The second gets them in alphabetical order, as special
+    tokens; the finished vocabulary then goes into a tokenizer in which they are none.
+    """
+    sample = list(texts)  # bounded by config.sample_bytes
+    normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
+    counts = Counter(character for text in sample for character in normalizer.normalize_str(text))
+    # Rare characters become [UNK], or a corpus with some Chinese or emoji would leave no room for words.
+    visible = [character for character in counts if not character.isspace()]
+    common = sorted(visible, key=lambda character: (-counts[character], character))[: vocab_size // 2]
+
+    def trained(size: int, first: list[str]) -> dict[str, int]:
+        tokenizer = _wordpiece(models.WordPiece(unk_token="[UNK]"), normalizer)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            special_tokens=special_tokens + first,
+            initial_alphabet=common,
+            limit_alphabet=len(common),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(sample, trainer)
+        return tokenizer.get_vocab()
+
+    inner = sorted(token for token in trained(0, []) if token.startswith("##"))
+    vocabulary = trained(vocab_size, inner)
+    tokenizer = _wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]"), normalizer)
+    tokenizer.add_special_tokens(special_tokens)
+    return tokenizer
+
+
+def _wordpiece(model: models.WordPiece, normalizer: normalizers.Normalizer) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
 
 
 def load_tokenizer(store: Store, fingerprint: str, boundary: str) -> FixedTokenizer:

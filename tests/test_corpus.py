@@ -1,0 +1,312 @@
+"""Laws of reading raw text: every document comes, and every record that holds none is named."""
+
+import gzip
+import io
+import json
+import tracemalloc
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.storage import StorageError, open_store
+from cluster.store import LocalStore
+from data.clean import normalise
+from data.corpus import (
+    CorpusConfig,
+    CorpusError,
+    RawShard,
+    fragment_tokens_for,
+    group_shards,
+    list_raw_shards,
+)
+from data.documents import Broken, Document, corpus_problems, read_documents
+from data.splits import SplitConfig
+
+TEXTS = ["To be, or not to be", "naïve café ☕", "一二三\n四五六", "a\tb \u2028c"]
+
+
+def packed(content: bytes, compression: str) -> bytes:
+    match compression:
+        case ".gz":
+            return gzip.compress(content)
+        case ".zst":
+            return pa.compress(content, codec="zstd", asbytes=True)
+    return content
+
+
+def jsonl(records: Sequence[Any]) -> bytes:
+    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+
+
+def parquet(columns: dict[str, Any]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, row_group_size=3)
+    return sink.getvalue()
+
+
+def read(
+    folder: Path, name: str, content: bytes, config: CorpusConfig | None = None
+) -> list[Document | Broken]:
+    store = open_store(str(folder))
+    store.put(name, content)
+    shard = RawShard("s", name, len(content), "1")
+    return list(read_documents(store, shard, config or CorpusConfig()))
+
+
+def texts(records: Sequence[Document | Broken]) -> list[str]:
+    return [record.text for record in records if isinstance(record, Document)]
+
+
+def broken(records: Sequence[Document | Broken]) -> list[tuple[int, str]]:
+    return [(record.line, record.reason) for record in records if isinstance(record, Broken)]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_jsonl_gives_its_texts_in_order(tmp_path: Path, compression: str) -> None:
+    content = packed(jsonl([{"id": str(n), "text": text} for n, text in enumerate(TEXTS)]), compression)
+    records = read(tmp_path, f"a.jsonl{compression}", content)
+    assert texts(records) == TEXTS
+    assert [record.id for record in records] == ["0", "1", "2", "3"]
+    assert [record.num_bytes for record in records] == [len(text.encode()) for text in TEXTS]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_plain_text_is_one_document_named_by_its_path(tmp_path: Path, compression: str) -> None:
+    [record] = read(tmp_path, f"x/a.txt{compression}", packed(b"\xef\xbb\xbfline\r\nnext \n\n", compression))
+    assert isinstance(record, Document)
+    assert record.text == "line\nnext" and record.id == f"x/a.txt{compression}"
+
+
+def test_parquet_gives_its_texts_in_order(tmp_path: Path) -> None:
+    content = parquet({"text": TEXTS, "id": pa.array([7, 8, 9, None]), "more": [1.0] * 4})
+    records = read(tmp_path, "a.parquet", content)
+    assert texts(records) == TEXTS
+    assert [record.id for record in records] == ["7", "8", "9", "a.parquet:4"]
+
+
+def test_members_of_a_joined_gzip_all_come(tmp_path: Path) -> None:
+    content = b"".join(gzip.compress(jsonl([{"text": text}])) for text in TEXTS)
+    assert texts(read(tmp_path, "a.jsonl.gz", content)) == TEXTS
+
+
+def test_broken_records_are_named_by_line_and_reason_and_the_others_come(tmp_path: Path) -> None:
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": ',
+        b"",
+        b'["text"]',
+        b'{"body": "no text"}',
+        b'{"text": 5}',
+        b'{"text": null}',
+        b'{"text": "\xff\xfe"}',
+        b'{"text": " \\n\\t "}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "' + b"x" * 5_000 + b'"}',
+        b"[" * 100_000,
+        b'{"text": "last"}',
+    ]
+    records = read(tmp_path, "a.jsonl", b"\n".join(lines), CorpusConfig(max_record_bytes=4_096))
+    assert texts(records) == ["good", "last"]
+    named = broken(records)
+    assert [line for line, _ in named] == [2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    expected = [
+        "not JSON",
+        "a JSON list",
+        "no 'text'",
+        "is int, not a string",
+        "is null",
+        "invalid UTF-8 at byte 10",
+        "empty",
+        "surrogate",
+        "longer than corpus.max_record_bytes=4,096",
+        "longer",
+    ]
+    assert all(part in reason for part, (_, reason) in zip(expected, named, strict=True))
+    kept = [record for record in records if isinstance(record, Broken)]
+    assert kept[5].raw == '{"text": "\\xff\\xfe"}'
+    assert all(len(record.raw) <= 4_000 for record in kept)
+
+
+def test_a_missing_field_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    [(_, reason)] = broken(read(tmp_path, "a.jsonl", jsonl([{"id": 1, "texts": "x"}])))
+    assert "'texts'" in reason
+    with pytest.raises(CorpusError, match=r"a\.parquet.*no 'text'.*'texts'.*corpus\.text_column"):
+        read(tmp_path, "a.parquet", parquet({"texts": ["x"]}))
+    with pytest.raises(CorpusError, match=r"a\.parquet.*int64"):
+        read(tmp_path, "a.parquet", parquet({"text": [1]}))
+
+
+def test_invalid_utf8_in_parquet_does_not_take_its_batch_with_it(tmp_path: Path) -> None:
+    column = pa.array([b"good", b"\xff", b"fine"]).view(pa.string())
+    records = read(tmp_path, "a.parquet", parquet({"text": column}))
+    assert texts(records) == ["good", "fine"]
+    assert broken(records) == [(2, "invalid UTF-8 at byte 0")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_torn_compressed_shard_gives_what_is_whole_and_says_so(tmp_path: Path, name: str) -> None:
+    lines = [{"text": f"{number:09} {number**5}"} for number in range(20_000)]
+    content = packed(jsonl(lines), name[-4:].removeprefix("l"))
+    records = read(tmp_path, name, content[: len(content) // 2])
+    found = texts(records)
+    assert found == [line["text"] for line in lines[: len(found)]]
+    assert 1_000 < len(found) < 20_000
+    [(_, reason)] = broken(records)
+    assert "cannot be read any further" in reason
+
+
+def test_something_else_named_parquet_or_gz_is_set_aside(tmp_path: Path) -> None:
+    for name in ("a.parquet", "a.jsonl.gz", "a.txt.zst"):
+        assert "cannot be read" in broken(read(tmp_path, name, b"plain text of some length"))[0][1]
+
+
+class _Fails(LocalStore):
+    def open(self, path: str) -> BinaryIO:
+        class File(io.BytesIO):
+            def read(self, *_: Any) -> bytes:
+                raise OSError("connection reset")
+
+        return File(bytes(10_000))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"])
+def test_a_failing_store_is_never_taken_for_a_broken_record(tmp_path: Path, name: str) -> None:
+    store = _Fails(f"file://{tmp_path}")
+    with pytest.raises(StorageError, match="connection reset"):
+        list(read_documents(store, RawShard("s", name, 1, "1"), CorpusConfig()))
+
+
+@given(
+    parts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r")), max_size=30),
+    limit=st.integers(8, 200),
+)
+def test_a_long_plain_text_is_cut_without_losing_a_character(parts: list[str], limit: int) -> None:
+    text = "\n".join(parts)
+    config = CorpusConfig(max_record_bytes=limit, normalization="none")
+    store = _InMemory(text.encode())
+    records = list(read_documents(store, RawShard("s", "a.txt", 1, "1"), config))  # type: ignore[arg-type]
+    documents = [record for record in records if isinstance(record, Document)]
+    assert all(record.num_bytes <= limit + 1 for record in documents)
+    # Stretches of nothing but blank space are set aside as empty.
+    assert "".join("".join(texts(records)).split()) == "".join(text.split())
+
+
+class _InMemory:
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def open(self, path: str) -> BinaryIO:
+        return io.BytesIO(self._content)
+
+
+def test_a_large_shard_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    lines = jsonl([{"text": f"{number} " + "word " * 200} for number in range(2_000)])
+    store.put("a.jsonl.gz", b"".join([gzip.compress(lines)] * 40))  # 80 MB of text
+    shard = RawShard("s", "a.jsonl.gz", 0, "1")
+    tracemalloc.start()
+    count = sum(1 for _ in read_documents(store, shard, CorpusConfig()))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 80_000
+    assert peak < 4 * 2**20
+
+
+@given(st.text())
+def test_normalising_twice_changes_nothing_more(text: str) -> None:
+    for form in ("none", "NFC", "NFKC"):
+        once = normalise(text, form)
+        assert normalise(once, form) == once
+
+
+def test_equal_texts_in_other_forms_are_equal_after_normalising() -> None:
+    assert normalise("cafe\u0301\r\nend\n") == normalise("\ufeffcaf\u00e9\nend") == "café\nend"
+    assert normalise("ﬁ", "NFKC") == "fi" and normalise("ﬁ", "NFC") == "ﬁ"
+
+
+def shards(sizes: Sequence[int]) -> list[RawShard]:
+    return [RawShard("s", f"{index:06}.jsonl", size, "1") for index, size in enumerate(sizes)]
+
+
+def test_a_shard_that_is_added_changes_few_pieces() -> None:
+    before = shards([1_000] * 20_000)
+    pieces = group_shards(before)
+    assert [shard for piece in pieces for shard in piece] == before
+    assert 20 < len(pieces) < 400
+    added = sorted([*before, RawShard("s", "010000a.jsonl", 500, "1")], key=lambda shard: shard.path)
+    assert len(set(group_shards(added)) - set(pieces)) <= 20
+    assert [len(piece) for piece in group_shards(shards([2**30] * 3))] == [1, 1, 1]
+
+
+def test_pieces_never_mix_sources() -> None:
+    mixed = [replace(shard, source=source) for source in "ab" for shard in shards([10] * 5)]
+    assert all(len({shard.source for shard in piece}) == 1 for piece in group_shards(mixed))
+
+
+def test_fragments_grow_with_the_corpus_in_four_steps() -> None:
+    sizes = [fragment_tokens_for(CorpusConfig(), shards([2**power])) for power in range(10, 50)]
+    assert sorted(sizes) == sizes
+    assert sorted(set(sizes)) == [4_096, 16_384, 65_536, 262_144, 1_048_576]
+    assert fragment_tokens_for(CorpusConfig(fragment_tokens=999), shards([2**40])) == 999
+
+
+def test_listing_names_every_problem_at_once(tmp_path: Path) -> None:
+    open_store(str(tmp_path)).put("one/readme.md", b"x")
+    config = CorpusConfig(
+        sources={"a": f"{tmp_path}/one", "b": f"{tmp_path}/none"},
+        splits=SplitConfig(test_shards=("hamlet*",)),
+    )
+    with pytest.raises(CorpusError) as raised:
+        list_raw_shards(config)
+    unknown, absent, named = str(raised.value).splitlines()
+    assert "readme.md" in unknown and ".jsonl" in unknown and "corpus.include" in unknown
+    assert f"no documents at {tmp_path}/none" in absent
+    assert "corpus.splits.test_shards" in named and "hamlet*" in named
+
+
+def test_listing_is_sorted_and_leaves_out_markers(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    for name in ("b.jsonl", "a/x.jsonl.zst", "a-b.parquet", "_SUCCESS", ".hidden.jsonl", "a/_x.txt", "c.txt"):
+        store.put(name, b"x")
+    config = CorpusConfig(uri=str(tmp_path), include=("*.jsonl*", "*.parquet"))
+    assert [shard.path for shard in list_raw_shards(config)] == ["a-b.parquet", "a/x.jsonl.zst", "b.jsonl"]
+
+
+def test_a_shard_written_anew_has_another_version(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    config = CorpusConfig(uri=str(tmp_path))
+    store.put("a.jsonl", b'{"text": "x"}')
+    before = list_raw_shards(config)
+    assert list_raw_shards(config) == before
+    store.put("a.jsonl", b'{"text": "y"}')
+    assert list_raw_shards(config) != before
+
+
+def test_problems_are_found_before_any_worker_starts(tmp_path: Path) -> None:
+    open_store(f"{tmp_path}/raw").put("a.jsonl", jsonl([{"content": "x"}] * 30))
+    config = CorpusConfig(uri=f"{tmp_path}/raw", prepared=f"{tmp_path}/prepared")
+    [problem] = corpus_problems(config)
+    assert "a.jsonl" in problem and "no 'text'" in problem and "content" in problem
+    assert corpus_problems(replace(config, text_column="content")) == []
+    [absent] = corpus_problems(replace(config, uri=f"{tmp_path}/nowhere"))
+    assert "nowhere" in absent
+
+
+def test_a_config_with_several_mistakes_names_each() -> None:
+    config = CorpusConfig(
+        uri="x",
+        sources={"a": "y"},
+        prepared="y/inside",
+        set_aside_limit=2,
+        splits=SplitConfig(validation=0.7, test=0.7),
+    )
+    problems = list(config.problems("corpus"))
+    for part in ("corpus.uri", "y/inside", "set_aside_limit=2", "leave nothing to train on"):
+        assert sum(part in problem for problem in problems) == 1, part
