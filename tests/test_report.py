@@ -29,8 +29,15 @@ FILES = {
     "environment.json": json.dumps({"watts_per_worker": 50.0, "hardware": {"memory_bytes": 2**34}}),
     "plan.txt": "tokens       20 steps",
     "best.json": json.dumps({"step": 10, "bits_per_byte": 2.0, "loss": 4.0, "why": "lowest loss"}),
-    "test.json": json.dumps(
-        {"step": 10, "bits_per_byte": 1.9, "perplexity": 30.0, "floor": {"validation": 2.5, "test": 2.4}}
+    "test.json": json.dumps({"step": 10, "bits_per_byte": 1.9, "perplexity": 30.0}),
+    "floor.json": json.dumps(
+        {
+            "order": 6,
+            "smoothing": "modified Kneser-Ney",
+            "fitted_bytes": 2**20,
+            "validation": 2.5,
+            "test": 2.4,
+        }
     ),
     "samples.json": json.dumps(
         [
@@ -116,6 +123,7 @@ def test_the_page_holds_every_number_of_the_run(run):
         "2.000 bits/byte 20.0% below the byte 6-gram",
         "2,048 tokens/s",
         "25.0%",  # MFU
+        "6-gram (modified Kneser-Ney), fitted on 1.00 MiB",
         "1.00% of training time",  # waited 0.02 of 2 s
         "W in all while running, x 1.5 for the site (PUE)",
         "Steps done again after a restart: 2.",

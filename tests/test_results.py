@@ -43,7 +43,7 @@ def validation(number, bits_per_byte, time=0.0, seconds=5.0, attempt=1):
 
 
 def run_of(attempts, **files):
-    names = ("config", "manifest", "environment", "plan", "best", "test", "samples")
+    names = ("config", "manifest", "environment", "plan", "best", "test", "samples", "floor")
     return RunFiles(**(dict.fromkeys(names) | files), attempts=attempts)
 
 
@@ -59,6 +59,15 @@ RECORDS = [
     {"step": 3, "event": "skipped", "attempt": 2, "time": 204.0, "reason": "loss", "documents": ["a"]},
     validation(3, 2.1, time=209.0, attempt=2),
 ]
+
+TEST = {"step": 3, "bits_per_byte": 1.8, "perplexity": 30.0}
+FLOOR = {
+    "order": 6,
+    "smoothing": "modified Kneser-Ney",
+    "fitted_bytes": 10**6,
+    "validation": 2.0,
+    "test": 2.25,
+}
 
 
 def test_totals_equal_the_computation_by_hand():
@@ -94,8 +103,7 @@ def test_an_attempt_without_its_start_lasts_from_the_start_of_its_first_step():
 
 
 def test_scores_stand_next_to_the_floor_of_the_same_split():
-    test = {"step": 3, "bits_per_byte": 1.8, "perplexity": 30.0, "floor": {"validation": 2.0, "test": 2.25}}
-    scores = scores_of(run_of(RECORDS, best={"step": 2}, test=test))
+    scores = scores_of(run_of(RECORDS, best={"step": 2}, test=TEST, floor=FLOOR))
     assert [(s.split, s.step, s.bits_per_byte, s.floor) for s in scores] == [
         ("validation", 2, 2.2, 2.0),
         ("test", 3, 1.8, 2.25),
@@ -116,9 +124,8 @@ def test_before_the_first_step_there_is_nothing_to_show():
 
 
 def test_the_table_for_the_terminal_holds_the_numbers():
-    test = {"step": 3, "bits_per_byte": 1.8, "perplexity": 30.0, "floor": {"validation": 2.0, "test": 2.25}}
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(results_table(run_of(RECORDS, test=test)))
+    console.print(results_table(run_of(RECORDS, test=TEST, floor=FLOOR)))
     text = console.export_text()
     for part in ("1.800", "2.250", "20.0%", "30.00", "-5.0%", "1,333 tokens/s", "13.33%", "5.56%"):
         assert part in text

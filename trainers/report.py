@@ -62,14 +62,13 @@ def render(run: RunFiles, name: str) -> str:
 def page(run: RunFiles, name: str) -> dict[str, Any]:
     """What the template is filled with."""
     totals, scores = totals_of(run), scores_of(run)
-    floor = ((run.test or {}).get("floor") or {}).get("validation")
     return {
         "name": name,
         "state": state(run, totals),
         "numbers": list(headline(run, totals, scores)),
         "scores": scores,
         "reading": reading(run, scores),
-        "charts": draw_charts(run.history, run.attempts, floor),
+        "charts": draw_charts(run.history, run.attempts, (run.floor or {}).get("validation")),
         "marks": marks(run),
         "attempts": attempts_of(run.attempts),
         "repeated": repeated(totals),
@@ -139,9 +138,17 @@ def reading(run: RunFiles, scores: Sequence[Score]) -> str:
         chosen = f"Validation prefers the weights of step {step} so far; the test split has not been read."
     else:
         chosen = f"Validation chose the weights of step {step}; then the test split was read, once."
+    return f"{chosen} {floor_in_words(run)}Perplexity depends on the tokenizer, bits per byte do not."
+
+
+def floor_in_words(run: RunFiles) -> str:
+    """What the model is compared with; empty if with nothing."""
+    if not run.floor:
+        return ""
+    fitted, smoothing = size(run.floor["fitted_bytes"]), run.floor["smoothing"]
     return (
-        f"{chosen} The byte 6-gram is fitted on training text and scored on the same text as the model: what "
-        "counting alone achieves. Perplexity depends on the tokenizer, bits per byte do not."
+        f"The byte {run.floor['order']}-gram ({smoothing}), fitted on {fitted} of training text and scored "
+        "on the same text as the model, is what counting alone achieves. "
     )
 
 

@@ -37,6 +37,8 @@ class RunFiles:
     best: dict[str, Any] | None
     test: dict[str, Any] | None
     samples: list[dict[str, Any]] | None
+    floor: dict[str, Any] | None
+    """Bits per byte of the byte n-gram by split, and how it was made."""
     attempts: list[Record]
     """Every record of every attempt, in the order written."""
 
@@ -65,6 +67,7 @@ def read_run(store: Store) -> RunFiles:
         best=parsed("best.json"),
         test=parsed("test.json"),
         samples=parsed("samples.json"),
+        floor=parsed("floor.json"),
         attempts=read_attempts(store),
     )
     if run.config is None and not run.attempts:
@@ -189,7 +192,7 @@ class Score:
 
 def scores_of(run: RunFiles) -> list[Score]:
     """Validation at the best step (or the best so far), and test once it was judged."""
-    floors = (run.test or {}).get("floor") or {}
+    floors = run.floor or {}
     scores = []
     validations = validations_of(run.history)
     best = min(
