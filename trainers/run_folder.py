@@ -11,6 +11,7 @@ stacks/                                                    trainers/heartbeat.py
 import json
 import platform
 import subprocess
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 
 from cluster.config import ConfigError, to_yaml
+from cluster.hardware import this_host, worker_watts
 from cluster.session import PROJECT
 from cluster.storage import Store
 from data.manifest import Manifest
@@ -55,13 +57,17 @@ def write_start(run: Store, config: PretrainConfig, manifest: Manifest, plan: st
     content = {"digest": manifest.digest, "tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size}
     run.put_if_absent(MANIFEST, json.dumps({**content, "summary": manifest.summary()}, indent=2).encode())
     run.put(CONFIG, to_yaml(config).encode())
-    run.put(ENVIRONMENT, json.dumps(environment(), indent=2).encode())
+    run.put(ENVIRONMENT, json.dumps(environment(config), indent=2).encode())
     run.put(PLAN, plan.encode())
 
 
-def environment() -> dict[str, Any]:
+def environment(config: PretrainConfig) -> dict[str, Any]:
     """Versions and machine, of the driver. Nothing from its environment variables, which hold secrets."""
+    host, cluster = this_host(), config.cluster
+    device = "cuda" if cluster.gpus_per_worker else "cpu"
     return {
+        "hardware": asdict(host),
+        "watts_per_worker": worker_watts(config.energy, device, host.device_name, cluster.cpus_per_worker),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
