@@ -51,8 +51,8 @@ ACCELERATORS = (
     Accelerator(("mi300x",), 1307.4e12, 163.4e12, 750, "AMD Instinct MI300X data sheet"),
 )
 
-UNKNOWN_ACCELERATOR_WATTS = 400.0
-"""Assumed for an accelerator that is not in the table: an A100 in SXM form."""
+ASSUMED = next(row for row in ACCELERATORS if row.words == ("a100", "sxm4"))
+"""What a plan assumes on a machine without accelerators; also the power of one that is not in the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,7 @@ class Peak:
 
     flops_per_second: float
     source: str
+    is_measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,16 @@ def available_memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdecimal() else total
 
 
+def used_memory_bytes(device: str) -> int:
+    """Most accelerator memory that this process has had in tensors; on a CPU its resident memory now."""
+    if device == "cpu":
+        rss: int = psutil.Process().memory_info().rss
+        return rss
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
 def cpu_name() -> str:
     """The processor as the system names it."""
     information = Path("/proc/cpuinfo")
@@ -147,13 +158,19 @@ def find_accelerator(device_name: str) -> Accelerator | None:
     return next((row for row in ACCELERATORS if words.issuperset(row.words)), None)
 
 
-def peak_of(device: Literal["cuda", "cpu"], device_name: str, precision: Precision, threads: int = 1) -> Peak:
-    """The best FLOP/s of one worker's device: from the table, else measured here in about 0.3 s."""
+def peak_of(device: str, device_name: str, precision: Precision, threads: int = 1) -> Peak:
+    """The best FLOP/s of one worker's device, "cuda" or "cpu": from the table, else measured here in 0.3 s.
+
+    Of a CUDA device where there is none, as on a laptop that plans for a cluster, an A100's is assumed.
+    """
     row = find_accelerator(device_name) if device == "cuda" else None
     if row is not None:
         return Peak(row.bf16 if precision == "bf16" else row.fp32, row.source)
+    if device == "cuda" and not _has_accelerator():
+        flops = ASSUMED.bf16 if precision == "bf16" else ASSUMED.fp32
+        return Peak(flops, f"assumed, there is no GPU here: {ASSUMED.source}")
     flops = measured_flops_per_second(device, precision, threads)
-    return Peak(flops, f"measured: {precision} products of 1,024 x 1,024 matrices, {threads} threads")
+    return Peak(flops, f"measured here: {precision} matrix products, {threads} threads", is_measured=True)
 
 
 @functools.cache
@@ -180,14 +197,11 @@ def measured_flops_per_second(device: str, precision: Precision, threads: int, s
         torch.set_num_threads(threads_before)
 
 
-def worker_watts(
-    config: EnergyConfig, device: Literal["cuda", "cpu"], device_name: str, cores: float
-) -> float:
+def worker_watts(config: EnergyConfig, device: str, device_name: str, cores: float) -> float:
     """Watts that one worker is taken to draw: its host cores, and its accelerator where it has one."""
     watts = config.watts_per_core * cores
     if device == "cuda":
-        row = find_accelerator(device_name)
-        watts += config.watts_per_device or (row.watts if row else UNKNOWN_ACCELERATOR_WATTS)
+        watts += config.watts_per_device or (find_accelerator(device_name) or ASSUMED).watts
     return watts
 
 
@@ -202,6 +216,12 @@ def estimate_energy(config: EnergyConfig, watts: float, seconds: float) -> Energ
             f"x {config.overhead:g} for the site (PUE), {config.grams_per_kwh:g} g CO2 per kWh"
         ),
     )
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _control_group(file: str) -> str:

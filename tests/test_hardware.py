@@ -42,6 +42,13 @@ def test_the_peak_of_a_cpu_is_a_rate_that_a_product_reached():
     assert "measured" in peak.source
 
 
+def test_a_plan_for_accelerators_can_be_made_without_one(monkeypatch):
+    monkeypatch.setattr(hardware, "_has_accelerator", lambda: False)
+    peak = peak_of("cuda", "Intel(R) Xeon(R) Processor", "bf16")
+    assert peak.flops_per_second == 312e12 and "assumed" in peak.source and "A100" in peak.source
+    assert worker_watts(EnergyConfig(), "cuda", "Intel(R) Xeon(R) Processor", cores=1) == 400 + 12
+
+
 def test_energy_equals_the_computation_by_hand():
     config = EnergyConfig(watts_per_core=10, overhead=1.5, grams_per_kwh=400)
     assert worker_watts(config, "cpu", "any processor", cores=2) == 20

@@ -113,7 +113,7 @@ def draw_charts(history: Sequence[Record], attempts: Sequence[Record], floor: fl
             lambda axes: _draw_stalls(axes, stalls),
         ),
         panel.line(
-            steps, "Memory", "GiB", "Most memory that worker 0 held up to each step.",
+            steps, "Memory", "GiB", "Of worker 0: the most on its accelerator, or held now on a CPU.",
             lambda r: r["memory_bytes"] / 2**30 if r.get("memory_bytes") else None, "{:.2f}".format,
         ),
     ]  # fmt: skip

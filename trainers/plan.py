@@ -100,8 +100,7 @@ def make_plan(job: Job) -> Plan:
     if job.tokens_per_second:
         seconds = tokens / job.tokens_per_second
     else:
-        measured = job.peak.source.startswith("measured")
-        seconds = flops / (peak * (CPU_UTILIZATION if measured else GPU_UTILIZATION))
+        seconds = flops / (peak * (CPU_UTILIZATION if job.peak.is_measured else GPU_UTILIZATION))
     state_bytes = FLOAT32 * state_elements(job.model, job.optimizer)
     checkpoint = job.checkpoint
     for_good = job.steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
