@@ -1,10 +1,12 @@
 """A Ray session: the cluster that the driver finds itself in, or a single-node one of its own."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -14,7 +16,7 @@ RAY_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else relative paths mean another folder in a worker
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default 2 s is added to every start, end and restart
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # do not touch CUDA_VISIBLE_DEVICES of tasks without GPUs
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the run has one progress line of its own
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody asks it, and it logs an error at each start
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing about a run leaves the machine unasked
 }
 
@@ -79,24 +81,33 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
         os.environ.setdefault(name, value)
     import ray  # here, because it reads the variables above when imported
 
+    # What Ray itself logs at every start, though nothing is wrong, would bury the run's own lines.
+    runtime_env: dict[str, Any] = {"worker_process_setup_hook": quiet_ray}
     if config.is_local:
         # A local session is this user's alone: loopback, no dashboard to open.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        object_store = config.object_store_bytes or min(memory // 10, 2 << 30)
-        arguments = {
+        arguments: dict[str, Any] = {
             "address": "local",
-            "object_store_memory": object_store,
+            "object_store_memory": config.object_store_bytes or min(memory // 10, 2 << 30),
             "include_dashboard": False,
-            "runtime_env": {"env_vars": {"PYTHONPATH": str(PROJECT)}},
         }
+        runtime_env["env_vars"] = {"PYTHONPATH": str(PROJECT)}
     else:
-        # In a Ray job the working directory is uploaded already, and inherited.
-        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        runtime_env = {} if in_job else {"working_dir": str(PROJECT), "excludes": ["/.venv", "/runs", "/corpora"]}
-        address = None if config.address == "auto" else config.address
-        arguments = {"address": address, "runtime_env": runtime_env}
-    ray.init(log_to_driver=True, logging_level="WARNING", **arguments)
+        arguments = {"address": None if config.address == "auto" else config.address}
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a Ray job has uploaded its working directory
+            runtime_env |= {"working_dir": str(PROJECT), "excludes": ["/.venv", "/runs", "/corpora"]}
+    quiet_ray()
+    ray.init(log_to_driver=True, logging_level="WARNING", runtime_env=runtime_env, **arguments)
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def quiet_ray() -> None:
+    """Keep Ray's routine messages out of the log of this process; its errors stay."""
+    for name in ("ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Without a dashboard it complains every second that it cannot ask it; it has nothing else to say.
+    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(cleaner).setLevel(logging.ERROR)

@@ -39,7 +39,12 @@ def write_floor(run: Store, config: PretrainConfig, manifest: Manifest) -> None:
         for split in ("validation", "test")
         if len(manifest.select(split))
     }
-    floor = {"order": FLOOR_ORDER, "smoothing": "modified Kneser-Ney", "fitted_bytes": model.num_bytes, **found}
+    floor = {
+        "order": FLOOR_ORDER,
+        "smoothing": "modified Kneser-Ney",
+        "fitted_bytes": model.num_bytes,
+        **found,
+    }
     run.put(FLOOR, json.dumps(floor, indent=2).encode())
 
 
@@ -48,7 +53,8 @@ def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
     exported = load_exported(run.child(EXPORT))
     samples = []
     for seed, prompt in enumerate(config.run.prompts):
-        settings = SamplingConfig(max_new_tokens=64, temperature=0.8, top_p=0.95, seed=seed)
+        room = exported.model.config.max_positions // 2
+        settings = SamplingConfig(max_new_tokens=min(100, room), temperature=0.8, top_p=0.95, seed=seed)
         [completion] = complete(exported, [prompt], settings)
         samples.append({"prompt": prompt, "continuation": completion.text, "settings": asdict(settings)})
     run.put(SAMPLES, json.dumps(samples, indent=2, ensure_ascii=False).encode())

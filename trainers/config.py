@@ -15,9 +15,9 @@ from trainers.checkpoint import CheckpointConfig
 from trainers.engine import EngineConfig
 from trainers.guard import GuardConfig
 from trainers.heartbeat import HeartbeatConfig
-from trainers.model import ModelConfig
 from trainers.optimizer import OptimizerConfig
 from trainers.schedule import ScheduleConfig
+from trainers.shape import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

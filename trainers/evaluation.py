@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-
 from data.evaluation_rows import EvaluationBatch
+
 from trainers.collectives import Workers
 from trainers.engine import Engine
 from trainers.objectives import causal_lm

@@ -6,25 +6,28 @@ the guard's memory, what validation found) stands in the checkpoint. So an inter
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cluster.hardware import used_memory_bytes
 from cluster.storage import Store
 from data.order import Order
-from data.stream import StepRows, TokenStream
 from trainers.checkpoint import latest_checkpoint
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.collectives import Workers
 from trainers.config import PretrainConfig
 from trainers.engine import Engine, StepOutcome
-from trainers.evaluation import Evaluator
+from trainers.evaluation import Evaluation
 from trainers.guard import Guard, Refusal
 from trainers.heartbeat import Heartbeat
 from trainers.metrics import Meter, MetricsWriter
 from trainers.objectives import causal_lm
 from trainers.selection import Selection, record_best
+
+if TYPE_CHECKING:  # it needs Ray, which the loop does not
+    from data.stream import StepRows, TokenStream
 
 LOW_32 = 0xFFFFFFFF
 
@@ -41,9 +44,9 @@ class Parts:
     order: Order
     engine: Engine
     micro_batch_rows: int
-    open_stream: Callable[[int], TokenStream]
+    open_stream: Callable[[int], "TokenStream"]
     """The rows of all steps from one on."""
-    validate: Evaluator
+    validate: Callable[[], Evaluation]
     meter: Meter
     metrics: MetricsWriter | None
     """Worker 0 has one."""
@@ -118,7 +121,7 @@ def restore(parts: Parts) -> tuple[int, Selection]:
     return step, selection
 
 
-def forward_backward(parts: Parts, rows: StepRows) -> float:
+def forward_backward(parts: Parts, rows: "StepRows") -> float:
     """Add up the gradients of this worker's rows; returns the sum of their losses, in nats."""
     engine, size = parts.engine, parts.micro_batch_rows
     tokens = torch.from_numpy(rows.tokens).to(engine.device)
@@ -194,8 +197,8 @@ def record_step(
         loss=loss,
         lr=outcome.lr,
         grad_norm=outcome.grad_norm,
-        memory_bytes=parts.engine.memory_bytes(),
-        epoch=parts.order.epoch(step),
+        memory_bytes=used_memory_bytes(parts.engine.device.type),
+        epoch=max(parts.order.epochs_before(step).values()),
         digest=f"{digest:016x}",
     )
     if parts.metrics:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from data.stream import READ_CPUS
+from data.window import READ_CPUS
 
 from cluster.hardware import peak_of, this_host, worker_watts
 from cluster.session import cpu_problem

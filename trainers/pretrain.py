@@ -29,7 +29,7 @@ try:
     from trainers.planning import cpu_problems, plan_of, problems_before_start
     from trainers.progress import Progress
     from trainers.report import write_report
-    from trainers.results import results_table
+    from trainers.results import read_run, results_table
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
@@ -90,7 +90,7 @@ def close(config: PretrainConfig, console: Console) -> None:
     samples = closing.write_samples(run, config)
     merge_metrics(run)
     write_report(run)
-    console.print(results_table(run))
+    console.print(results_table(read_run(run)))
     for sample in samples:
         console.print(
             f"[bold]{escape(sample['prompt'])}[/bold]{escape(sample['continuation'])}\n", highlight=False

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 
-import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -58,7 +57,10 @@ def stop_on_signal(config: PretrainConfig) -> Iterator[None]:
 
     def request(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: the run saves after this step and ends; again: ends at once", flush=True)
+        print(
+            f"\n{signal.Signals(number).name}: the run saves after this step and ends; again: ends at once",
+            flush=True,
+        )
         store.put(STOP, b"")
 
     before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}

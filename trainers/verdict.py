@@ -30,7 +30,9 @@ def claim_test_split(run: Store, checkpoint: str) -> None:
         TestSplitError: the verdict exists, or the claim is for another checkpoint.
     """
     if run.exists(VERDICT):
-        raise TestSplitError(f"{run.uri}/{VERDICT} exists: the test split was read, and judges a run only once")
+        raise TestSplitError(
+            f"{run.uri}/{VERDICT} exists: the test split was read, and judges a run only once"
+        )
     claim = {"checkpoint": checkpoint}
     if not run.put_if_absent(CLAIM, json.dumps(claim).encode()):
         first = json.loads(run.read(CLAIM))

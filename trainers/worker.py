@@ -26,8 +26,9 @@ from trainers.guard import Guard, name_documents
 from trainers.heartbeat import Heartbeat
 from trainers.loop import Parts, train
 from trainers.metrics import Meter, MetricsWriter
-from trainers.model import build, flops_per_token
+from trainers.model import build
 from trainers.schedule import rate_factor
+from trainers.shape import flops_per_token
 from trainers.stopping import StopRequest
 from trainers.verdict import EXPORT, VERDICT, claim_test_split, record_verdict
 
@@ -74,7 +75,9 @@ def assemble(
         partial(rate_factor, config.schedule, total_steps=config.run.steps),
         micro_batches=rows // micro_batch_rows,
     )
-    peak = peak_of(engine.device.type, device_name(engine.device), config.engine.precision, config.cluster.threads)
+    peak = peak_of(
+        engine.device.type, device_name(engine.device), config.engine.precision, config.cluster.threads
+    )
     leads = workers.leads
 
     def documents(step: int) -> list[str]:
@@ -95,7 +98,14 @@ def assemble(
         micro_batch_rows=micro_batch_rows,
         open_stream=partial(open_stream, task, order, manifest, workers),
         validate=partial(
-            evaluate_split, config, manifest, corpus, "validation", config.validation.max_rows, workers, engine
+            evaluate_split,
+            config,
+            manifest,
+            corpus,
+            "validation",
+            config.validation.max_rows,
+            workers,
+            engine,
         ),
         meter=Meter(
             flops_per_token=flops_per_token(model_config, batch.seq_len),
@@ -157,7 +167,10 @@ def conclude(parts: Parts, task: Task) -> None:
     parts.heartbeat.beat(config.run.steps, "restore")
     corpus = open_store(config.corpus.prepared)
     manifest = read_manifest(corpus, task.manifest_digest)
-    record = checkpoint_at(run, "best")
+    # By asking worker 0 which one it is, the others wait until it has committed the last.
+    record = checkpoint_at(
+        run, "best", rank=workers.rank, world_size=workers.world_size, gather=workers.gather
+    )
     best = CheckpointReader(run, record)
     if not workers.broadcast(run.exists(VERDICT)):
         if workers.leads:
@@ -170,7 +183,13 @@ def conclude(parts: Parts, task: Task) -> None:
     if workers.leads:
         parts.heartbeat.beat(best.step, "export")
         tokenizer = corpus.read(tokenizer_path(manifest.tokenizer))
-        export(dict(best.values()), model_of(config, manifest), tokenizer, manifest.boundary_id, run.child(EXPORT))
+        export(
+            dict(best.values()),
+            model_of(config, manifest),
+            tokenizer,
+            manifest.boundary_id,
+            run.child(EXPORT),
+        )
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,120 @@
+"""The main job through its entry, with real processes, and what kill -9 may not change (laws L1, L2, L4, L6)."""
+
+import json
+import os
+import signal
+import threading
+import uuid
+
+import pytest
+
+from cluster.local_s3 import LocalS3
+from cluster.storage import open_store
+from tests.small_run import (
+    STEPS,
+    SmallRun,
+    kill_tree,
+    put_corpus,
+    steps_by_number,
+    training_workers,
+    wait_for_step,
+)
+from trainers.metrics import events_of, read_attempts
+from trainers.verdict import TestSplitError, claim_test_split
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run by one worker that nothing disturbs, and its store."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run = SmallRun(str(folder), folder / "log.txt")
+    put_corpus(open_store(f"{run.root}/raw"))
+    assert run.finish(run.start()) == 0, run.output()
+    return run, open_store(f"{run.root}/runs/pretrain")
+
+
+def test_one_command_goes_from_raw_text_to_a_judged_exported_and_reported_model(unbroken):
+    run, store = unbroken
+    names = {info.path.partition("/")[0] for info in store.list()}
+    expected = {"config.yaml", "manifest.json", "environment.json", "plan.txt", "metrics.jsonl", "checkpoints"}
+    assert expected | {"best.json", "test.json", "report.html", "export", "samples.json", "tensorboard"} <= names
+    assert sorted(steps_by_number(store)) == list(range(1, STEPS + 1))
+    test = json.loads(store.read("test.json"))
+    best = json.loads(store.read("best.json"))
+    assert test["checkpoint"] == best["checkpoint"]
+    assert 0 < test["bits_per_byte"] < 8
+    assert "validation" in run.output() and "report" in run.output()
+
+
+def test_a_finished_run_says_so_and_reads_the_test_split_no_more(unbroken):
+    run, store = unbroken
+    verdict, attempts = store.read("test.json"), len(store.list("attempts/"))
+    assert run.finish(run.start()) == 0
+    assert "the run is finished" in run.output()
+    assert store.read("test.json") == verdict
+    assert len(store.list("attempts/")) == attempts, "workers were started for nothing"
+    with pytest.raises(TestSplitError):
+        claim_test_split(store, "step-00000024-w1-a1")
+
+
+def test_changed_keys_are_refused_before_anything_starts(unbroken):
+    run, _ = unbroken
+    assert run.finish(run.start(model__hidden_size=64, order__seed=7)) == 2
+    refused = [line for line in run.output().splitlines() if "but the run was started with" in line]
+    assert [line.split("=")[0].split()[-1] for line in refused] == ["model.hidden_size", "order.seed"]
+
+
+def test_rows_and_losses_are_those_of_the_unbroken_run_after_kill_9_of_worker_store_and_driver(
+    unbroken, tmp_path
+):
+    """Two workers on S3: kill -9 of a worker, the store gone for seconds, kill -9 of all; then one worker ends it."""
+    _, reference = unbroken
+    with LocalS3(tmp_path / "s3") as server:
+        run = SmallRun(f"s3://corpus/{uuid.uuid4().hex}", tmp_path / "log.txt")
+        put_corpus(open_store(f"{run.root}/raw"))
+        store = open_store(f"{run.root}/runs/pretrain")
+        slow = {"run__steps": STEPS, "run__max_failures": 3}
+
+        driver = run.start(cluster__num_workers=2, engine__zero_stage=1, **slow)
+        wait_for_step(store, 6, driver)
+        os.kill(training_workers(driver.pid)[-1].pid, signal.SIGKILL)
+        wait_for_step(store, 10, driver)
+        server.kill()
+        gone = threading.Timer(4.0, server.start)
+        gone.start()
+        gone.join()
+        wait_for_step(store, 14, driver)
+        kill_tree(driver.pid)
+        driver.wait()
+
+        assert run.finish(run.start(cluster__num_workers=1, engine__zero_stage=3, **slow)) == 0, run.output()
+        starts = events_of(read_attempts(store), "start")
+        assert [start["world_size"] for start in starts] == [2, 2, 1], run.output()
+        found, expected = steps_by_number(store), steps_by_number(reference)
+        assert sorted(found) == sorted(expected)
+        assert [found[s]["digest"] for s in found] == [expected[s]["digest"] for s in found]
+        # float32, other orders of summation: workers and stages differ.
+        for step in expected:
+            assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=2e-4)
+        verdicts = [json.loads(each.read("test.json"))["loss"] for each in (store, reference)]
+        assert verdicts[0] == pytest.approx(verdicts[1], rel=1e-3)
+
+
+def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(unbroken, tmp_path):
+    _, reference = unbroken
+    run = SmallRun(str(tmp_path), tmp_path / "log.txt")
+    put_corpus(open_store(f"{run.root}/raw"))
+    store = open_store(f"{run.root}/runs/pretrain")
+    driver = run.start(cluster__num_workers=2, checkpoint__every_steps=1000, validation__every_steps=1000)
+    wait_for_step(store, 5, driver)
+    driver.send_signal(signal.SIGTERM)
+    assert run.finish(driver) == 0, run.output()
+    stopped_at = max(steps_by_number(store))
+    assert stopped_at < STEPS
+    assert run.finish(run.start(cluster__num_workers=2, checkpoint__every_steps=1000)) == 0, run.output()
+    found, expected = steps_by_number(store), steps_by_number(reference)
+    assert [found[step]["digest"] for step in sorted(found)] == [expected[s]["digest"] for s in sorted(expected)]
+    starts = events_of(read_attempts(store), "start")
+    assert [start["step"] for start in starts] == [0, stopped_at], "a step was done twice"
