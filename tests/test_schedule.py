@@ -19,7 +19,9 @@ schedules = st.builds(
 
 @given(schedules, st.integers(1, 400))
 def test_rate_rises_to_the_peak_and_never_rises_again(config: ScheduleConfig, total_steps: int) -> None:
-    factors = [rate_factor(config, step, total_steps) for step in range(total_steps + config.warmup_steps + 10)]
+    factors = [
+        rate_factor(config, step, total_steps) for step in range(total_steps + config.warmup_steps + 10)
+    ]
     warmup = factors[: config.warmup_steps]
     assert warmup == sorted(warmup) and all(f > 0 for f in warmup)
     if warmup:
@@ -30,7 +32,9 @@ def test_rate_rises_to_the_peak_and_never_rises_again(config: ScheduleConfig, to
 
 
 @given(schedules, st.integers(60, 400))
-def test_last_step_has_the_final_share_and_later_ones_keep_it(config: ScheduleConfig, total_steps: int) -> None:
+def test_last_step_has_the_final_share_and_later_ones_keep_it(
+    config: ScheduleConfig, total_steps: int
+) -> None:
     expected = 1.0 if config.kind == "constant" else config.final_fraction
     assert rate_factor(config, total_steps - 1, total_steps) == pytest.approx(expected)
     assert rate_factor(config, total_steps + 1_000, total_steps) == pytest.approx(expected)
@@ -48,7 +52,9 @@ def test_cosine_equals_the_schedule_of_torch() -> None:
 
 
 def test_plateau_lasts_until_the_decay_begins() -> None:
-    config = ScheduleConfig(kind="warmup_stable_decay", warmup_steps=10, decay_fraction=0.2, final_fraction=0.0)
+    config = ScheduleConfig(
+        kind="warmup_stable_decay", warmup_steps=10, decay_fraction=0.2, final_fraction=0.0
+    )
     factors = [rate_factor(config, step, 100) for step in range(100)]
     assert set(factors[9:80]) == {1.0}
     assert factors[80:] == pytest.approx([1 - k / 20 for k in range(1, 21)])

@@ -11,8 +11,8 @@ class ScheduleConfig:
     """Shape of the learning rate over a run, as a share of each parameter group's peak."""
 
     kind: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
-    """What follows the warm-up: half a cosine (Loshchilov & Hutter 2017), a straight line, a plateau and then a
-    straight line (Hu et al. 2024, section 4), or a plateau alone."""
+    """What follows the warm-up: half a cosine (Loshchilov & Hutter 2017), a straight line, a plateau and then
+    a straight line (Hu et al. 2024, section 4), or a plateau alone."""
     warmup_steps: int = 100
     """Steps of linear warm-up; the first step already trains, at 1 / warmup_steps of the peak. 0: none."""
     decay_fraction: float = 0.2
@@ -33,7 +33,8 @@ class ScheduleConfig:
 def rate_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
     """Return the share of the peak rate, in [0, 1], for the update that follows `step` finished steps.
 
-    The peak is reached by update `warmup_steps - 1`, the final share by update `total_steps - 1`; later ones keep it.
+    The peak is reached by update `warmup_steps - 1`, the final share by update `total_steps - 1`; later ones
+    keep it.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
