@@ -136,14 +136,16 @@ class CheckpointWriter:
         step: int,
         slices: Iterable[StateSlice],
         run: Mapping[str, Any],
-        on_commit: Callable[[str], None] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+        on_commit: Callable[[str], None] = lambda name: None,
     ) -> float:
         """Copy this worker's slices and let the thread write them; the seconds that the caller was held up.
 
         All workers call it for the same steps, rising; a step that was saved already is not saved again. The
         held-up time includes the wait for the former checkpoint. `run` is the trainer's own state, as JSON;
-        worker 0's counts. `on_commit(name)` runs in worker 0's thread once the checkpoint exists, before
-        older ones are deleted. CheckpointError if the former checkpoint could not be written.
+        worker 0's counts. In worker 0's thread `before_commit()` runs while the checkpoint does not exist yet, and
+        `on_commit(name)` once it does, before older ones are deleted. CheckpointError if the former checkpoint
+        could not be written.
         """
         started = time.perf_counter()
         name = folder_name(step, self._world_size, self._attempt)
@@ -153,7 +155,9 @@ class CheckpointWriter:
         canonical_json(run)  # what JSON cannot hold fails here, in the caller's stack
         num_files = self._copy(slices)
         self._name = name
-        self._pending = self._thread.submit(self._write, step, self._files[:num_files], run, on_commit)
+        self._pending = self._thread.submit(
+            self._write, step, self._files[:num_files], run, before_commit, on_commit
+        )
         return time.perf_counter() - started
 
     def finish(self) -> None:
@@ -211,7 +215,8 @@ class CheckpointWriter:
         step: int,
         files: list[HostFile],
         run: Mapping[str, Any],
-        on_commit: Callable[[str], None] | None,
+        before_commit: Callable[[], None],
+        on_commit: Callable[[str], None],
     ) -> None:
         name = folder_name(step, self._world_size, self._attempt)
         with ThreadPoolExecutor(self._config.upload_threads) as pool:
@@ -223,9 +228,9 @@ class CheckpointWriter:
         )
         self._store.put(file_path(name, _part_file(self._rank)), encode_part(part))
         if self._rank == 0:
+            before_commit()
             self._commit(name, step, run)
-            if on_commit is not None:
-                on_commit(name)
+            on_commit(name)
             retire(self._store, self._config, name)
 
     def _put(self, name: str, number: int, file: HostFile) -> tuple[StoredFile, list[PlacedRange]]:

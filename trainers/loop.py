@@ -170,7 +170,14 @@ def validate_and_save(parts: Parts, step: int, selection: Selection, last: bool)
     if last or better or step % config.checkpoint.every_steps == 0:
         parts.heartbeat.beat(step, "save")
         run = {"identity": parts.identity, "guard": parts.guard.state(), "selection": selection.as_json()}
-        seconds = parts.writer.save(step, parts.engine.local_state(), run, on_commit(parts, step, selection))
+        seconds = parts.writer.save(
+            step,
+            parts.engine.local_state(),
+            run,
+            # A run that goes on from a checkpoint has the records of all steps before it.
+            before_commit=parts.metrics.flush if parts.metrics else lambda: None,
+            on_commit=on_commit(parts, step, selection),
+        )
         parts.meter.stalled(seconds)
     parts.heartbeat.beat(step)
     return selection
