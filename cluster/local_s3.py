@@ -41,7 +41,7 @@ class LocalS3:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Return once it takes objects; this process's AWS variables must lead to it. Raises `RuntimeError`."""
+        """Return once it takes objects; the AWS variables must lead to it. Raises `RuntimeError`."""
         (self.folder / "data").mkdir(parents=True, exist_ok=True)
         ports = [f"-{role}.port={self.port + offset}" for offset, role in enumerate(_ROLES)]
         command = [
@@ -144,7 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs="+", help="what to run, after --")
     arguments = parser.parse_args(argv)
     with LocalS3(arguments.dir):
-        return subprocess.run(arguments.command).returncode
+        command = subprocess.Popen(arguments.command)
+        # The keyboard's interrupt reaches the command too; both it and SIGTERM let it save and end by itself.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: command.terminate())
+        return command.wait()
 
 
 if __name__ == "__main__":

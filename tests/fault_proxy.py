@@ -1,0 +1,131 @@
+"""A pass-through proxy before the S3 server that breaks chosen requests, as networks and busy servers do."""
+
+import asyncio
+import contextlib
+import re
+import socket
+import struct
+import threading
+from dataclasses import dataclass
+from typing import Literal
+
+# reset: before the request is passed on; lost: carried out without an answer; truncate, corrupt: the body.
+Fault = Literal["503", "500", "reset", "lost", "truncate", "corrupt", "hang", "slow"]
+PIECES, PAUSE_SECONDS = 10, 0.02  # of a slow answer
+
+
+@dataclass
+class Rule:
+    """Break the next `times` requests of a method whose target contains `target`."""
+
+    fault: Fault
+    times: int
+    method: str
+    target: str
+
+
+class FaultProxy:
+    """Listens on loopback at `url` while it is entered; `broken` lists the faults that were served."""
+
+    def __init__(self, upstream_port: int) -> None:
+        self._upstream_port = upstream_port
+        self._rules: list[Rule] = []
+        self.broken: list[Fault] = []
+
+    def break_next(self, fault: Fault, times: int = 1, method: str = "", target: str = "") -> None:
+        self._rules.append(Rule(fault, times, method, target))
+
+    def __enter__(self) -> "FaultProxy":
+        is_up = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run(is_up)))
+        self._thread.start()
+        is_up.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._is_over.set)
+        self._thread.join()
+
+    async def _run(self, is_up: threading.Event) -> None:
+        self._loop, self._is_over = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        is_up.set()
+        await self._is_over.wait()
+        server.close()
+
+    def _fault_for(self, head: bytes) -> Fault | None:
+        method, target, _ = head.decode("latin-1").split(" ", 2)
+        for rule in self._rules:
+            if rule.times and rule.method in ("", method) and rule.target in target:
+                rule.times -= 1
+                self.broken.append(rule.fault)
+                return rule.fault
+        return None
+
+    async def _serve(self, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), contextlib.closing(answer):
+            head = await client.readuntil(b"\r\n\r\n")
+            fault = self._fault_for(head)
+            if fault in ("503", "500"):
+                await _read_body(head, client)
+                answer.write(
+                    b"HTTP/1.1 %s Broken\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % fault.encode()
+                )
+                await answer.drain()
+            elif fault == "hang":
+                await client.read(-1)  # until the client gives up
+            elif fault == "reset":
+                _reset(answer)
+            else:
+                await self._pass(head, client, answer, fault)
+
+    async def _pass(
+        self, head: bytes, client: asyncio.StreamReader, answer: asyncio.StreamWriter, fault: Fault | None
+    ) -> None:
+        """One request a connection: `Connection` is not signed, all other headers stay as they are."""
+        upstream, request = await asyncio.open_connection("127.0.0.1", self._upstream_port)
+        request.write(re.sub(rb"\r\n(?i:connection):[^\r]*", b"", head)[:-2] + b"Connection: close\r\n\r\n")
+        sending = asyncio.ensure_future(_pump(client, request))
+        try:
+            if fault is None:
+                await _pump(upstream, answer)
+            else:
+                await _answer_badly(await upstream.read(-1), answer, fault)
+        finally:
+            sending.cancel()
+            request.close()
+
+
+async def _answer_badly(whole: bytes, answer: asyncio.StreamWriter, fault: Fault) -> None:
+    start = whole.index(b"\r\n\r\n", whole.find(b"HTTP/1.1 2", 20) if b" 100 " in whole[:20] else 0) + 4
+    middle = (start + len(whole)) // 2
+    if fault == "truncate":
+        answer.write(whole[:middle])
+    elif fault == "corrupt":
+        answer.write(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    elif fault == "slow":
+        for piece in range(PIECES):
+            answer.write(whole[len(whole) * piece // PIECES : len(whole) * (piece + 1) // PIECES])
+            await asyncio.sleep(PAUSE_SECONDS)
+    else:
+        return _reset(answer)
+    await answer.drain()
+
+
+async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    while piece := await source.read(1 << 16):
+        sink.write(piece)
+        await sink.drain()
+
+
+async def _read_body(head: bytes, client: asyncio.StreamReader) -> None:
+    length = re.search(rb"(?i)content-length: *(\d+)", head)
+    if length and b"100-continue" not in head.lower():
+        await client.readexactly(int(length[1]))
+
+
+def _reset(answer: asyncio.StreamWriter) -> None:
+    linger_for_no_time = struct.pack("ii", 1, 0)  # closes with RST in place of FIN
+    answer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_no_time)
+    answer.transport.abort()

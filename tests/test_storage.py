@@ -1,0 +1,321 @@
+import hashlib
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fault_proxy import FaultProxy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.local_s3 import LocalS3
+from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, open_store
+
+SOON = RetryPolicy(connect_seconds=1, silence_seconds=0.7, give_up_seconds=20)
+CONTENT = np.random.default_rng(0).bytes(300_000)
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    uri = str(tmp_path / "store") if request.param == "file" else request.getfixturevalue("s3_uri")
+    return open_store(uri)
+
+
+@pytest.fixture
+def proxy(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with FaultProxy(s3.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+def test_every_part_of_an_object_is_read_as_it_was_put(store: Store) -> None:
+    store.put("a/b.bin", CONTENT)
+    assert store.read("a/b.bin") == CONTENT
+    assert store.read_range("a/b.bin", 1_000, 50_000) == CONTENT[1_000:51_000]
+    assert store.size("a/b.bin") == len(CONTENT)
+    assert store.child("a").read("b.bin") == CONTENT
+    assert pickle.loads(pickle.dumps(store)).read("a/b.bin") == CONTENT
+    store.put("a/b.bin", memoryview(b"over it"))
+    assert store.read("a/b.bin") == b"over it"
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(moves=st.lists(st.tuples(st.integers(0, 320_000), st.integers(0, 90_000)), max_size=5))
+def test_an_open_object_reads_as_a_file_does(store: Store, moves: list[tuple[int, int]]) -> None:
+    if not store.exists("object"):
+        store.put("object", CONTENT)
+    reference = io.BytesIO(CONTENT)
+    with store.open("object") as file:
+        for position, length in moves:
+            assert file.seek(position) == reference.seek(position)
+            assert file.read(length) == reference.read(length)
+        assert file.seek(-7, os.SEEK_END) == reference.seek(-7, os.SEEK_END)
+        assert file.read() == reference.read()
+
+
+def test_parquet_is_read_through_an_open_object(store: Store) -> None:
+    table = pa.table({"tokens": np.arange(50_000)})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=10_000)
+    store.put("table.parquet", sink.getvalue())
+    with store.open("table.parquet") as file:
+        assert pq.ParquetFile(file).read_row_group(3).equals(table.slice(30_000, 10_000))
+
+
+def test_a_listing_holds_all_objects_below_a_prefix_in_order(store: Store) -> None:
+    for path in ("b", "a/z", "a-b", "a/deep/er/x", "a.c", "ab/c"):
+        store.put(path, path.encode())
+    assert [info.path for info in store.list()] == ["a-b", "a.c", "a/deep/er/x", "a/z", "ab/c", "b"]
+    assert [info.path for info in store.list("a/")] == ["a/deep/er/x", "a/z"]
+    assert [info.path for info in store.list("a/de")] == ["a/deep/er/x"]
+    assert [info.path for info in store.list("a")] == ["a-b", "a.c", "a/deep/er/x", "a/z", "ab/c"]
+    assert [(info.path, info.num_bytes) for info in store.child("a").list()] == [("deep/er/x", 11), ("z", 3)]
+    assert store.list("none/") == []
+
+
+def test_a_listing_goes_on_after_a_full_page(s3_uri: str) -> None:
+    store = open_store(s3_uri)
+    paths = [f"{number:05}" for number in range(1_003)]  # a page holds 1,000
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda path: store.put(path, b""), paths))
+    assert [info.path for info in store.list()] == paths
+
+
+def test_a_version_changes_with_the_content(store: Store) -> None:
+    store.put("x", b"one")
+    before = store.list()[0].version
+    assert store.list()[0].version == before
+    store.put("x", b"two")
+    assert store.list()[0].version != before
+
+
+def test_an_absent_object_is_a_file_not_found(store: Store) -> None:
+    store.put("folder/x", b"")
+    for path in ("absent", "folder"):
+        assert not store.exists(path)
+        for read in (store.read, store.size, store.open, lambda path: store.read_range(path, 0, 1)):
+            if path == "absent" or read is store.size:
+                with pytest.raises(FileNotFoundError, match=path):
+                    read(path)
+    store.delete("absent")
+    store.delete("folder/x")
+    assert not store.exists("folder/x")
+
+
+def test_a_range_past_the_end_is_an_error(store: Store) -> None:
+    store.put("x", b"12345")
+    assert store.read_range("x", 5, 0) == b""
+    for start, length in ((3, 3), (7, 1)):
+        with pytest.raises(StorageError, match="cut or replaced"):
+            store.read_range("x", start, length)
+
+
+def test_one_of_many_racers_writes_an_absent_object(store: Store) -> None:
+    start = threading.Barrier(24)
+
+    def race(racer: int) -> bool:
+        start.wait()
+        return store.put_if_absent("record", b"%d" % racer)
+
+    with ThreadPoolExecutor(24) as threads:
+        won = list(threads.map(race, range(24)))
+    assert sum(won) == 1
+    assert store.read("record") == b"%d" % won.index(True)
+
+
+def test_readers_see_the_old_object_or_the_new_one_whole(store: Store) -> None:
+    versions = {bytes([number]) * (number * 40_001) for number in range(1, 6)}
+    store.put("x", max(versions))
+    is_over = threading.Event()
+
+    def write() -> None:
+        for _ in range(10):
+            for version in versions:
+                store.put("x", version)
+        is_over.set()
+
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(write)
+        while not is_over.is_set() and not writing.done():
+            assert store.read("x") in versions
+        writing.result()
+
+
+WRITE_FOR_EVER = """
+import hashlib, sys
+from cluster.storage import open_store
+store = open_store(sys.argv[1])
+for number in range(1_000_000):
+    content = bytes([number % 251]) * 3_000_000
+    store.put("x", content + hashlib.sha256(content).digest())
+    print(number, flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_object(store: Store) -> None:
+    for lines_before_the_end in (1, 2, 3):
+        command = [sys.executable, "-c", WRITE_FOR_EVER, store.uri]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as writer:
+            for _ in range(lines_before_the_end):
+                assert writer.stdout and writer.stdout.readline()
+            writer.kill()
+        content = store.read("x")
+        assert hashlib.sha256(content[:-32]).digest() == content[-32:]
+        assert [info.path for info in store.list()] == ["x"]
+
+
+def test_a_large_file_is_uploaded_in_parts_in_spite_of_faults(
+    s3_uri: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    # A part of 32 MiB takes a while on a busy machine, and its silence is no fault.
+    local, store = tmp_path / "large", open_store(s3_uri, RetryPolicy(silence_seconds=15))
+    local.write_bytes(CONTENT * (MULTIPART.multipart_threshold // len(CONTENT) + 1))
+    for fault in ("503", "reset"):
+        proxy.break_next(fault, method="PUT", target="partNumber=2")
+    store.upload(local, "large")
+    assert proxy.broken == ["503", "reset"]
+    assert hashlib.sha256(store.read("large")).digest() == hashlib.sha256(local.read_bytes()).digest()
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "reset", "lost", "truncate", "hang", "slow"])
+def test_a_passing_fault_changes_no_result(
+    fault: str, s3_uri: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    store = open_store(s3_uri, SOON)
+    local = tmp_path / "local"
+    local.write_bytes(CONTENT)
+    operations = {
+        "put": lambda: store.put("x", CONTENT),
+        "put_if_absent": lambda: store.put_if_absent("once", b"1"),
+        "upload": lambda: store.upload(local, "y"),
+        "read": lambda: store.read("x"),
+        "read_range": lambda: store.read_range("y", 5, 100_000),
+        "list": lambda: [info.path for info in store.list()],
+        "size": lambda: store.size("y"),
+        "delete": lambda: store.delete("y"),
+    }
+    results = {}
+    for name, operation in operations.items():
+        proxy.break_next(fault)
+        results[name] = operation()
+    assert results == {
+        "put": None,
+        "put_if_absent": True,
+        "upload": None,
+        "read": CONTENT,
+        "read_range": CONTENT[5:100_005],
+        "list": ["once", "x", "y"],
+        "size": len(CONTENT),
+        "delete": None,
+    }
+    assert proxy.broken == [fault] * len(operations)
+
+
+def test_a_flipped_byte_of_a_whole_object_is_noticed(s3_uri: str, proxy: FaultProxy) -> None:
+    store = open_store(s3_uri, SOON)
+    store.put("x", CONTENT)
+    proxy.break_next("corrupt", method="GET")
+    assert store.read("x") == CONTENT
+    assert proxy.broken == ["corrupt"]
+
+
+def test_the_winner_whose_answers_are_lost_still_wins(s3_uri: str, proxy: FaultProxy) -> None:
+    store = open_store(s3_uri, SOON)
+    proxy.break_next("lost", times=4, method="PUT")
+    assert store.put_if_absent("record", b"mine")
+    assert len(proxy.broken) == 4
+    assert not store.put_if_absent("record", b"mine")
+
+
+def test_what_a_killed_server_acknowledged_is_there_after_its_restart(s3: LocalS3, s3_uri: str) -> None:
+    store = open_store(s3_uri, RetryPolicy(connect_seconds=1, silence_seconds=5, give_up_seconds=60))
+    acknowledged: list[str] = []
+    enough = threading.Event()
+
+    def write() -> None:
+        while not (enough.is_set() and len(acknowledged) >= 60):
+            path = f"{len(acknowledged):05}"
+            store.put(path, path.encode() * 1_000)
+            acknowledged.append(path)
+
+    with ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(write)
+        while len(acknowledged) < 30 and not writing.done():
+            assert store.exists("00000") or len(acknowledged) < 30
+        s3.kill()
+        s3.start()
+        enough.set()
+        writing.result()
+    assert [info.path for info in store.list()] == acknowledged
+    assert all(store.read(path) == path.encode() * 1_000 for path in acknowledged)
+
+
+def test_a_store_that_stays_away_is_named_with_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    store = open_store("s3://corpus/x", RetryPolicy(connect_seconds=1, silence_seconds=1, give_up_seconds=1))
+    with pytest.raises(StorageError, match=r"s3://corpus/x/y.*read.*127\.0\.0\.1:9.*AWS_ENDPOINT_URL"):
+        store.read("y")
+
+
+def test_a_wrong_key_is_one_line_without_the_secret(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    store = open_store(s3_uri)
+    for problem in (store.problem_reading(), store.problem_writing()):
+        assert problem and "\n" not in problem and "not-the-secret" not in problem
+        assert s3_uri in problem and "AWS_SECRET_ACCESS_KEY" in problem
+    with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY"):
+        store.size("x")
+
+
+def test_no_key_at_all_is_named(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "AWS_PROFILE" in (open_store(s3_uri).problem_writing() or "")
+
+
+def test_a_missing_bucket_is_named(s3: LocalS3) -> None:
+    store = open_store("s3://no-such-bucket/x")
+    for problem in (store.problem_reading(), store.problem_writing()):
+        assert "create the bucket" in (problem or "")
+
+
+def test_a_place_is_tried_before_a_job_starts(store: Store) -> None:
+    assert "nothing is there" in (store.problem_reading() or "")
+    assert store.problem_writing() is None
+    assert store.list() == []
+    store.put("x", b"")
+    assert store.problem_reading() is None
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = open_store(str(tmp_path / "file" / "folder"))
+    assert "is a file" in (store.problem_writing() or "")
+    with pytest.raises(StorageError, match="part of the path is a file"):
+        store.put("x", b"")
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://x/y", "file://host/x", "s3://", "s3://key:secret@bucket/x", "gs://", "s4://b/x"]
+)
+def test_what_is_no_location_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match="s3://BUCKET/PREFIX"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x"])
+def test_no_path_leads_out_of_a_store(store: Store, path: str) -> None:
+    for use in (store.read, store.child, lambda path: store.put(path, b"")):
+        with pytest.raises(ValueError, match="path within a store"):
+            use(path)
