@@ -78,6 +78,11 @@ class FixedTokenizer:
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
 
 
+def fingerprint_of(serialised: bytes) -> str:
+    """What a tokenizer is known by: the first 16 hex digits of the sha256 of its tokenizer.json."""
+    return hashlib.sha256(serialised).hexdigest()[:16]
+
+
 def tokenizer_path(fingerprint: str) -> str:
     """Where the tokenizer of this fingerprint lies in a prepared corpus."""
     return f"tokenizers/{fingerprint}/tokenizer.json"
@@ -106,8 +111,7 @@ def fix_tokenizer(serialised: str, origin: str, boundary: str) -> FixedTokenizer
     tokenizer.add_special_tokens([boundary])
     fixed = tokenizer.to_str()
     ids = tokenizer.get_vocab(with_added_tokens=True)
-    fingerprint = hashlib.sha256(fixed.encode()).hexdigest()[:16]
-    return FixedTokenizer(fixed, fingerprint, max(ids.values()) + 1, ids[boundary])
+    return FixedTokenizer(fixed, fingerprint_of(fixed.encode()), max(ids.values()) + 1, ids[boundary])
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> FixedTokenizer:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 from data.evaluation_rows import EvaluationBatch
 
 from trainers.collectives import Workers
@@ -40,6 +42,24 @@ def evaluation_of(nats: float, tokens: int, num_bytes: float, seconds: float) ->
     return Evaluation(loss, nats / math.log(2) / num_bytes, perplexity, tokens, round(num_bytes), seconds)
 
 
+def sums_over(
+    model: nn.Module,
+    device: torch.device,
+    batches: Iterable[EvaluationBatch],
+    boundary_id: int,
+    document_mask: bool,
+) -> list[float]:
+    """Run a model in evaluation mode over batches; returns [nats, target tokens, bytes]."""
+    nats, tokens, num_bytes = torch.zeros((), device=device), 0.0, 0.0
+    for batch in batches:
+        rows = torch.from_numpy(batch.tokens.astype(np.int64)).to(device)
+        weights = torch.from_numpy(batch.weights).to(device)
+        nats += causal_lm(model, rows, weights, boundary_id, document_mask).total
+        tokens += float(batch.weights.sum())
+        num_bytes += batch.num_bytes
+    return [nats.item(), tokens, num_bytes]
+
+
 def evaluate(
     engine: Engine,
     batches: Iterable[EvaluationBatch],
@@ -47,15 +67,11 @@ def evaluate(
     boundary_id: int,
     document_mask: bool,
 ) -> Evaluation:
-    """Run the model over this worker's batches, of which every worker has equally many, and add up over the workers."""
+    """Evaluate a model under training on this worker's batches, of which every worker has equally many; the
+    result is that of all workers' together.
+    """
     started = time.perf_counter()
-    nats, tokens, num_bytes = torch.zeros((), device=engine.device), 0.0, 0.0
     with engine.evaluating() as model:
-        for batch in batches:
-            rows = torch.from_numpy(batch.tokens).to(engine.device)
-            weights = torch.from_numpy(batch.weights).to(engine.device)
-            nats += causal_lm(model, rows, weights, boundary_id, document_mask).total
-            tokens += float(batch.weights.sum())
-            num_bytes += batch.num_bytes
-    total_nats, total_tokens, total_bytes = workers.sum([nats.item(), tokens, num_bytes])
-    return evaluation_of(total_nats, round(total_tokens), total_bytes, time.perf_counter() - started)
+        sums = sums_over(model, engine.device, batches, boundary_id, document_mask)
+    nats, tokens, num_bytes = workers.sum(sums)
+    return evaluation_of(nats, round(tokens), num_bytes, time.perf_counter() - started)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cluster.hardware import used_memory_bytes
@@ -124,7 +125,7 @@ def restore(parts: Parts) -> tuple[int, Selection]:
 def forward_backward(parts: Parts, rows: "StepRows") -> float:
     """Add up the gradients of this worker's rows; returns the sum of their losses, in nats."""
     engine, size = parts.engine, parts.micro_batch_rows
-    tokens = torch.from_numpy(rows.tokens).to(engine.device)
+    tokens = torch.from_numpy(rows.tokens.astype(np.int64)).to(engine.device)  # torch knows few unsigned types
     weights = torch.from_numpy(rows.weights).to(engine.device)
     loss_sum = torch.zeros((), device=engine.device)
     for micro_tokens, micro_weights in zip(tokens.split(size), weights.split(size), strict=True):
