@@ -19,11 +19,9 @@ def problems_before_start(config: PretrainConfig) -> Iterator[str]:
     yield from corpus_problems(config.corpus)
     if problem := run_store(config).problem_writing():
         yield f"run.storage: {problem}"
-    if config.cluster.is_local:
-        yield from cpu_problems(config, {"CPU": this_host().cores})
 
 
-def cpu_problems(config: PretrainConfig, resources: Mapping[str, float]) -> Iterator[str]:
+def resource_problems(config: PretrainConfig, resources: Mapping[str, float]) -> Iterator[str]:
     """Whether the workers fit into the cluster's resources and leave room for Ray Data's reads."""
     if problem := cpu_problem(config.cluster, READ_CPUS, resources.get("CPU", 0)):
         yield problem
@@ -34,6 +32,12 @@ def cpu_problems(config: PretrainConfig, resources: Mapping[str, float]) -> Iter
             f"{config.cluster.gpus_per_worker:g} = {wanted:g} GPUs, but the cluster has {found:g}; "
             f"at most {found:g} workers fit"
         )
+
+
+def resources_here() -> dict[str, float]:
+    """What a local Ray would have."""
+    host = this_host()
+    return {"CPU": host.cores, "GPU": host.num_devices}
 
 
 def plan_of(config: PretrainConfig, manifest: Manifest | None) -> str:

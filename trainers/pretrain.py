@@ -26,7 +26,7 @@ try:
     from trainers import closing, run_folder
     from trainers.config import PretrainConfig, absolute, run_store
     from trainers.metrics import merge_metrics
-    from trainers.planning import cpu_problems, plan_of, problems_before_start
+    from trainers.planning import plan_of, problems_before_start, resource_problems, resources_here
     from trainers.progress import Progress
     from trainers.report import write_report
     from trainers.results import read_run, results_table
@@ -42,11 +42,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_config(PretrainConfig, arguments, description=__doc__ or "", extra_flags=FLAGS)
     config, console = absolute(loaded.config), Console(soft_wrap=True)
     run = run_store(config)
-    if problems := list(problems_before_start(config)):
-        raise ConfigError(problems)
+    problems = list(problems_before_start(config))
+    too_large = list(resource_problems(config, resources_here())) if config.cluster.is_local else []
+    if "dry-run" in loaded.flags and not problems:
+        console.print(plan_of(config, manifest=None), highlight=False)
+        return console.print(
+            *(f"not on this machine: {line}" for line in too_large), sep="\n", highlight=False
+        )
+    if problems or too_large:
+        raise ConfigError([*problems, *too_large])
     run_folder.check_unchanged(run, config)
-    if "dry-run" in loaded.flags:
-        return console.print(plan_of(config, manifest=None), highlight=False)
     if not run_folder.is_finished(run):
         train(config, console)
     if run_folder.is_finished(run):
@@ -61,7 +66,7 @@ def train(config: PretrainConfig, console: Console) -> None:
 
     run = run_store(config)
     with ray_session(config.cluster) as resources:
-        if problems := list(cpu_problems(config, resources)):
+        if problems := list(resource_problems(config, resources)):
             raise ConfigError(problems)
         manifest = pinned_or_prepared(config, console)
         plan = plan_of(config, manifest)
