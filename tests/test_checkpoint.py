@@ -1,5 +1,6 @@
 """A checkpoint exists once its record does, reads at any split, and is refused by name if a byte differs."""
 
+import contextlib
 import json
 import logging
 import random
@@ -200,7 +201,7 @@ def test_data_without_a_record_is_no_checkpoint(store: Store) -> None:
     name = save(store, 200)
     store.delete(file_path(name, "COMMIT.json"))
     assert latest_checkpoint(store).step == 100
-    with pytest.raises(CheckpointError, match=r"no checkpoint for step 200 .* \[100\]"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint for 200 .* \[100\]"):
         checkpoint_at(store, 200)
 
 
@@ -287,34 +288,54 @@ def test_a_truncated_or_missing_file_is_refused_by_name(folder: Store, caplog, f
     assert f"{path}: expected {file.num_bytes:,} bytes, found" in caplog.text
 
 
+def on_all_workers(world_size: int, ask):
+    """What `ask(rank, gather)` returns to each of several workers, which are threads here."""
+    barrier, values = threading.Barrier(world_size), {}
+
+    def worker(rank: int):
+        def gather(value):
+            values[rank] = value
+            barrier.wait(60)
+            everybody = [values[each] for each in range(world_size)]
+            barrier.wait(60)
+            return everybody
+
+        return ask(rank, gather)
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(worker, range(world_size)))
+
+
 def test_workers_share_the_verification_and_agree_on_its_outcome(folder: Store) -> None:
     save(folder, 100)
     name = save(folder, 200)
-    record = read_record(folder, name)
-    flip(folder, file_path(name, record.files[1].path), -1)
-    world_size, barrier, answers = 3, threading.Barrier(3), {}
+    files = [file_path(name, file.path) for file in read_record(folder, name).files]
+    flip(folder, files[1], -1)
     read: list[str] = []
 
     def read_range(path, start, length):
         read.append(path)
         return folder.read_range(path, start, length)
 
-    def worker(rank: int):
-        def gather(value):
-            answers[rank] = value
-            barrier.wait(60)
-            everybody = [answers[r] for r in range(world_size)]
-            barrier.wait(60)
-            return everybody
-
-        counted = Interposed(folder, read_range=read_range)
-        return latest_checkpoint(counted, rank=rank, world_size=world_size, gather=gather).step
-
-    with ThreadPoolExecutor(world_size) as pool:
-        assert list(pool.map(worker, range(world_size))) == [100] * world_size
-    assert sorted(path for path in read if name in path) == sorted(
-        file_path(name, f.path) for f in record.files
+    counted = Interposed(folder, read_range=read_range)
+    found = on_all_workers(
+        3, lambda rank, gather: latest_checkpoint(counted, rank=rank, world_size=3, gather=gather)
     )
+    assert [record.step for record in found] == [100] * 3
+    assert sorted(path for path in read if name in path) == sorted(files)
+
+
+@pytest.mark.parametrize("which", ["best", "last", 100])
+def test_all_workers_take_the_checkpoint_that_worker_0_sees(folder: Store, which) -> None:
+    folder.put("best.json", json.dumps({"checkpoint": save(folder, 100)}).encode())
+    behind = Interposed(folder, list=lambda prefix: [])  # as seen before worker 0 committed
+    found = on_all_workers(
+        2,
+        lambda rank, gather: checkpoint_at(
+            behind if rank else folder, which, rank=rank, world_size=2, gather=gather
+        ),
+    )
+    assert [record.step for record in found] == [100, 100]
 
 
 @pytest.mark.parametrize(
@@ -378,12 +399,20 @@ def test_attempts_that_start_together_get_different_numbers(store: Store) -> Non
     assert sorted(claimed) == list(range(1, 9))
 
 
-def test_two_attempts_at_the_same_step_do_not_mix(store: Store) -> None:
+def test_two_attempts_that_race_at_one_step_do_not_mix(store: Store) -> None:
+    def write(attempt: int) -> None:
+        # The older one may find its files cleared away, as of a dead attempt; then it fails, or is refused.
+        with (
+            contextlib.suppress(CheckpointError),
+            CheckpointWriter(store, CONFIG, rank=0, world_size=1, attempt=attempt) as writer,
+        ):
+            writer.save(300, slices_of(0, 1, state_at(attempt)), {"state": attempt})
+
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda attempt: save(store, 300, attempt=attempt), (1, 2)))
-    assert committed(store) == [folder_name(300, 2, 2), folder_name(300, 2, 1)]
-    for name in committed(store):
-        assert_holds(store, read_record(store, name), state_at(300))
+        list(pool.map(write, (1, 2)))
+    newest = latest_checkpoint(store)
+    assert newest.name == folder_name(300, 1, 2)
+    assert_holds(store, newest, state_at(2))
 
 
 def test_an_attempt_that_was_overtaken_cannot_commit(folder: Store) -> None:
@@ -493,12 +522,14 @@ def test_leftovers_of_the_dead_go_and_what_may_still_be_written_stays(folder: St
 def test_the_commit_hook_runs_before_older_checkpoints_are_deleted(folder: Store) -> None:
     config = CheckpointConfig(keep_last=1)
     with CheckpointWriter(folder, config, rank=0, world_size=1, attempt=1) as writer:
-        for step in (1, 2, 3):
-            hook = None if step == 3 else lambda name: folder.put(
-                "best.json", json.dumps({"checkpoint": name}).encode()
-            )  # fmt: skip
-            writer.save(step, slices_of(0, 1, state_at(step)), {}, hook)
-    assert kept_steps(folder) == [2, 3]
+        for step in (1, 2):
+            writer.save(
+                step,
+                slices_of(0, 1, state_at(step)),
+                {},
+                lambda name: folder.put("best.json", json.dumps({"checkpoint": name}).encode()),
+            )
+    assert kept_steps(folder) == [2]
 
 
 def test_configuration_problems_name_key_value_and_remedy() -> None:

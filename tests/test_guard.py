@@ -95,8 +95,15 @@ def test_too_many_refusals_in_all_stop_the_run() -> None:
 
 
 def outcomes(guard: Guard, numbers: list[tuple[float, float]], first_step: int) -> list[str | None]:
-    refusals = [guard.check(first_step + i, *pair) for i, pair in enumerate(numbers)]
-    return [refusal and refusal.reason for refusal in refusals]
+    """The reason of each refused step and None for each accepted one, up to the one that stops the run."""
+    found = []
+    for step, (loss, norm) in enumerate(numbers, first_step):
+        try:
+            refusal = guard.check(step, loss, norm)
+        except TrainingDiverged as stop:
+            return [*found, str(stop)]
+        found.append(refusal and refusal.reason)
+    return found
 
 
 @given(
@@ -104,9 +111,9 @@ def outcomes(guard: Guard, numbers: list[tuple[float, float]], first_step: int) 
     resumed_after=st.integers(0, 40),
 )
 def test_a_resumed_run_refuses_exactly_what_an_unbroken_one_does(numbers, resumed_after: int) -> None:
-    config = GuardConfig(window_steps=8, warmup_steps=4, max_skipped_in_a_row=100, max_skipped=100)
-    unbroken = outcomes(Guard(config), numbers, 0)
-    first, second = Guard(config), Guard(config)
+    unbroken = outcomes(Guard(CONFIG), numbers, 0)
+    resumed_after = min(resumed_after, max(0, len(unbroken) - 1))
+    first, second = Guard(CONFIG), Guard(CONFIG)
     before = outcomes(first, numbers[:resumed_after], 0)
     second.load(json.loads(json.dumps(first.state(), allow_nan=False)))
     assert before + outcomes(second, numbers[resumed_after:], resumed_after) == unbroken

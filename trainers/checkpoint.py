@@ -26,6 +26,9 @@ from trainers.checkpoint_commit import (
 BEST = "best.json"
 ATTEMPTS = "attempts"
 
+Gather = Callable[[Any], list[Any]]
+"""A collective: all workers' values in the order of their ranks, on every worker."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,6 +65,11 @@ class CheckpointConfig:
             yield f"{at}.commit_timeout_seconds={self.commit_timeout_seconds} must be positive"
 
 
+def alone(value: Any) -> list[Any]:
+    """The `Gather` of a single process."""
+    return [value]
+
+
 def claim_attempt(store: Store) -> int:
     """A number that no other start of this run has, above all former ones. One worker calls it per start."""
     attempt = latest_attempt(store) + 1
@@ -82,50 +90,47 @@ def committed(store: Store) -> list[str]:
 
 
 def latest_checkpoint(
-    store: Store,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Callable[[Any], list[Any]] = lambda value: [value],
+    store: Store, *, rank: int = 0, world_size: int = 1, gather: Gather = alone
 ) -> CheckpointRecord | None:
     """The newest committed checkpoint whose every file has the recorded size and hash; None if there is none.
 
     A damaged one is refused with a warning that names the file, and the one before is taken. With several
-    workers, each reads every `world_size`-th file and `gather` (all workers' values, on every worker) joins
-    their findings, so that all take the same checkpoint; RuntimeError if they do not even see the same one.
+    workers, all take what worker 0 sees, each verifies every `world_size`-th file, and all learn the outcome.
     """
-    for name in committed(store):
-        record, found = _examine(store, name, rank, world_size)
-        answers = gather((name, found))
-        if {other for other, _ in answers} != {name}:
-            raise RuntimeError(f"workers see different newest checkpoints: {sorted({n for n, _ in answers})}")
-        all_faults = [fault for _, faults_of_worker in answers for fault in faults_of_worker]
-        if record is not None and not all_faults:
+    for name in gather(committed(store))[0]:
+        record, found = _examine(store, name, rank, world_size, gather)
+        if record is not None and not found:
             return record
         if rank == 0:
-            logger.warning("checkpoint %s is refused, the one before is taken: %s", name, _some(all_faults))
+            logger.warning("checkpoint %s is refused, the one before is taken: %s", name, _some(found))
     return None
 
 
-def checkpoint_at(store: Store, which: int | Literal["best", "last"]) -> CheckpointRecord:
+def checkpoint_at(
+    store: Store,
+    which: int | Literal["best", "last"],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather = alone,
+) -> CheckpointRecord:
     """The checkpoint after that many steps, the one that validation chose, or the newest good one.
 
-    CheckpointError if there is none or, for a step and for `best`, if it is damaged: who asks for one
-    checkpoint gets no other.
+    Several workers join as in `latest_checkpoint`. CheckpointError if there is none or, for a step and for
+    `best`, if it is damaged: who asks for one checkpoint gets no other.
     """
-    names = committed(store)
-    steps = [_age(name)[0] for name in names]
     if which == "last":
-        record = latest_checkpoint(store)
+        record = latest_checkpoint(store, rank=rank, world_size=world_size, gather=gather)
         if record is None:
-            raise CheckpointError(f"no good checkpoint in {store.uri}/{FOLDER}; committed: {names}")
+            raise CheckpointError(f"{store.uri}/{FOLDER} holds no good checkpoint")
         return record
-    name = best_name(store) if which == "best" else next((n for n in names if _age(n)[0] == which), None)
-    if name not in names:
-        what = f"{which} ({name})" if which == "best" else f"step {which}"
-        raise CheckpointError(f"no checkpoint for {what} in {store.uri}; steps: {sorted(set(steps))}")
-    assert name is not None
-    record, found = _examine(store, name, rank=0, world_size=1)
+    names = committed(store)
+    wanted = best_name(store) if which == "best" else next((n for n in names if _age(n)[0] == which), None)
+    name = gather(wanted if wanted in names else None)[0]
+    if name is None:
+        steps = sorted({_age(name)[0] for name in names})
+        raise CheckpointError(f"no checkpoint for {which!r} in {store.uri}/{FOLDER}; steps: {steps}")
+    record, found = _examine(store, name, rank, world_size, gather)
     if record is None or found:
         raise CheckpointError(f"checkpoint {name} is damaged: {_some(found)}")
     return record
@@ -184,14 +189,16 @@ def _age(name: str) -> tuple[int, int]:
 
 
 def _examine(
-    store: Store, name: str, rank: int, world_size: int
+    store: Store, name: str, rank: int, world_size: int, gather: Gather
 ) -> tuple[CheckpointRecord | None, list[str]]:
-    """The record, and what is wrong with this worker's share of the files; None for a bad record."""
+    """The record, if it is good, and all that any worker finds wrong with its share of the checkpoint."""
+    record, found = None, []
     try:
         record = read_record(store, name)
+        found = faults(store, name, record.files[rank::world_size])
     except (CheckpointError, FileNotFoundError) as error:
-        return None, [str(error)]
-    return record, faults(store, name, record.files[rank::world_size])
+        found = [str(error)]
+    return record, [fault for of_worker in gather(found) for fault in of_worker]
 
 
 def _some(found: Collection[str], limit: int = 5) -> str:

@@ -34,9 +34,11 @@ class HeartbeatConfig:
     timeout_seconds: float = 600.0
     """Longest time without a beat before a worker is taken for hung."""
     phase_timeout_seconds: dict[str, float] = field(
-        default_factory=lambda: {"start": 1_800.0, "restore": 1_800.0, "compile": 1_800.0}
+        default_factory=lambda: dict.fromkeys(
+            ("start", "restore", "compile", "validate", "save", "export"), 1_800.0
+        )
     )
-    """Longer limits in seconds, for slow phases: until the first beat, reading a checkpoint, compiling."""
+    """Longer limits in seconds, for the phases that take minutes; `start` lasts until the first beat."""
     linger_seconds: float = 10.0
     """Time between the stacks and the end of the process, for the other workers to leave theirs."""
 
