@@ -12,6 +12,7 @@ from typing import Literal
 # reset: before the request is passed on; lost: carried out without an answer; truncate, corrupt: the body.
 Fault = Literal["503", "500", "reset", "lost", "truncate", "corrupt", "hang", "slow"]
 PIECES, PAUSE_SECONDS = 10, 0.02  # of a slow answer
+_LENGTH = re.compile(rb"(?i)content-length: *(\d+)")
 
 
 @dataclass
@@ -91,15 +92,26 @@ class FaultProxy:
             if fault is None:
                 await _pump(upstream, answer)
             else:
-                await _answer_badly(await upstream.read(-1), answer, fault)
+                await _answer_badly(*await _read_answer(upstream, head), answer, fault)
         finally:
             sending.cancel()
             request.close()
 
 
-async def _answer_badly(whole: bytes, answer: asyncio.StreamWriter, fault: Fault) -> None:
-    start = whole.index(b"\r\n\r\n", whole.find(b"HTTP/1.1 2", 20) if b" 100 " in whole[:20] else 0) + 4
-    middle = (start + len(whole)) // 2
+async def _read_answer(upstream: asyncio.StreamReader, request_head: bytes) -> tuple[bytes, bytes]:
+    """Head and body. Not up to the end of the connection: Go's servers keep that open for another 500 ms."""
+    head = await upstream.readuntil(b"\r\n\r\n")
+    if b" 100 " in head[:20]:
+        rest, body = await _read_answer(upstream, request_head)
+        return head + rest, body
+    length = _LENGTH.search(head)
+    if request_head.startswith(b"HEAD ") or b" 204 " in head[:20]:
+        return head, b""
+    return head, await (upstream.readexactly(int(length[1])) if length else upstream.read(-1))
+
+
+async def _answer_badly(head: bytes, body: bytes, answer: asyncio.StreamWriter, fault: Fault) -> None:
+    whole, middle = head + body, len(head) + len(body) // 2
     if fault == "truncate":
         answer.write(whole[:middle])
     elif fault == "corrupt":
@@ -120,7 +132,7 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> Non
 
 
 async def _read_body(head: bytes, client: asyncio.StreamReader) -> None:
-    length = re.search(rb"(?i)content-length: *(\d+)", head)
+    length = _LENGTH.search(head)
     if length and b"100-continue" not in head.lower():
         await client.readexactly(int(length[1]))
 

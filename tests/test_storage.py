@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from cluster.local_s3 import LocalS3
 from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, open_store
 
-SOON = RetryPolicy(connect_seconds=1, silence_seconds=0.7, give_up_seconds=20)
+SOON = RetryPolicy(connect_seconds=1, silence_seconds=0.5, give_up_seconds=20)
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
