@@ -219,7 +219,9 @@ def _assign(values: dict[str, Any], known: Mapping[str, Key], name: str, text: s
 
 def _parse(text: str, hint: Any) -> Any:
     """YAML, except where the field takes text as it stands."""
-    if text in choices(hint) or (set(members(hint)) <= {str, types.NoneType} and text != "null"):
+    if text in (listed := choices(hint)):
+        return listed[text]
+    if set(members(hint)) <= {str, types.NoneType} and text != "null":
         return text
     try:
         return yaml.load(text, Loader=_Loader)
@@ -286,7 +288,7 @@ class _Builder:
             return _adapter(hint).validate_json(json.dumps(value, default=str), strict=True)
         except pydantic.ValidationError:
             remedy = ""
-            if alike := nearest(str(value), choices(hint)):
+            if alike := nearest(str(value), list(choices(hint))):
                 remedy = f"; nearest: {alike}"
             elif str in members(hint):
                 remedy = "; put it in quotes"

@@ -52,10 +52,10 @@ def members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def choices(hint: Any) -> list[str]:
-    """The words that a type lists: those of its `Literal`s."""
+def choices(hint: Any) -> dict[str, Any]:
+    """What a type lists, by its text: the values of its `Literal`s."""
     literals = (member for member in members(hint) if typing.get_origin(member) is Literal)
-    return [str(word) for literal in literals for word in typing.get_args(literal)]
+    return {str(value): value for literal in literals for value in typing.get_args(literal)}
 
 
 def type_name(hint: Any) -> str:
