@@ -115,7 +115,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """YAML text that `--config` reads back as an equal configuration."""
+    """YAML that `--config` reads back as an equal configuration, if its texts hold no control characters."""
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -173,7 +173,7 @@ def _read_arguments(
 
 def _read_yaml(cls: type, path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(), Loader=_Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         alike = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         remedy = f"; nearest: {path.parent / alike}" if alike else ""
