@@ -8,7 +8,6 @@ A lane takes its rows by number: 0, 1, 2, … through one epoch after another. T
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from threading import Lock
 
@@ -102,24 +101,40 @@ class Epochs:
             fragment[here], row[here] = self._fragment_at(int(epoch), slot), position[here] - index[slot]
         return self._rows_at(epochs, fragment, row)
 
-    def runs(self, lane: int, first: int, end: int) -> Iterator[tuple[Rows, NDArray[np.int64]]]:
-        """A lane's numbers from `first` up to `end` as runs of consecutive rows of one fragment, in parts.
+    def runs(
+        self, lanes: NDArray[np.int64], first: NDArray[np.int64], end: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], Rows, NDArray[np.int64]]:
+        """Spans of numbers, each of a lane from `first` up to `end` (all [N]), as runs of consecutive rows of
+        one fragment.
 
-        Yields:
-            (the first row of each run, the runs' lengths)
+        Returns:
+            For all runs, by span and then by number: the index of its span, its first row, its length.
         """
-        length, lane_start = self.lane_rows, lane * self.lane_rows
-        for epoch in range(first // length, (end - 1) // length + 1):
-            begin = lane_start + max(first - epoch * length, 0)
-            stop = lane_start + min(end - epoch * length, length)
+        parts = []
+        first_epoch, last_epoch = first // self.lane_rows, (end - 1) // self.lane_rows
+        for epoch in range(int(first_epoch.min()), int(last_epoch.max()) + 1):
+            span = np.flatnonzero((first < end) & (first_epoch <= epoch) & (epoch <= last_epoch))
+            epoch_start = (
+                epoch - lanes[span]
+            ) * self.lane_rows  # numbers less this are positions in the epoch
+            begin = np.maximum(first[span], epoch * self.lane_rows) - epoch_start
+            stop = np.minimum(end[span], (epoch + 1) * self.lane_rows) - epoch_start
             index = self._index(epoch)
-            low, high = np.searchsorted(index, [begin, stop - 1], side="right") - 1
-            slot = np.arange(low, high + 1)
-            lower, upper = np.maximum(index[slot], begin), np.minimum(index[slot + 1], stop)
+            low = np.searchsorted(index, begin, side="right") - 1
+            num_slots = np.searchsorted(index, stop - 1, side="right") - low
+            of_span = np.repeat(np.arange(len(span)), num_slots)
+            slot = ranges(num_slots) + low[of_span]
+            lower, upper = np.maximum(index[slot], begin[of_span]), np.minimum(index[slot + 1], stop[of_span])
             used = upper > lower  # a fragment shorter than a row may lie between two others
-            fragment = self._fragment_at(epoch, slot[used])
-            row = (lower - index[slot])[used]
-            yield self._rows_at(np.full(len(row), epoch), fragment, row), (upper - lower)[used]
+            slot, lower, upper = slot[used], lower[used], upper[used]
+            rows = self._rows_at(
+                np.full(len(slot), epoch), self._fragment_at(epoch, slot), lower - index[slot]
+            )
+            parts.append((span[of_span[used]], rows, upper - lower))
+        spans = np.concatenate([spans for spans, _, _ in parts])
+        lengths = np.concatenate([lengths for _, _, lengths in parts])
+        by_span = np.argsort(spans, kind="stable")
+        return spans[by_span], Rows.join([rows for _, rows, _ in parts])[by_span], lengths[by_span]
 
     def remainder(self) -> dict[str, int]:
         """What an epoch leaves out: `rows`, `tokens` (those of the rows included), `fragments` (shorter than
@@ -165,3 +180,8 @@ class Epochs:
 def rows_of(num_tokens: NDArray[np.int64], seq_len: int) -> NDArray[np.int32]:
     """Rows of fragments: each has `seq_len` tokens with a loss and one before them."""
     return (np.maximum(num_tokens - 1, 0) // seq_len).astype(np.int32)
+
+
+def ranges(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, … up to each length, one after another."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data.epochs import Epochs, Rows
+from data.epochs import Epochs, Rows, ranges
 from data.manifest import Manifest
 from data.mixture import LARGEST_BATCH, Mixture
 from data.permutation import key_of
@@ -126,9 +126,7 @@ class Window:
     def rows(self) -> Rows:
         """The rows of all steps, k of each step after another."""
         sources, numbers = self.slots.numbers(self.start, self.stop, np.array([self.lane]))
-        within = np.arange(self.num_rows.sum()) - np.repeat(
-            np.cumsum(self.num_rows) - self.num_rows, self.num_rows
-        )
+        within = ranges(self.num_rows)
         pool = self.runs[np.repeat(np.arange(len(self.num_rows)), self.num_rows)]
         pool = replace(pool, row=pool.row + within, start=pool.start + within * self.seq_len)
         begin = np.cumsum(self.size) - self.size
@@ -195,26 +193,41 @@ class Order:
             places.append(here)
         return Rows.join(parts)[np.argsort(np.concatenate(places))]
 
-    def window(self, window: int, lane: int, *, start: int = 0, stop: int | None = None) -> Window:
-        """A window of one lane, cut to the steps from `start` up to `stop` where these lie inside."""
-        first_step, after = self.slots.bounds(window)
-        first, end = (numbers[0] for numbers in self.slots.window_numbers(window, np.array([lane])))
+    def windows(
+        self,
+        windows: Sequence[int],
+        lanes: Sequence[int],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> list[Window]:
+        """Pairs of a window and a lane, cut to the steps from `start` up to `stop` where these lie inside."""
+        number, lane = np.asarray(windows, np.int64), np.asarray(lanes, np.int64)
+        begin, after = self.slots.bounds(number)
+        first, end = self.slots.mixture.counts_before(np.stack([begin, after]), lane)  # [N, S]
         runs = [
-            run
-            for source in np.flatnonzero(end > first)
-            for run in self.epochs[source].runs(lane, int(first[source]), int(end[source]))
+            self.epochs[source].runs(lane, first[:, source], end[:, source])
+            for source in np.flatnonzero((end > first).any(axis=0))
         ]
-        return Window(
-            slots=self.slots,
-            lane=lane,
-            start=max(start, first_step),
-            stop=after if stop is None else min(stop, after),
-            first=first,
-            size=end - first,
-            runs=Rows.join([rows for rows, _ in runs]),
-            num_rows=np.concatenate([lengths for _, lengths in runs]),
-            seq_len=self.seq_len,
-        )
+        of_window = np.concatenate([span for span, _, _ in runs])
+        order = np.argsort(of_window, kind="stable")
+        rows = Rows.join([rows for _, rows, _ in runs])[order]
+        lengths = np.concatenate([lengths for _, _, lengths in runs])[order]
+        cuts = np.searchsorted(of_window[order], np.arange(len(number) + 1))
+        return [
+            Window(
+                slots=self.slots,
+                lane=int(lane[i]),
+                start=max(start, int(begin[i])),
+                stop=int(after[i]) if stop is None else min(stop, int(after[i])),
+                first=first[i],
+                size=end[i] - first[i],
+                runs=rows[cuts[i] : cuts[i + 1]],
+                num_rows=lengths[cuts[i] : cuts[i + 1]],
+                seq_len=self.seq_len,
+            )
+            for i in range(len(number))
+        ]
 
     def epochs_before(self, step: int) -> dict[str, float]:
         """How many epochs of each source are trained before `step`."""

@@ -27,17 +27,13 @@ _27, _30, _31, _32 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32)
 def mix64(value: ArrayLike) -> NDArray[np.uint64]:
     """Hash 64-bit integers one to one, element by element (SplitMix64's finaliser, Steele et al. 2014)."""
     mixed = np.array(value, np.uint64, ndmin=1)
-    _mix_in_place(mixed)
-    return mixed.reshape(np.shape(value))
-
-
-def _mix_in_place(mixed: NDArray[np.uint64]) -> None:
     mixed += _GOLDEN
     mixed ^= mixed >> _30
     mixed *= _MIX_1
     mixed ^= mixed >> _27
     mixed *= _MIX_2
     mixed ^= mixed >> _31
+    return mixed.reshape(np.shape(value))
 
 
 def key_of(*parts: str | int) -> int:
@@ -50,7 +46,7 @@ def combine(key: ArrayLike, *parts: ArrayLike) -> NDArray[np.uint64]:
     """Keys (uint64) that depend on `key` and all `parts` (non-negative integers), by broadcasting."""
     combined = np.asarray(key, np.uint64)
     for part in parts:
-        combined = mix64(combined ^ mix64(np.asarray(part).astype(np.uint64)))
+        combined = mix64(combined ^ (np.asarray(part).astype(np.uint64) * _MIX_1))
     return combined
 
 
@@ -97,8 +93,11 @@ def _rounds(
     """One pass of the network over each element's grid of width * width places."""
     right, left = np.divmod(place, widths)
     for round_key in round_keys:
+        # Half of mix64: the key is mixed already, and six rounds make up for what is left out.
         drawn = right ^ round_key
-        _mix_in_place(drawn)
+        drawn *= _MIX_1
+        drawn ^= drawn >> _27
+        drawn *= _MIX_2
         drawn >>= _32
         drawn *= widths
         drawn >>= _32  # a number below the width

@@ -10,12 +10,15 @@ one window can do this part on its own.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.mixture import Mixture
 from data.permutation import combine, key_of, permute
+
+IntOrArray = TypeVar("IntOrArray", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,12 @@ class Slots:
     window_steps: int
     seed: int
 
-    def bounds(self, window: int) -> tuple[int, int]:
+    def bounds(self, window: IntOrArray) -> tuple[IntOrArray, IntOrArray]:
         """First step of a window, and the first one after it."""
         return window * self.window_steps, (window + 1) * self.window_steps
 
-    def window_numbers(
-        self, window: int, lanes: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Numbers that a window takes from each source: first and first after, both [L, S]."""
-        counts = self.mixture.counts_before(np.array(self.bounds(window))[:, None], lanes)
-        return counts[0], counts[1]
+    def window_of(self, step: int) -> int:
+        return step // self.window_steps
 
     def numbers(
         self, start: int, stop: int, lanes: NDArray[np.int64]
@@ -45,7 +44,7 @@ class Slots:
         Returns:
             (sources, numbers), both [L, N, k].
         """
-        window = start // self.window_steps
+        window = self.window_of(start)
         begin, end = self.bounds(window)
         assert start < stop <= end, (start, stop, self.window_steps)
         sources = self.mixture.sources(np.arange(start, stop), lanes[:, None])  # [L, N, k]

@@ -19,6 +19,10 @@ from data.manifest import Manifest
 from data.order import Order, Window
 from data.shards import read_fragment
 
+READ_CPUS = 0.25
+"""CPUs that Ray reserves for a reader. It works for a small part of the time: a second for minutes of
+training.
+"""
 FILLER_LANE = -1
 """Of blocks that only make up for lanes where the workers do not divide them."""
 SCHEMA = pa.schema(

@@ -28,7 +28,7 @@ def test_a_block_holds_the_tokens_that_the_order_names(corpus):
     store, manifest = corpus
     order = order_of(manifest)
     for lane in range(order.lanes):
-        window = order.window(2, lane, start=11, stop=14)
+        [window] = order.windows([2], [lane], start=11, stop=14)
         read = pickle.loads(pickle.dumps(plan_read(order, manifest, store.uri, window)))
         block = unpack(read.read(), SEQ_LEN, manifest.token_dtype)
         assert block.lane == lane
@@ -48,7 +48,7 @@ def test_a_block_holds_the_tokens_that_the_order_names(corpus):
 def test_a_slice_of_a_block_is_taken_apart_as_well(corpus):
     store, manifest = corpus
     order = order_of(manifest)
-    table = plan_read(order, manifest, store.uri, order.window(0, 1)).read()
+    table = plan_read(order, manifest, store.uri, order.windows([0], [1])[0]).read()
     whole = unpack(table, SEQ_LEN, manifest.token_dtype)
     part = unpack(table.slice(4, 3), SEQ_LEN, manifest.token_dtype)
     assert np.array_equal(part.tokens, whole.tokens[4:7])
@@ -57,8 +57,8 @@ def test_a_slice_of_a_block_is_taken_apart_as_well(corpus):
 def test_a_task_is_sent_no_more_of_the_manifest_than_it_reads(corpus):
     store, manifest = corpus
     order = order_of(manifest)
-    read = plan_read(order, manifest, store.uri, order.window(0, 0))
-    assert set(read.fragments) == set(order.window(0, 0).rows().fragment)
+    read = plan_read(order, manifest, store.uri, order.windows([0], [0])[0])
+    assert set(read.fragments) == set(order.windows([0], [0])[0].rows().fragment)
     assert len(read.part.fragments) == len(read.fragments)
     assert read.part.digest == manifest.digest
     assert len(pickle.dumps(read)) < 16_384
@@ -73,9 +73,9 @@ def test_a_flipped_byte_in_a_token_shard_is_refused_by_shard_and_fragment(corpus
     store.put(path, bytes(content))
     # The first epoch of the source reads the damaged fragment in one of its windows.
     reads = [
-        plan_read(order, manifest, store.uri, order.window(window, lane))
-        for window in range(12)
+        plan_read(order, manifest, store.uri, window)
         for lane in range(order.lanes)
+        for window in order.windows(range(12), [lane] * 12)
     ]
     with pytest.raises(ShardError) as refused:
         for read in reads:
@@ -91,7 +91,7 @@ def test_a_filler_has_the_same_columns_and_no_tokens(corpus):
     store, manifest = corpus
     order = order_of(manifest)
     table = filler(3, 5, order.rows_per_lane)
-    assert table.schema == plan_read(order, manifest, store.uri, order.window(0, 0)).read().schema
+    assert table.schema == plan_read(order, manifest, store.uri, order.windows([0], [0])[0]).read().schema
     block = unpack(table, SEQ_LEN, manifest.token_dtype)
     assert block.lane == FILLER_LANE and block.steps.tolist() == [3] * 3 + [4] * 3
     assert block.tokens.shape == (6, SEQ_LEN + 1) and not block.tokens.any()
