@@ -97,7 +97,7 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a Ray job has uploaded its working directory
             runtime_env |= {"working_dir": str(PROJECT), "excludes": ["/.venv", "/runs", "/corpora"]}
     quiet_ray()
-    ray.init(log_to_driver=True, logging_level="WARNING", runtime_env=runtime_env, **arguments)
+    ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env, **arguments)
     try:
         yield ray.cluster_resources()
     finally:

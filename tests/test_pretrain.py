@@ -38,8 +38,17 @@ def unbroken(tmp_path_factory):
 def test_one_command_goes_from_raw_text_to_a_judged_exported_and_reported_model(unbroken):
     run, store = unbroken
     names = {info.path.partition("/")[0] for info in store.list()}
-    expected = {"config.yaml", "manifest.json", "environment.json", "plan.txt", "metrics.jsonl", "checkpoints"}
-    assert expected | {"best.json", "test.json", "report.html", "export", "samples.json", "tensorboard"} <= names
+    expected = {
+        "config.yaml",
+        "manifest.json",
+        "environment.json",
+        "plan.txt",
+        "metrics.jsonl",
+        "checkpoints",
+    }
+    assert (
+        expected | {"best.json", "test.json", "report.html", "export", "samples.json", "tensorboard"} <= names
+    )
     assert sorted(steps_by_number(store)) == list(range(1, STEPS + 1))
     test = json.loads(store.read("test.json"))
     best = json.loads(store.read("best.json"))
@@ -115,6 +124,8 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(unbroken, tmp_pa
     assert stopped_at < STEPS
     assert run.finish(run.start(cluster__num_workers=2, checkpoint__every_steps=1000)) == 0, run.output()
     found, expected = steps_by_number(store), steps_by_number(reference)
-    assert [found[step]["digest"] for step in sorted(found)] == [expected[s]["digest"] for s in sorted(expected)]
+    assert [found[step]["digest"] for step in sorted(found)] == [
+        expected[s]["digest"] for s in sorted(expected)
+    ]
     starts = events_of(read_attempts(store), "start")
     assert [start["step"] for start in starts] == [0, stopped_at], "a step was done twice"

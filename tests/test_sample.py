@@ -10,14 +10,21 @@ from hypothesis import strategies as st
 from cluster.storage import open_store
 from data.sample import put_shards, scenes
 
-PLAY = "# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\nWho's there?\n\n### SCENE II.\n\nTho\n\n## ACT II\n\n### SCENE I.\n\nGive\n"
+PLAY = (
+    "# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\nWho's there?\n\n"
+    "### SCENE II.\n\nThough yet\n\n## ACT II\n\n### SCENE I.\n\nGive him\n"
+)
 
 
 def test_a_play_is_cut_at_its_scenes():
     assert [scene.splitlines()[0] for scene in scenes(PLAY)] == ["# Hamlet", "### SCENE II.", "## ACT II"]
 
 
-@given(st.lists(st.sampled_from(["# T\n", "## ACT I\n", "\n", "### SCENE I. x\n", "**A**  \n", "word"])).map("".join))
+@given(
+    st.lists(st.sampled_from(["# T\n", "## ACT I\n", "\n", "### SCENE I. x\n", "**A**  \n", "word"])).map(
+        "".join
+    )
+)
 def test_no_character_is_lost_or_repeated(play):
     assert "".join(scenes(play)) == play
 

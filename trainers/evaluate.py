@@ -29,13 +29,21 @@ SPLITS = ("train", "validation")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, metavar="URI", help="folder of an exported model")
     parser.add_argument("--corpus", required=True, metavar="URI", help="prepared corpus")
-    parser.add_argument("--manifest", default="latest", metavar="DIGEST", help="of the corpus (default: latest)")
+    parser.add_argument(
+        "--manifest", default="latest", metavar="DIGEST", help="of the corpus (default: latest)"
+    )
     parser.add_argument("--split", default="validation", help=f"{' or '.join(SPLITS)} (default: validation)")
-    parser.add_argument("--max-rows", type=int, default=0, metavar="N", help="rows at most; 0, the default: all")
-    parser.add_argument("--seq-len", type=int, metavar="N", help="target tokens per row (default: the model's)")
+    parser.add_argument(
+        "--max-rows", type=int, default=0, metavar="N", help="rows at most; 0, the default: all"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="target tokens per row (default: the model's)"
+    )
     parser.add_argument("--rows-per-batch", type=int, default=8, metavar="N", help="default: 8")
     options = parser.parse_args(argv)
     try:

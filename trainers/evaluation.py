@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from data.evaluation_rows import EvaluationBatch
 
+from data.evaluation_rows import EvaluationBatch
 from trainers.collectives import Workers
 from trainers.engine import Engine
 from trainers.objectives import causal_lm

@@ -1,7 +1,8 @@
 """The training loop: one worker's way from the newest checkpoint to the last step.
 
-A step's rows and learning rate are pure functions of its number; everything else that it depends on (weights, moments,
-the guard's memory, what validation found) stands in the checkpoint. So an interrupted run goes on as if it had not been.
+A step's rows and learning rate are pure functions of its number; everything else that it depends on (weights,
+moments, the guard's memory, what validation found) stands in the checkpoint. So an interrupted run goes on as if it
+had not been interrupted.
 """
 
 from collections.abc import Callable, Iterator
@@ -125,7 +126,8 @@ def restore(parts: Parts) -> tuple[int, Selection]:
 def forward_backward(parts: Parts, rows: "StepRows") -> float:
     """Add up the gradients of this worker's rows; returns the sum of their losses, in nats."""
     engine, size = parts.engine, parts.micro_batch_rows
-    tokens = torch.from_numpy(rows.tokens.astype(np.int64)).to(engine.device)  # torch knows few unsigned types
+    # torch computes with few unsigned types
+    tokens = torch.from_numpy(rows.tokens.astype(np.int64)).to(engine.device)
     weights = torch.from_numpy(rows.weights).to(engine.device)
     loss_sum = torch.zeros((), device=engine.device)
     for micro_tokens, micro_weights in zip(tokens.split(size), weights.split(size), strict=True):

@@ -4,14 +4,14 @@ Legend: B rows, T target tokens a row, N = B * T, C tokens of a chunk, D model w
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MIN_CHUNK_TOKENS = 128
-"""A matrix product over fewer tokens no longer fills the matrix units (AMX tiles of 32, tensor cores of 128).
-"""
+"""A matrix product over fewer tokens no longer fills the matrix units (AMX tiles of 32, tensor cores of 128)."""
 
 
 class LossSum(NamedTuple):
@@ -27,7 +27,11 @@ class LossSum(NamedTuple):
 
 
 def causal_lm(
-    model: nn.Module, rows_BT1: Tensor, weights: Tensor, boundary_id: int, document_mask: bool = False
+    model: Callable[..., Any],
+    rows_BT1: Tensor,
+    weights: Tensor,
+    boundary_id: int,
+    document_mask: bool = False,
 ) -> LossSum:
     """Predict each token from those before it.
 

@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from data.window import READ_CPUS
-
 from cluster.hardware import peak_of, this_host, worker_watts
 from cluster.session import cpu_problem
 from data.assemble import given_tokenizer
 from data.documents import corpus_problems
 from data.manifest import Manifest
+from data.window import READ_CPUS
 from trainers.config import PretrainConfig, model_of, run_store
 from trainers.plan import Job, make_plan
 

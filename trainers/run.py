@@ -43,10 +43,9 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
             failure_config=FailureConfig(max_failures=config.run.max_failures),
         ),
     )
-    with stop_on_signal(config):
-        # In a thread of its own, for in the main thread Ray Train would take Ctrl-C for itself.
-        with ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
-            thread.submit(trainer.fit).result()
+    # In a thread of its own, for in the main thread Ray Train would take Ctrl-C for itself.
+    with stop_on_signal(config), ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
+        thread.submit(trainer.fit).result()
 
 
 @contextmanager

@@ -41,7 +41,10 @@ class Selection:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Selection":
-        return cls(**{key: float("inf") if value is None else value for key, value in stored.items()})
+        known: dict[str, Any] = {
+            key: float("inf") if value is None else value for key, value in stored.items()
+        }
+        return cls(**known)
 
 
 def record_best(store: Store, selection: Selection, checkpoint: str) -> None:

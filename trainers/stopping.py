@@ -1,7 +1,7 @@
 """How a run is asked to save and end: an object named `stop` in its folder, which worker 0 looks for.
 
-Through storage, because the signal reaches the driver, the workers are on other nodes, and Ray Train hands them nothing.
-It works from anywhere: put an empty object `stop` into the run's folder.
+Through storage, because a signal reaches the driver, the workers are on other nodes, and Ray Train hands them
+nothing. It works from anywhere: put an empty object `stop` into the run's folder.
 """
 
 import logging
