@@ -1,0 +1,168 @@
+"""Laws of the stream in a real Ray session: at any number of workers, each step has the rows of the order."""
+
+import os
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from cluster.storage import open_store
+from data.manifest import Manifest
+from data.order import Order
+from data.shards import read_fragment
+from data.stream import StreamError, TokenStream
+from tests.stream_workers import CONFIG, ROWS_PER_STEP, SEQ_LEN, Board, Group, Worker
+from tests.token_corpus import put_token_corpus
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture
+def start_group():
+    """Starts workers over a prepared corpus, from one step to another; they end with the test."""
+    groups = []
+
+    def start(prepared: str, world_size: int, start: int, stop: int, burst_bytes: int = 2**20) -> Group:
+        board = ray.remote(num_cpus=0)(Board).remote()
+        actor = ray.remote(num_cpus=0)(Worker)
+        group = Group([actor.remote(prepared, rank, world_size, board) for rank in range(world_size)])
+        groups.append((group, board))
+        group.call("open", start, stop, burst_bytes)
+        return group
+
+    yield start
+    for group, board in groups:
+        for actor in (*group.workers, board):
+            ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> tuple[str, Manifest]:
+    store = open_store(str(tmp_path_factory.mktemp("corpus")))
+    return store.uri, put_token_corpus(
+        store, {("train", "web"): 60, ("train", "books"): 40}, fragment_tokens=120
+    )
+
+
+def order_of(manifest: Manifest) -> Order:
+    return Order(manifest, CONFIG, seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP)
+
+
+def digests(shares: list[list[dict[str, Any]]]) -> list[int]:
+    """The digest of each step, of all workers together."""
+    return [sum(rows["digest"] for rows in step) % 2**64 for step in zip(*shares, strict=True)]
+
+
+def identities(rows: Any) -> list[tuple[int, ...]]:
+    return list(zip(*(column.tolist() for column in rows.columns()), strict=True))
+
+
+def test_every_steps_rows_are_the_orders_at_any_number_of_workers(corpus, start_group):
+    prepared, manifest = corpus
+    store, order = open_store(prepared), order_of(manifest)
+    # 3 does not divide the lanes; bursts of one window and of several.
+    found = {}
+    for world_size, burst_bytes in ((1, 2**20), (2, 1), (3, 2**20), (4, 2_000)):
+        shares = start_group(prepared, world_size, 0, 13, burst_bytes).call("take")
+        found[world_size] = digests(shares)
+        for step, parts in enumerate(zip(*shares, strict=True)):
+            assert {part["step"] for part in parts} == {step}
+            assert sum(float(part["weights"].sum()) for part in parts) == ROWS_PER_STEP
+            rows = sorted(row for part in parts for row in identities(part["rows"]))
+            assert rows == sorted(identities(order.step_rows(step)))
+            for part in parts:
+                for row, tokens in zip(identities(part["rows"]), part["tokens"], strict=True):
+                    _, _, fragment, _, start = row
+                    whole = read_fragment(store, manifest, fragment)
+                    assert np.array_equal(tokens, whole[start : start + SEQ_LEN + 1])
+    assert found[1] == found[2] == found[3] == found[4]
+    assert len(set(found[1])) == 13
+
+
+def test_resuming_with_other_workers_yields_exactly_the_steps_not_yet_taken(corpus, start_group):
+    prepared, _ = corpus
+    unbroken = digests(start_group(prepared, 1, 0, 12).call("take"))
+    before = digests(start_group(prepared, 4, 0, 12).call("take", 7))
+    after = digests(start_group(prepared, 2, 7, 12).call("take"))
+    assert before + after == unbroken
+
+
+def live_pipelines() -> set[int]:
+    """Processes of the actors that pipelines run in."""
+    found = set()
+    for process in psutil.process_iter(["name", "cmdline", "pid"]):
+        if any("ray::SplitCoordinator" in part for part in process.info["cmdline"] or ()):
+            found.add(process.info["pid"])
+    return found
+
+
+def until(condition) -> None:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_killed_worker_leaves_no_pipeline_behind(corpus, start_group):
+    prepared, _ = corpus
+    before = live_pipelines()
+    group = start_group(prepared, 2, 0, 10_000, 1)
+    group.call("take", 3)
+    assert live_pipelines() - before
+    os.kill(group.call("pid")[0], signal.SIGKILL)
+    until(lambda: not live_pipelines() - before)
+
+
+def test_a_closed_stream_leaves_no_pipeline_behind(corpus, start_group):
+    prepared, _ = corpus
+    before = live_pipelines()
+    group = start_group(prepared, 2, 0, 10_000, 1)
+    group.call("take", 3)
+    group.call("close")
+    until(lambda: not live_pipelines() - before)
+
+
+def test_a_flipped_byte_stops_the_stream_and_names_shard_and_fragment(tmp_path, start_group):
+    store = open_store(str(tmp_path))
+    manifest = put_token_corpus(store, {("train", "web"): 60, ("train", "books"): 40}, fragment_tokens=120)
+    path = manifest.shards[0].path
+    content = bytearray(store.read(path))
+    content[300] ^= 1
+    store.put(path, bytes(content))
+    with pytest.raises(Exception) as stopped:
+        start_group(store.uri, 2, 0, 100).call("take")
+    assert "StreamError" in str(stopped.value)
+    assert f"{path}, fragment 1" in str(stopped.value), str(stopped.value)
+
+
+def test_a_block_out_of_order_stops_the_stream(corpus):
+    prepared, manifest = corpus
+    order = order_of(manifest)
+    stream = TokenStream(
+        order,
+        manifest,
+        prepared,
+        rank=0,
+        world_size=2,
+        start_step=0,
+        stop_step=9,
+        broadcast=lambda value: value,
+    )
+    with stream:
+        table = next(iter(stream._tasks(range(0, 1))))()
+        stream._checked(table, window=0, turn=0)
+        for window, turn in ((0, 1), (1, 0)):
+            with pytest.raises(StreamError, match="got lane 0, steps 0 to 4"):
+                stream._checked(table, window=window, turn=turn)
+
+
+def test_a_step_says_how_long_it_was_waited_for(corpus, start_group):
+    prepared, _ = corpus
+    [steps] = start_group(prepared, 1, 0, 5).call("take")
+    # The first step of a window waits for the window to be read, the others for nothing.
+    assert steps[0]["wait_seconds"] > 10 * max(step["wait_seconds"] for step in steps[1:])
