@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fault_proxy import FaultProxy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.local_s3 import LocalS3
 from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, open_store
+from tests.fault_proxy import FaultProxy
 
 SOON = RetryPolicy(connect_seconds=1, silence_seconds=0.5, give_up_seconds=20)
 CONTENT = np.random.default_rng(0).bytes(300_000)

@@ -1,0 +1,106 @@
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+ARROWS = ["cluster", "data", "trainers", "tune"]  # a package imports itself and those before it
+MAY_IMPORT = {
+    "ray": {"cluster.session", "data.stream", "data.prepare", "trainers.run"},
+    "deepspeed": {"trainers.engine"},
+    "boto3": {"cluster.storage"},
+    "botocore": {"cluster.storage"},
+    "pyarrow.fs": {"cluster.storage"},
+}
+FILES = {
+    ".".join(path.relative_to(PROJECT).with_suffix("").parts): path
+    for package in ARROWS
+    for path in sorted((PROJECT / package).rglob("*.py"))
+    if path.name != "__init__.py"
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of all that a file imports, at its top or later."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: siblings are imported by their full names"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+IMPORTS = {module: imports_of(path) for module, path in FILES.items()}
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def test_imports_point_one_way() -> None:
+    against = {
+        f"{module} imports {name}"
+        for module, names in IMPORTS.items()
+        for name in names
+        for later in [*ARROWS[ARROWS.index(module.partition(".")[0]) + 1 :], "tests", "benchmarks"]
+        if is_within(name, later)
+    }
+    assert not against
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = {
+        module: {other for other in FILES if any(is_within(name, other) for name in names)}
+        for module, names in IMPORTS.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+@pytest.mark.parametrize("library", MAY_IMPORT)
+def test_a_library_is_spoken_to_in_its_named_files_only(library: str) -> None:
+    users = {module for module, names in IMPORTS.items() if any(is_within(name, library) for name in names)}
+    assert users == MAY_IMPORT[library]
+
+
+def test_no_file_hides_a_module_of_python_or_of_a_package() -> None:
+    # A script's folder leads sys.path: trainers/data.py would be what `import data` finds.
+    taken = sys.stdlib_module_names | packages_distributions().keys() | set(ARROWS)
+    assert not {module for module in FILES if module.rpartition(".")[2] in taken}
+
+
+IMPORT_ALL = """
+import importlib, sys, threading
+import psutil
+for module in sys.argv[1].split(","):
+    importlib.import_module(module)
+process = psutil.Process()
+assert threading.active_count() == 1, threading.enumerate()
+assert not process.children(), process.children()
+assert not process.net_connections(), process.net_connections()
+print(*(name for name in ("ray", "torch", "deepspeed") if name in sys.modules))
+"""
+
+
+def loaded_by(modules: list[str]) -> set[str]:
+    """Which heavy packages are loaded once these modules are; fails if their import started anything."""
+    command = [sys.executable, "-c", IMPORT_ALL, ",".join(modules)]
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+def test_importing_any_module_starts_nothing() -> None:
+    assert "deepspeed" not in loaded_by(list(FILES))
+
+
+def test_cluster_and_data_load_neither_ray_nor_torch() -> None:
+    light = [
+        module for module in FILES if module.startswith(("cluster.", "data.")) and module != "data.stream"
+    ]
+    assert loaded_by(light) == set()
