@@ -36,8 +36,11 @@ def test_value_and_gradient_are_those_of_torch_cross_entropy(num_tokens, width, 
     wanted = torch.autograd.grad(expected.sum() * 0.37, (hidden, weight))
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(total, expected.sum(), rtol=1e-5, atol=1e-4)
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+    # A probability near 1 less the target's 1 cancels: what is left has the error of a float32 near 1, times what the
+    # gradient is multiplied with.
+    for ours, theirs, factor in zip(found, wanted, (weight, hidden), strict=True):
+        cancelled = 1e-6 * factor.abs().max().item() * len(targets)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item() + cancelled)
 
 
 @pytest.mark.parametrize("config", [SMALL, TIED], ids=["untied", "tied"])
