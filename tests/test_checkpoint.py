@@ -527,9 +527,23 @@ def test_the_commit_hook_runs_before_older_checkpoints_are_deleted(folder: Store
                 step,
                 slices_of(0, 1, state_at(step)),
                 {},
-                lambda name: folder.put("best.json", json.dumps({"checkpoint": name}).encode()),
+                on_commit=lambda name: folder.put("best.json", json.dumps({"checkpoint": name}).encode()),
             )
     assert kept_steps(folder) == [2]
+
+
+def test_what_must_be_stored_before_the_commit_is_and_its_failure_prevents_it(folder: Store) -> None:
+    def fail() -> None:
+        raise OSError("metrics could not be stored")
+
+    seen: list[list[str]] = []
+    writer = CheckpointWriter(folder, CONFIG, rank=0, world_size=1, attempt=1)
+    writer.save(1, slices_of(0, 1, state_at(1)), {}, before_commit=lambda: seen.append(committed(folder)))
+    writer.save(2, slices_of(0, 1, state_at(2)), {}, before_commit=fail)
+    with pytest.raises(CheckpointError, match="metrics could not be stored"):
+        writer.finish()
+    assert seen == [[]]
+    assert kept_steps(folder) == [1]
 
 
 def test_configuration_problems_name_key_value_and_remedy() -> None:

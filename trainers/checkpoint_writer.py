@@ -143,9 +143,9 @@ class CheckpointWriter:
 
         All workers call it for the same steps, rising; a step that was saved already is not saved again. The
         held-up time includes the wait for the former checkpoint. `run` is the trainer's own state, as JSON;
-        worker 0's counts. In worker 0's thread `before_commit()` runs while the checkpoint does not exist yet, and
-        `on_commit(name)` once it does, before older ones are deleted. CheckpointError if the former checkpoint
-        could not be written.
+        worker 0's counts. In worker 0's thread `before_commit()` runs while the checkpoint does not exist yet,
+        and `on_commit(name)` once it does, before older ones are deleted. CheckpointError if the former
+        checkpoint could not be written.
         """
         started = time.perf_counter()
         name = folder_name(step, self._world_size, self._attempt)
