@@ -42,7 +42,7 @@ class Broken:
     """A record that holds no document."""
 
     line: int
-    """As in `Document`; 0 where a shard cannot be read any further."""
+    """As in `Document`; the next one where a shard cannot be read any further."""
     reason: str
     raw: str
     """The record's first `KEPT_BYTES`, with bytes that are not UTF-8 written as \\xff."""
@@ -60,18 +60,23 @@ def read_documents(store: Store, shard: RawShard, config: CorpusConfig) -> Itera
         store: The shard's source.
 
     Raises:
-        CorpusError: a Parquet file has no text column, or one that is not text.
+        CorpusError: a Parquet file has no text column, or one that is not text; the shard is gone.
         StorageError: the store failed; that is never taken for a broken record.
     """
     readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
-    with store.open(shard.path) as file:
-        try:
+    line = 0
+    try:
+        with store.open(shard.path) as file:
             for record in readers[shard.format](cast(IO[bytes], _Watched(file)), shard, config):
-                yield record if isinstance(record, Broken) else _document(*record, shard, config)
-        except (StorageError, CorpusError):
-            raise
-        except (OSError, pa.ArrowException) as torn:
-            yield Broken(0, f"the shard cannot be read any further: {torn}", "")
+                found = record if isinstance(record, Broken) else _document(*record, shard, config)
+                line = found.line
+                yield found
+    except FileNotFoundError as gone:
+        raise CorpusError(f"{gone}: it was there when the source was listed; run the command again") from gone
+    except (StorageError, CorpusError):
+        raise
+    except (OSError, pa.ArrowException) as torn:
+        yield Broken(line + 1, f"the shard cannot be read any further: {torn}", "")
 
 
 class _Watched:

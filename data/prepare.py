@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -66,6 +67,9 @@ __all__ = ["PassProgress", "existing_manifest", "prepare"]
 # Ray Data puts all tasks of a pipeline into the object store before the first one runs.
 TASKS_PER_PIPELINE = 8_000
 
+# What a piece of work may find wrong with its input, told to the user as it is.
+EXPECTED = (CorpusError, TokenizerError, StorageError)
+
 Work = TypeVar("Work")
 OnProgress = Callable[[PassProgress], None]
 FanOut = Callable[[Callable[[Work, CorpusConfig], None], Sequence[Work], CorpusConfig], Iterator[int]]
@@ -77,33 +81,27 @@ def ray_tasks(
     """Call `function` on each piece of work in a Ray Data task of its own; yields indices as they are
     done."""
     import ray.data  # here, because the session sets variables that Ray reads when it is imported
-    from ray.exceptions import RayError
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # else some lines of plans for each pass
     for start in range(0, len(work), TASKS_PER_PIPELINE):
         part = work[start : start + TASKS_PER_PIPELINE]
 
-        def run(row: dict[str, int], part: Sequence[Work] = part) -> dict[str, int]:
+        def run(row: dict[str, int], part: Sequence[Work] = part) -> dict[str, Any]:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per task: Ray counts the CPUs
-            function(part[row["id"]], config)
-            return row
+            try:
+                function(part[row["id"]], config)
+            except EXPECTED as error:  # Ray Data's own wrapping loses the error's type and cause
+                return row | {"error": type(error).__name__, "message": str(error)}
+            return row | {"error": "", "message": ""}
 
         tasks = ray.data.range(len(part), override_num_blocks=len(part)).map(
             run, num_cpus=config.cpus_per_piece
         )
-        try:
-            for row in tasks.iter_rows():
-                yield start + row["id"]
-        except RayError as failed:
-            raise _cause(failed) from failed
-
-
-def _cause(failed: BaseException) -> BaseException:
-    """What a task raised, out of what Ray wraps it in; the error itself if it is Ray's own."""
-    inner: BaseException | None = failed
-    while inner is not None and not isinstance(inner, CorpusError | TokenizerError | StorageError):
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return inner or failed
+        for row in tasks.iter_rows():
+            for kind in EXPECTED:
+                if row["error"] == kind.__name__:
+                    raise kind(row["message"])
+            yield start + row["id"]
 
 
 def prepare(
@@ -153,25 +151,23 @@ def _fix_tokenizer(
     surveys: Sequence[dict[str, Any]],
 ) -> FixedTokenizer:
     """The given tokenizer, or the one that was once trained with these settings, or one trained now."""
-    boundary = config.tokenizer.boundary
+    if given is not None:
+        store.put(given.path, given.json.encode())
+        return given
     reading = (config.text_column, config.normalization, asdict(config.splits), list(config.named_sources()))
     trained = record_path("tokenizer", digest_of("tokenizer", asdict(config.tokenizer), reading))
-    if given is None and store.exists(trained):
-        return load_tokenizer(store, json.loads(store.read(trained))["tokenizer"], boundary)
-    if given is None:
-        train_bytes = [each["bytes"].get("train", 0) for each in surveys]
-        fixed = train_tokenizer(sample_texts(pieces, train_bytes, config), config.tokenizer)
-    else:
-        fixed = given
+    if store.exists(trained):
+        fingerprint = json.loads(store.read(trained))["tokenizer"]
+        return load_tokenizer(store, fingerprint, config.tokenizer.boundary)
+    train_bytes = [each["bytes"].get("train", 0) for each in surveys]
+    fixed = train_tokenizer(sample_texts(pieces, train_bytes, config), config.tokenizer)
     store.put(fixed.path, fixed.json.encode())
-    if given is None:
-        store.put(trained, json.dumps({"tokenizer": fixed.fingerprint}).encode())
+    store.put(trained, json.dumps({"tokenizer": fixed.fingerprint}).encode())
     return fixed
 
 
 def _forget_lost_shards(store: Store, digests: Sequence[str]) -> None:
-    """Delete records of finished pieces whose token shards were deleted or cut since, so that they are done
-    again."""
+    """Delete records of pieces whose token shards were deleted or cut since: they are done again."""
     listed = {each.path for each in store.list("pieces/tokens-")}
     done = [digest for digest in digests if record_path("tokens", digest) in listed]
     shards = {
@@ -201,8 +197,7 @@ class _Passes:
         digests: Sequence[str],
         sizes: Sequence[int],
     ) -> list[dict[str, Any]]:
-        """Call `function`, which puts the record named by its digest, for every piece of work; returns all
-        records."""
+        """Call `function`, which puts the record named by the digest, where it is not there; all records."""
         listed = {each.path for each in self.store.list(f"pieces/{kind}-")}
         todo = [index for index, digest in enumerate(digests) if record_path(kind, digest) not in listed]
         meter = PassMeter(
@@ -227,13 +222,12 @@ def describe(config: CorpusConfig) -> list[str]:
 
 def corpus_table(manifest: Manifest) -> Table:
     """What a prepared corpus holds, per split and source."""
-    table = Table(
-        title=f"Corpus {manifest.digest}, tokenizer {manifest.tokenizer} ({manifest.vocab_size:,} entries)"
-    )
+    title = f"corpus {manifest.digest}, tokenizer of {manifest.vocab_size:,} entries"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("split", "source"):
-        table.add_column(name)
-    for name in ("documents", "bytes", "tokens", "bytes/token", "duplicates", "set aside"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("documents", "bytes", "tokens", "bytes\n/token", "dupli-\ncates", "set\naside"):
+        table.add_column(name, justify="right", no_wrap=True)
     summary = manifest.summary()
     for split, of_source in summary["splits"].items():
         for source, counts in of_source.items():
@@ -273,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if manifest is None:
             with ray_session(config.cluster), progress_line(console) as on_progress:
                 manifest = prepare(config.corpus, on_progress)
-    except (CorpusError, TokenizerError, StorageError) as error:
+    except EXPECTED as error:
         raise ConfigError(str(error).splitlines()) from error
     console.print(corpus_table(manifest))
     console.print(f"{config.corpus.prepared}: manifest {manifest.digest}")

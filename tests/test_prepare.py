@@ -28,7 +28,7 @@ from data.splits import SplitConfig
 from data.tokenizer_sample import sample_texts
 from data.tokens import Encoder, TokenizerConfig, load_tokenizer, train_tokenizer
 
-WORDS = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "tis", "nobler", "in", "mind", "suffer", "slings", "arrows", "fortune"]
+WORDS = ("to", "be", "or", "not", "that", "is", "the", "question", "nobler", "mind", "slings", "arrows")
 BOUNDARY = "<|endoftext|>"
 
 

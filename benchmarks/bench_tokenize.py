@@ -1,0 +1,132 @@
+"""Tokenizing: the whole second half of the work on a corpus against the bare tokenizer, on one core.
+
+    python benchmarks/bench_tokenize.py --raw FOLDER [--vocab-size 4096] [--megabytes 24] [--repeats 3]
+
+Ours reads compressed JSONL, checks and normalises it, encodes it, and writes token shards to the disk.
+The bare rate is `encode_batch_fast` of the same texts, in memory already, in batches of the same size. Both take
+one thread and turns; seconds are the process's CPU time, the best of the repeats, so that other work on the
+machine does not decide.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from tokenizers import Tokenizer
+
+from cluster.storage import open_store
+from data.corpus import CorpusConfig, list_raw_shards
+from data.documents import Document, read_documents
+from data.pieces import (
+    BATCH_CHARACTERS,
+    HashRange,
+    Piece,
+    TokenWork,
+    deduplicate,
+    record_path,
+    survey,
+    tokenize,
+)
+from data.tokens import TokenizerConfig, train_tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--raw", required=True, help="folder of raw shards, as data/sample.py writes")
+    parser.add_argument("--vocab-size", type=int, default=4_096)
+    parser.add_argument(
+        "--megabytes", type=int, default=24, help="of text; the raw shards are repeated up to this"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options.raw, Path(folder), options.vocab_size, options.megabytes * 10**6, options.repeats)
+
+
+def measure(raw: str, folder: Path, vocab_size: int, num_bytes: int, repeats: int) -> None:
+    """Print both rates in MB of text per CPU second, and their ratio."""
+    texts = read_texts(raw)
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=vocab_size))
+    texts = [
+        text for number in range(-(-num_bytes // total_bytes(texts))) for text in variants(texts, number)
+    ]
+    lines = "".join(json.dumps({"id": str(number), "text": text}) + "\n" for number, text in enumerate(texts))
+    open_store(f"{folder}/raw").put("a.jsonl.gz", gzip.compress(lines.encode()))
+    given = folder / "tokenizer.json"
+    given.write_text(tokenizer.json)
+    config = CorpusConfig(
+        uri=f"{folder}/raw", prepared=f"{folder}/prepared", tokenizer=TokenizerConfig(path=str(given))
+    )
+    prepared = open_store(config.prepared)
+    prepared.put(tokenizer.path, tokenizer.json.encode())
+    piece = Piece(tuple(list_raw_shards(config)))
+    survey(piece, config)
+    name = piece.survey_digest(config)
+    hashes = HashRange("bench", (name,), 0, 1)
+    deduplicate(hashes, config)
+    content = json.loads(prepared.read(record_path("survey", name)))["content"]
+    work = TokenWork("bench", piece, 0, (hashes.path,), content, tokenizer.fingerprint, 65_536)
+    bare = Tokenizer.from_str(tokenizer.json)
+    batches = in_batches(texts)
+    rates: dict[str, list[float]] = {"ours": [], "bare": []}
+    for _ in range(repeats):
+        elapsed = {"bare": seconds(lambda: encode(bare, batches))}
+        elapsed["ours"] = seconds(lambda: tokenize(work, config))
+        for side, taken in elapsed.items():
+            rates[side].append(total_bytes(texts) / taken / 1e6)
+    ours, best = max(rates["ours"]), max(rates["bare"])
+    print(f"tokenize: ours {ours:.2f}, bare {best:.2f} MB per CPU second, ratio {ours / best:.3f}")
+
+
+def read_texts(raw: str) -> list[str]:
+    config = CorpusConfig(uri=raw)
+    store = open_store(raw)
+    records = [each for shard in list_raw_shards(config) for each in read_documents(store, shard, config)]
+    return [record.text for record in records if isinstance(record, Document)]
+
+
+def variants(texts: Sequence[str], number: int) -> list[str]:
+    """The same texts, told apart by a last line, so that none is a duplicate."""
+    return [f"{text}\n{number}" for text in texts]
+
+
+def total_bytes(texts: Sequence[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def in_batches(texts: Sequence[str]) -> list[list[str]]:
+    batches: list[list[str]] = [[]]
+    characters = 0
+    for text in texts:
+        if characters >= BATCH_CHARACTERS:
+            batches.append([])
+            characters = 0
+        batches[-1].append(text)
+        characters += len(text)
+    return batches
+
+
+def encode(tokenizer: Tokenizer, batches: Sequence[list[str]]) -> None:
+    for batch in batches:
+        tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    started = time.process_time()
+    action()
+    return time.process_time() - started
+
+
+if __name__ == "__main__":
+    main()
