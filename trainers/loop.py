@@ -6,7 +6,8 @@ had not been interrupted.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,23 +73,25 @@ class Ending:
 def train(parts: Parts) -> Ending:
     """Train from the newest checkpoint on. Every worker of the run calls this at the same time."""
     config, workers = parts.config, parts.workers
-    step, selection = restore(parts)
-    stopping = False
+    first, selection = restore(parts)
+    step = first
+    stopped, ended = False, step >= config.run.steps or selection.gives_up(config.validation)
     with parts.open_stream(step) as stream:
-        while step < config.run.steps and not stopping and not selection.gives_up(config.validation):
-            rows = next(stream)
-            assert rows.step == step, (rows.step, step)
+        while not ended:
+            rows = next_rows(parts, stream, step, starting=step == first)
             loss_sum = forward_backward(parts, rows)
             told = workers.sum([loss_sum, *halves(rows.digest), rows.wait_seconds, parts.stop_requested()])
-            loss, stopping = told[0] / target_tokens(config), told[4] > 0
+            loss, stopped = told[0] / target_tokens(config), told[4] > 0
             outcome, refusal = apply(parts, step, loss)
             step += 1
-            parts.heartbeat.beat(step)
             parts.meter.waited(told[3] / workers.world_size)
             record_step(parts, step, loss, outcome, refusal, joined(told[1], told[2]))
-            selection = validate_and_save(parts, step, selection, last=stopping or step == config.run.steps)
+            ended = stopped or step == config.run.steps
+            selection = validate_and_save(parts, step, selection, last=ended)
+            ended |= selection.gives_up(config.validation)
+    parts.heartbeat.beat(step, "save")
     parts.writer.finish()
-    return Ending(step, selection, stopping)
+    return Ending(step, selection, stopped)
 
 
 def restore(parts: Parts) -> tuple[int, Selection]:
@@ -121,6 +124,14 @@ def restore(parts: Parts) -> tuple[int, Selection]:
     note(parts, step, "start", world_size=workers.world_size, checkpoint=record.name if record else None)
     parts.heartbeat.beat(step, "compile")
     return step, selection
+
+
+def next_rows(parts: Parts, stream: "TokenStream", step: int, starting: bool) -> "StepRows":
+    """This worker's rows of a step. Until the first ones are there the run is starting, and no step waits."""
+    with parts.meter.apart() if starting else nullcontext():
+        rows = next(stream)
+    assert rows.step == step, (rows.step, step)
+    return replace(rows, wait_seconds=0.0) if starting else rows
 
 
 def forward_backward(parts: Parts, rows: "StepRows") -> float:

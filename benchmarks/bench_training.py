@@ -1,0 +1,136 @@
+"""The whole system against a bare PyTorch loop: tokens/s with one worker, and with two against plain DDP.
+
+    python benchmarks/bench_training.py [--steps 60] [--workers 1 2]
+
+Same model, precision, threads, compilation and batch (those of the sample preset), AdamW in both. The bare loop knows
+nothing but a forward and backward pass and an optimiser: no data to read, no ZeRO, no checkpoint, no metrics. Two
+workers of it are torch's DistributedDataParallel over gloo. The system is the real entry, Ray and all, on a small
+corpus; its rate is that of its own step records. The first steps, in which both compile, count for neither.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from cluster.config import load_config
+from cluster.session import PROJECT
+from cluster.storage import open_store
+from tests.small_run import put_corpus
+from trainers.config import PretrainConfig
+from trainers.metrics import read_metrics, steps_of
+from trainers.model import build
+from trainers.objectives import causal_lm
+from trainers.optimizer import build_optimizer
+
+WARMUP_STEPS = 10
+SAMPLE = PROJECT / "trainers" / "configs" / "sample.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="steps of each run")
+    parser.add_argument("--workers", type=int, nargs="+", default=(1, 2))
+    arguments = parser.parse_args(argv)
+    print("| workers | threads each | bare loop, tokens/s | whole system, tokens/s | ratio |\n|---|---|---|---|---|")
+    for workers in arguments.workers:
+        threads = max(1, (os.cpu_count() or 2) // max(arguments.workers))
+        bare = bare_rate(workers, threads, arguments.steps)
+        system = system_rate(workers, threads, arguments.steps)
+        print(f"| {workers} | {threads} | {bare:,.0f} | {system:,.0f} | {system / bare:.2f} |", flush=True)
+
+
+def system_rate(workers: int, threads: int, steps: int) -> float:
+    """Tokens/s of a run through the entry."""
+    with tempfile.TemporaryDirectory() as folder:
+        put_corpus(open_store(f"{folder}/raw"))
+        settings = {
+            "corpus.uri": f"{folder}/raw",
+            "corpus.prepared": f"{folder}/prepared",
+            "corpus.splits.validation_documents": "[]",
+            "corpus.splits.test_documents": "[]",
+            "corpus.splits.validation": 0.1,
+            "corpus.splits.test": 0.1,
+            "run.storage": folder,
+            "run.steps": steps,
+            "run.floor_bytes": 0,
+            "optimizer.kind": "adamw",
+            "cluster.num_workers": workers,
+            "cluster.threads_per_worker": threads,
+            "validation.every_steps": steps,
+            "checkpoint.every_steps": steps,
+        }
+        changes = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        entry = [sys.executable, str(PROJECT / "trainers" / "pretrain.py"), "--config", str(SAMPLE)]
+        log = Path(folder, "log.txt")
+        with open(log, "wb") as file:
+            done = subprocess.run([*entry, *changes], stdout=file, stderr=file)
+        if done.returncode:
+            raise SystemExit(log.read_text(errors="replace")[-4000:])
+        records = steps_of(read_metrics(open_store(f"{folder}/sample")))[WARMUP_STEPS:]
+        return sum(r["tokens"] for r in records) / sum(r["step_seconds"] for r in records)
+
+
+def bare_rate(workers: int, threads: int, steps: int) -> float:
+    """Tokens/s of the bare loop, in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "rate.json")
+        mp.start_processes(
+            bare_loop, args=(workers, threads, steps, folder, result), nprocs=workers, start_method="spawn"
+        )
+        return json.loads(result.read_text())
+
+
+def bare_loop(rank: int, workers: int, threads: int, steps: int, folder: str, result: Path) -> None:
+    """Train on random tokens. bf16 weights with float32 masters, as the engine has them."""
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=workers)
+    given = ["--config", str(SAMPLE), "--corpus.uri", "raw", "--corpus.prepared", "prepared"]
+    config = load_config(PretrainConfig, given, description="").config
+    shape = replace(config.model, vocab_size=config.corpus.tokenizer.vocab_size)
+    rows = config.batch.rows_per_step // workers
+    size = min(rows, config.engine.micro_batch_rows)
+    model = build(shape, seed=0, dtype=torch.bfloat16)
+    model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+    masters = {name: nn.Parameter(weight.detach().float()) for name, weight in model.named_parameters()}
+    optimizer = build_optimizer(masters.items(), replace(config.optimizer, kind="adamw"))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    trained = nn.parallel.DistributedDataParallel(model) if workers > 1 else model
+    tokens = torch.randint(shape.vocab_size, (rows, config.batch.seq_len + 1))
+    weights, targets = torch.ones(size), rows * workers * config.batch.seq_len
+    started = 0.0
+    for step in range(steps):
+        if step == WARMUP_STEPS:
+            started = time.perf_counter()
+        for micro in tokens.split(size):
+            (causal_lm(trained, micro, weights, boundary_id=0).total / targets).backward()
+        for name, weight in model.named_parameters():
+            masters[name].grad = weight.grad.float()
+            weight.grad = None
+        nn.utils.clip_grad_norm_(masters.values(), config.engine.gradient_clip)
+        optimizer.step()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(masters[name])
+    if rank == 0:
+        result.write_text(json.dumps((steps - WARMUP_STEPS) * targets / (time.perf_counter() - started)))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
