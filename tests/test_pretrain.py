@@ -19,6 +19,7 @@ from tests.small_run import (
     training_workers,
     wait_for_step,
 )
+from trainers import evaluate
 from trainers.metrics import events_of, read_attempts
 from trainers.verdict import TestSplitError, claim_test_split
 
@@ -55,6 +56,15 @@ def test_one_command_goes_from_raw_text_to_a_judged_exported_and_reported_model(
     assert test["checkpoint"] == best["checkpoint"]
     assert 0 < test["bits_per_byte"] < 8
     assert "validation" in run.output() and "report" in run.output()
+
+
+def test_the_exported_model_has_the_validation_loss_that_chose_it(unbroken, capsys):
+    run, store = unbroken
+    best = json.loads(store.read("best.json"))
+    evaluate.main(["--model", f"{store.uri}/export", "--corpus", f"{run.root}/prepared", "--max-rows", "16"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["loss"] == pytest.approx(best["loss"], rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(best["bits_per_byte"], rel=1e-5)
 
 
 def test_a_finished_run_says_so_and_reads_the_test_split_no_more(unbroken):
