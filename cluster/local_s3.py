@@ -19,6 +19,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from cluster.storage import RetryPolicy, StorageError, open_store
 
 READY_SECONDS = 60  # it takes 1 to 2 s on an idle machine
@@ -133,6 +136,7 @@ def _free_ports() -> int:
 
 
 def _die_with_parent() -> None:
+    """Even where the parent is killed; what counts as the parent is the thread that called `start`."""
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 

@@ -1,0 +1,84 @@
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+
+import psutil
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+# Leaves its count of lives in the store, tells where that is, and ends as it is told to.
+COMMAND = """
+import os, signal, sys
+from cluster.storage import open_store
+store = open_store("s3://checkpoints/lives")
+def save(*_):
+    store.put(f"{len(store.list())}", b"")
+    print("saved", len(store.list()), flush=True)
+    sys.exit(7)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+print(os.environ["AWS_ENDPOINT_URL"], flush=True)
+signal.pause()
+"""
+
+
+def start(folder: Path) -> tuple[subprocess.Popen[str], int]:
+    """The server's script with `COMMAND` running under it, and the server's port."""
+    arguments = [
+        sys.executable,
+        "cluster/local_s3.py",
+        "--dir",
+        str(folder),
+        "--",
+        sys.executable,
+        "-c",
+        COMMAND,
+    ]
+    script = subprocess.Popen(
+        arguments, cwd=PROJECT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert script.stdout
+    return script, urlparse(script.stdout.readline().strip()).port or 0
+
+
+def wait_for_refusal(port: int) -> None:
+    """Return once nobody listens; the test's own limit of time ends it otherwise."""
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return
+
+
+def test_a_command_under_the_server_saves_when_it_is_told_to_end(tmp_path: Path) -> None:
+    for lives in (1, 2):
+        script, port = start(tmp_path)
+        with script:
+            script.terminate()
+            assert script.stdout and script.stdout.read() == f"saved {lives}\n"
+        assert script.returncode == 7
+        wait_for_refusal(port)
+
+
+def test_an_interrupt_at_the_keyboard_lets_the_command_save(tmp_path: Path) -> None:
+    script, _ = start(tmp_path)
+    with script:
+        for process in (script.pid, *(child.pid for child in psutil.Process(script.pid).children())):
+            if (
+                "weed" not in psutil.Process(process).name()
+            ):  # which has a session, hence a keyboard, of its own
+                psutil.Process(process).send_signal(signal.SIGINT)
+        assert script.stdout and script.stdout.read() == "saved 1\n"
+    assert script.returncode == 7
+
+
+@pytest.mark.timeout(60)
+def test_the_server_does_not_outlive_a_killed_script(tmp_path: Path) -> None:
+    script, port = start(tmp_path)
+    command = next(child for child in psutil.Process(script.pid).children() if "weed" not in child.name())
+    script.kill()
+    script.wait()
+    wait_for_refusal(port)
+    command.kill()
