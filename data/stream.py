@@ -17,6 +17,7 @@ a core in `SplitCoordinator`, measured; benchmarks/bench_stream.py prints what i
 
 import functools
 import hashlib
+import pickle
 import queue
 import threading
 import time
@@ -29,7 +30,6 @@ import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
-from ray import cloudpickle
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
@@ -116,7 +116,7 @@ class TokenStream:
         by_bytes = burst_bytes // (self._rounds * order.window_bytes)
         self._burst_windows = max(1, min(by_bytes, BURST_TASKS // (self._rounds * world_size)))
         self._receivers: list[_Receiver] = []
-        # Worker 0 owns a pipeline, which ends with these. All have received it when the next but one starts.
+        # Worker 0 owns the pipelines: they end with these.
         self._pipelines: list[list[ray.data.DataIterator]] = []
         self._bursts = self._cut_into_bursts()
         if self._bursts:
@@ -168,11 +168,13 @@ class TokenStream:
         pickled = None
         if self._rank == 0:
             parts = _pipeline(self._tasks(windows), self._world_size)
-            self._pipelines = [*self._pipelines[-1:], parts]
-            # By Ray's own pickling: the parts hold the handle of an actor.
-            pickled = [cloudpickle.dumps(part) for part in parts]
-        part = cloudpickle.loads(self._broadcast(pickled)[self._rank])
+            self._pipelines.append(parts)
+            # Not by Ray's cloudpickle: it would keep the pipeline's actor alive as long as this process.
+            pickled = [pickle.dumps(part) for part in parts]
+        part = pickle.loads(self._broadcast(pickled)[self._rank])
         self._receivers = [*self._receivers[-1:], _Receiver(part)]
+        # All workers take this burst's part, so they have trained the one before the last.
+        self._pipelines = self._pipelines[-2:]
 
     def _tasks(self, windows: range) -> list[Callable[[], pa.Table]]:
         """The reads of a burst in the order of handing out: block i goes to worker i mod n."""
@@ -250,7 +252,9 @@ class _Receiver:
                     return
                 self._received.put(block)
             self._received.put(EOFError("the pipeline ended before its last block"))
-        except Exception as error:  # whatever it is, the thread that trains has to raise it
+        except (
+            BaseException
+        ) as error:  # whatever it is, SystemExit by Ray's shutdown too: who trains has to raise it
             self._received.put(error)
 
 

@@ -17,19 +17,22 @@ CONFIG = OrderConfig(lanes=LANES, window_steps=WINDOW_STEPS, weights={"web": 2.0
 
 
 class Board:
-    """Hands values of worker 0 to all, as a collective would."""
+    """Hands values of worker 0 to all once all have come for them, as a collective does."""
 
-    def __init__(self) -> None:
-        self._values: dict[int, asyncio.Future[Any]] = {}
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._values: dict[int, Any] = {}
+        self._came: dict[int, int] = {}
+        self._change = asyncio.Condition()
 
-    async def put(self, number: int, value: Any) -> None:
-        self._at(number).set_result(value)
-
-    async def get(self, number: int) -> Any:
-        return await asyncio.shield(self._at(number))
-
-    def _at(self, number: int) -> "asyncio.Future[Any]":
-        return self._values.setdefault(number, asyncio.get_running_loop().create_future())
+    async def broadcast(self, number: int, rank: int, value: Any) -> Any:
+        async with self._change:
+            self._came[number] = self._came.get(number, 0) + 1
+            if rank == 0:
+                self._values[number] = value
+            self._change.notify_all()
+            await self._change.wait_for(lambda: self._came[number] == self._world_size)
+        return self._values[number]
 
 
 class Worker:
@@ -81,9 +84,7 @@ class Worker:
 
     def _broadcast(self, value: Any) -> Any:
         self._broadcasts += 1
-        if self._rank == 0:
-            ray.get(self._board.put.remote(self._broadcasts, value))
-        return ray.get(self._board.get.remote(self._broadcasts))
+        return ray.get(self._board.broadcast.remote(self._broadcasts, self._rank, value))
 
 
 @dataclass
