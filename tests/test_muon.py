@@ -8,27 +8,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainers.muon import Exchange, Muon, orthogonalize, plan_exchange, step_scale
+from trainers.muon import Exchange, Muon, orthogonalize, plan_exchange, step_scale, update_of
 from trainers.partition import Master, Piece
 
 
+@pytest.mark.parametrize("iterations", [4, 5])
 @pytest.mark.parametrize("shape", [(24, 24), (24, 60), (60, 24)])
-def test_orthogonalized_matrix_keeps_directions_and_levels_scales(shape: tuple[int, int]) -> None:
+def test_orthogonalized_matrix_keeps_directions_and_levels_scales(
+    shape: tuple[int, int], iterations: int
+) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    inside = u.T @ orthogonalize(matrix).float() @ vh.T
+    inside = u.T @ orthogonalize(matrix, iterations).float() @ vh.T
     assert ((inside.diagonal() > 0.6) & (inside.diagonal() < 1.3)).all()
     assert (inside - torch.diag(inside.diagonal())).abs().max() < 0.05
 
 
-def test_update_equals_that_of_torch() -> None:
+@pytest.mark.parametrize("iterations", [4, 5])
+def test_update_equals_that_of_torch(iterations: int) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(24, 24), (24, 60), (60, 24)]
     ours = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     group = {"params": ours, "lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "muon": True}
-    optimizer, reference = Muon([group]), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
-    optimizer.attach(Master(p, (Piece(str(i), tuple(p.shape), 0, p.numel(), 0),)) for i, p in enumerate(ours))
+    group["iterations"] = iterations
+    optimizer = Muon([group])
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, ns_steps=iterations)
+    wholes = [Master(p, (Piece(str(i), tuple(p.shape), 0, p.numel(), 0),)) for i, p in enumerate(ours)]
+    optimizer.attach(wholes, {})
     for _ in range(3):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape, generator=generator)
@@ -38,6 +45,14 @@ def test_update_equals_that_of_torch() -> None:
     for a, b in zip(ours, theirs, strict=True):
         # Products of bf16 in another order: 2**-8 of an update of at most lr * scale an element.
         torch.testing.assert_close(a, b, rtol=0, atol=3 * 2**-8 * 0.02 * step_scale(a.shape))
+
+
+def test_fused_matrices_are_updated_as_if_they_stood_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(rows, 24, generator=generator) for rows in (24, 12, 48)]
+    expected = [orthogonalize(part) * step_scale(part.shape) for part in parts]
+    assert torch.equal(update_of(torch.cat(parts), [24, 12, 48]), torch.cat(expected))
+    assert not torch.allclose(update_of(torch.cat(parts), []), torch.cat(expected), atol=0.1)
 
 
 def cut(shapes: list[tuple[int, int]], cuts: list[int]) -> list[list[Piece]]:

@@ -53,6 +53,12 @@ def fused_rows(config: ModelConfig) -> dict[str, dict[str, int]]:
     }
 
 
+def rows_of_fused(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Rows of each part, by the name of each parameter that is several of Llama's in one."""
+    fused = fused_rows(config).items()
+    return {name: tuple(parts.values()) for name in names for key, parts in fused if f".{key}." in name}
+
+
 def checked(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Pass the parameters on; ValueError for one that `config` does not have, has otherwise, or misses."""
     with torch.device("meta"):

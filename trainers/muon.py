@@ -6,7 +6,7 @@ results; and without CUDA its default iteration runs in float32.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,20 +15,19 @@ from torch import Tensor
 
 from trainers.partition import Master, Piece
 
-ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: steepest at zero; singular values end between about 0.7 and 1.2 (Jordan et al.
 2024)."""
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
+def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
     """Return a bfloat16 matrix near U V^T, where U S V^T is the matrix, by Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     x = matrix.bfloat16()
     tall = x.size(0) > x.size(1)
     x = x.mT if tall else x
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -114,11 +113,22 @@ def travel(
     yield from zip(arriving, received.split([piece.length for piece in arriving]), strict=True)
 
 
-def orthogonalize_parts(
-    exchange: Exchange, rank: int, parts: dict[str, tuple[Piece, Tensor]], device: torch.device
+def update_of(matrix: Tensor, fused_rows: Sequence[int]) -> Tensor:
+    """Return the update of a matrix per unit of rate, in bfloat16. Matrices that are fused for speed, one over the
+    other in so many rows each, are orthogonalised apart, as if they stood alone.
+    """
+    parts = matrix.split(list(fused_rows) or len(matrix))
+    return torch.cat([orthogonalize(part) * step_scale(part.shape) for part in parts])
+
+
+def update_parts(
+    exchange: Exchange,
+    rank: int,
+    parts: dict[str, tuple[Piece, Tensor]],
+    device: torch.device,
+    fused_rows: Mapping[str, Sequence[int]],
 ) -> dict[str, Tensor]:
-    """Return this worker's part of every orthogonalised matrix, from its part of every matrix; 1-D
-    bfloat16."""
+    """Return this worker's part of every matrix's update, from its part of every matrix; 1-D bfloat16."""
     wholes: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -133,7 +143,7 @@ def orthogonalize_parts(
     for piece, data in travel(exchange.there, rank, lambda piece: parts[piece.name][1], device):
         collect(piece, data)
     for name, whole in wholes.items():
-        wholes[name] = orthogonalize(whole.view(shapes[name])).reshape(-1)
+        wholes[name] = update_of(whole.view(shapes[name]), fused_rows.get(name, ())).reshape(-1)
 
     def cut(piece: Piece) -> Tensor:
         return wholes[piece.name].narrow(0, piece.start, piece.length)
@@ -145,12 +155,14 @@ def orthogonalize_parts(
 class Muon(torch.optim.AdamW):
     """AdamW; and Muon for the groups that have `muon=True`, whose tensors may hold parts of matrices.
 
+    Those groups have `momentum` and `iterations` (of Newton-Schulz) too.
     ZeRO cuts parameters up after the optimiser is made, so `attach` must tell it what lies where before the
     first step. Momentum is in float32 and lies like the master weights; only updates travel, in bfloat16.
     """
 
-    def attach(self, masters: Iterable[Master]) -> None:
-        """Take in what each master tensor holds."""
+    def attach(self, masters: Iterable[Master], fused_rows: Mapping[str, Sequence[int]]) -> None:
+        """Take in what each master tensor holds, and the rows of each part of matrices that are several in one."""
+        self._fused_rows = fused_rows
         self._pieces = {master.tensor: master.pieces for master in masters}
         self._exchanges: dict[Tensor, Exchange] = {}
 
@@ -176,12 +188,11 @@ class Muon(torch.optim.AdamW):
             parts |= {piece.name: (piece, piece.of(ahead)) for piece in self._pieces[master]}
         rank = dist.get_rank() if dist.is_initialized() else 0
         device = group["params"][0].device
-        updates = orthogonalize_parts(self._exchange(group["params"]), rank, parts, device)
+        updates = update_parts(self._exchange(group["params"]), rank, parts, device, self._fused_rows)
         for master in group["params"]:
             master.mul_(1 - group["lr"] * group["weight_decay"])
             for piece in self._pieces[master]:
-                rate = group["lr"] * step_scale(piece.shape)
-                piece.of(master).add_(updates[piece.name], alpha=-rate)
+                piece.of(master).add_(updates[piece.name], alpha=-group["lr"])
 
     def _exchange(self, params: list[Tensor]) -> Exchange:
         # ZeRO 3 steps each of its sub-groups by itself; the same tensors always come together.

@@ -24,6 +24,7 @@ from trainers.evaluation import Evaluation, evaluate
 from trainers.export import export
 from trainers.guard import Guard, name_documents
 from trainers.heartbeat import Heartbeat
+from trainers.llama import rows_of_fused
 from trainers.loop import Parts, train
 from trainers.metrics import Meter, MetricsWriter
 from trainers.model import build
@@ -68,12 +69,16 @@ def assemble(
     rows = -(-order.lanes // workers.world_size) * order.rows_per_lane
     micro_batch_rows = largest_divisor(rows, config.engine.micro_batch_rows)
     model_config = model_of(config, manifest)
+    model = build(
+        model_config, config.run.seed, activation_checkpointing=config.engine.activation_checkpointing
+    )
     engine = Engine(
-        build(model_config, config.run.seed, activation_checkpointing=config.engine.activation_checkpointing),
+        model,
         replace(config.engine, micro_batch_rows=micro_batch_rows),
         config.optimizer,
         partial(rate_factor, config.schedule, total_steps=config.run.steps),
         micro_batches=rows // micro_batch_rows,
+        fused_rows=rows_of_fused(model_config, (name for name, _ in model.named_parameters())),
     )
     peak = peak_of(
         engine.device.type, device_name(engine.device), config.engine.precision, config.cluster.threads
