@@ -113,22 +113,27 @@ def travel(
     yield from zip(arriving, received.split([piece.length for piece in arriving]), strict=True)
 
 
-def update_of(matrix: Tensor, fused_rows: Sequence[int]) -> Tensor:
-    """Return the update of a matrix per unit of rate, in bfloat16. Matrices that are fused for speed, one over the
-    other in so many rows each, are orthogonalised apart, as if they stood alone.
+def update_of(matrix: Tensor, fused_rows: Sequence[int], iterations: int) -> Tensor:
+    """Return the update of a matrix per unit of rate, in bfloat16.
+
+    Matrices that are fused for speed, one over the other in so many rows each, are orthogonalised apart, as if they
+    stood alone.
     """
     parts = matrix.split(list(fused_rows) or len(matrix))
-    return torch.cat([orthogonalize(part) * step_scale(part.shape) for part in parts])
+    return torch.cat([orthogonalize(part, iterations) * step_scale(part.shape) for part in parts])
 
 
 def update_parts(
     exchange: Exchange,
     rank: int,
     parts: dict[str, tuple[Piece, Tensor]],
+    update: Callable[[str, Tensor], Tensor],
     device: torch.device,
-    fused_rows: Mapping[str, Sequence[int]],
 ) -> dict[str, Tensor]:
-    """Return this worker's part of every matrix's update, from its part of every matrix; 1-D bfloat16."""
+    """Return this worker's part of every matrix's update, from its part of every matrix; 1-D bfloat16.
+
+    `update` makes the update of a whole matrix, given its name. Collective.
+    """
     wholes: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -143,7 +148,7 @@ def update_parts(
     for piece, data in travel(exchange.there, rank, lambda piece: parts[piece.name][1], device):
         collect(piece, data)
     for name, whole in wholes.items():
-        wholes[name] = update_of(whole.view(shapes[name]), fused_rows.get(name, ())).reshape(-1)
+        wholes[name] = update(name, whole.view(shapes[name])).reshape(-1)
 
     def cut(piece: Piece) -> Tensor:
         return wholes[piece.name].narrow(0, piece.start, piece.length)

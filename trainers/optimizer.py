@@ -22,6 +22,9 @@ class OptimizerConfig:
     """Peak rate of everything that has no rate of its own below."""
     muon_learning_rate: float = 0.02
     """Peak rate of the matrices under `muon`: the spectral norm of an update."""
+    muon_iterations: int = 5
+    """Newton-Schulz iterations per update. 4 take a fifth less time, and leave directions that have less than
+    about 1/200 of a gradient's norm smaller."""
     embedding_learning_rate: float | None = None
     """Peak rate of the token embedding; none: learning_rate."""
     head_learning_rate: float | None = None
@@ -47,6 +50,8 @@ class OptimizerConfig:
             value = getattr(self, key)
             if value is not None and value <= 0:
                 yield f"{at}.{key}={value} must be above 0"
+        if self.muon_iterations < 1:
+            yield f"{at}.muon_iterations={self.muon_iterations} must be at least 1"
         if self.weight_decay < 0:
             yield f"{at}.weight_decay={self.weight_decay} must be 0 or more"
         decays = {"betas[0]": self.betas[0], "betas[1]": self.betas[1]}
@@ -110,7 +115,7 @@ def build_optimizer(
     # fused: one pass over memory, on CPU too: 20 ms instead of 102 for 14 M parameters on one core.
     if config.kind == "muon":
         for group in groups:
-            group["momentum"] = config.momentum
+            group["momentum"], group["iterations"] = config.momentum, config.muon_iterations
         return Muon(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
