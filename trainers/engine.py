@@ -97,8 +97,7 @@ def build_deepspeed_config(config: EngineConfig, micro_batches: int) -> dict[str
         # The engine says itself which micro-batch is the last, so DeepSpeed divides nothing by their number.
         "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": stage, "overlap_comm": False},
-        # Our optimisers are elementwise, or know the partition (Muon); DeepSpeed's own CPU Adam compiles for
-        # minutes.
+        # Ours are elementwise, or know the partition (Muon); DeepSpeed's own CPU Adam compiles for minutes.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -108,7 +107,7 @@ def build_deepspeed_config(config: EngineConfig, micro_batches: int) -> dict[str
     built["gradient_clipping"] = 0.0 if _unwrapped(config) else config.gradient_clip
     if config.precision == "bf16":
         built["bf16"] = {"enabled": True}
-        # Micro-batches are summed in float32, if there are several: buffers of that type cost 60 ms a step with 14 M
+        # Several micro-batches are summed in float32, in buffers that cost 20 to 60 ms a step for 14 M
         # parameters. DeepSpeed 0.19.8 refuses them at stage 0, which sums in bfloat16.
         several = config.zero_stage > 0 and micro_batches > 1
         built["data_types"] = {"grad_accum_dtype": "fp32" if several else "bf16"}
@@ -120,8 +119,7 @@ def build_deepspeed_config(config: EngineConfig, micro_batches: int) -> dict[str
 
 
 def _unwrapped(config: EngineConfig) -> bool:
-    """Whether DeepSpeed runs our optimiser bare. It then clips too, but keeps the norm to itself: we do
-    it."""
+    """Whether DeepSpeed runs our optimiser bare. It would clip, but keep the norm to itself: we do it."""
     return config.zero_stage == 0 and config.precision == "fp32"
 
 
@@ -166,13 +164,11 @@ class Engine:
         self._learning_rate, self._rate_factor = optimizer.learning_rate, rate_factor
         self._micro_batches, self._micro = micro_batches, 0
         self._accept: Callable[[float], bool] = math.isfinite
-        # Of the step under way. Before the first one nothing is accepted: a wrapper may try the optimiser
-        # out.
+        # Of the step under way. At first nothing is accepted: a wrapper may try the optimiser out.
         self._grad_norm: float = math.inf
         self._accepted: bool | None = False
         if config.compile:
-            # The bound method, so that the hooks which DeepSpeed puts on the module stay outside of the
-            # graph.
+            # Not the module, so that the hooks which DeepSpeed puts on it stay out of the graph.
             model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
         self._optimizer = build_optimizer(model.named_parameters(), optimizer)
         self._apply, self._optimizer.step = self._optimizer.step, self._apply_if_accepted  # type: ignore
@@ -239,8 +235,7 @@ class Engine:
             self._apply()
 
     def _count(self, num_steps: int) -> None:
-        # Bias corrections follow from the step, not from a count of their own, so that a checkpoint needs
-        # none. A skipped step counts.
+        # Bias corrections follow from the step, so that a checkpoint needs no count of its own.
         for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(num_steps)
@@ -290,11 +285,9 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict
     import deepspeed.ops
     import deepspeed.runtime.bf16_optimizer
 
-    # The CPU's shared-memory collectives serve inference alone; compiling them takes up to 85 s on a new
-    # host.
+    # The CPU's shared-memory collectives serve inference alone, and compile for up to 85 s on a new host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # BF16_Optimizer prints memory use at any log level, after ten garbage collections that take 2.7 s
-    # together.
+    # BF16_Optimizer prints memory use at any log level, after ten garbage collections of 0.27 s each.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
     # Said at every collective of stage 3; the new names are for DeepSpeed to use.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

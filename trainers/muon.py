@@ -116,8 +116,8 @@ def travel(
 def update_of(matrix: Tensor, fused_rows: Sequence[int], iterations: int) -> Tensor:
     """Return the update of a matrix per unit of rate, in bfloat16.
 
-    Matrices that are fused for speed, one over the other in so many rows each, are orthogonalised apart, as if they
-    stood alone.
+    Matrices that are fused for speed, one over the other in so many rows each, are orthogonalised apart, as
+    if they stood alone.
     """
     parts = matrix.split(list(fused_rows) or len(matrix))
     return torch.cat([orthogonalize(part, iterations) * step_scale(part.shape) for part in parts])
@@ -166,7 +166,9 @@ class Muon(torch.optim.AdamW):
     """
 
     def attach(self, masters: Iterable[Master], fused_rows: Mapping[str, Sequence[int]]) -> None:
-        """Take in what each master tensor holds, and the rows of each part of matrices that are several in one."""
+        """Take in what each master tensor holds, and the rows of each part of matrices that are several in
+        one.
+        """
         self._fused_rows = fused_rows
         self._pieces = {master.tensor: master.pieces for master in masters}
         self._exchanges: dict[Tensor, Exchange] = {}
@@ -192,10 +194,15 @@ class Muon(torch.optim.AdamW):
             ahead = master.grad.lerp(average, group["momentum"]).bfloat16()
             parts |= {piece.name: (piece, piece.of(ahead)) for piece in self._pieces[master]}
         rank = dist.get_rank() if dist.is_initialized() else 0
-        device = group["params"][0].device
-        updates = update_parts(self._exchange(group["params"]), rank, parts, device, self._fused_rows)
+
+        def update(name: str, matrix: Tensor) -> Tensor:
+            return update_of(matrix, self._fused_rows.get(name, ()), group["iterations"])
+
+        exchange, device = self._exchange(group["params"]), group["params"][0].device
+        updates = update_parts(exchange, rank, parts, update, device)
         for master in group["params"]:
-            master.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["weight_decay"]:
+                master.mul_(1 - group["lr"] * group["weight_decay"])
             for piece in self._pieces[master]:
                 piece.of(master).add_(updates[piece.name], alpha=-group["lr"])
 

@@ -7,9 +7,11 @@ here, so that nothing of DeepSpeed is imported. Written against DeepSpeed 0.19.8
 | stage | wrapper, float32 | wrapper, bfloat16     | a worker's masters                             |
 |-------|------------------|-----------------------|------------------------------------------------|
 | 0     | none             | FP16_UnfusedOptimizer | every parameter, whole                         |
-| 1     | ZeroOptimizer    | BF16_Optimizer        | 1/n of a group's parameters, joined end to end |
+| 1     | ZeroOptimizer    | BF16_Optimizer (a)    | 1/n of a group's parameters, joined end to end |
 | 2     | ZeroOptimizer    | ZeroOptimizer         | the same                                       |
 | 3     | Stage3           | Stage3                | 1/n of every parameter                         |
+
+(a) With float32 sums over several micro-batches and without offload; otherwise ZeroOptimizer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
