@@ -53,7 +53,9 @@ def peak_bytes() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fragments", type=int, default=10_000_000)
     parser.add_argument("--workers", type=int, default=8)
     arguments = parser.parse_args(argv)
@@ -76,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"(the manifest's digest, once          {digest_seconds:.2f} s)")
     print(f"one worker of {arguments.workers}, {len(lanes) * order.rows_per_lane} rows a step:")
     print(f"  any step                            {any_step * 1e3:.2f} ms")
-    print(f"  by windows of {order.slots.window_steps} steps             {by_window / order.slots.window_steps * 1e3:.3f} ms a step")
+    print(
+        f"  by windows of {order.slots.window_steps} steps             {by_window / order.slots.window_steps * 1e3:.3f} ms a step"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Rows delivered to one worker: tokens per second from the local disk and from a local S3 server, and what waiting costs.
+"""Rows delivered to one worker: tokens per second from the local disk and from a local S3 server, and what
+waiting costs.
 
     python benchmarks/bench_stream.py [--fragments 160] [--store disk s3]
 
-One reading process. `read` calls the read function by itself; `Ray Data` is the whole way to the worker's step rows, in one burst that holds all,
-from the first step to the last, so without the start of the pipeline, which is printed beside it. `waiting` is the CPU time of all
-of Ray's processes while a worker trains slowly and the next burst lies ready, less what an idle Ray takes.
+One reading process. `read` calls the read function by itself; `Ray Data` is the whole way to the worker's
+step rows, in one burst that holds all, from the first step to the last, so without the start of the pipeline,
+which is printed beside it. `waiting` is the CPU time of all of Ray's processes while a worker trains slowly
+and the next burst lies ready, less what an idle Ray takes.
 """
 
 import argparse
@@ -70,7 +72,9 @@ def make_order(uri: str, num_fragments: int) -> tuple[Order, Manifest]:
 
 
 def rate(moments: Iterator[tuple[float, int]]) -> float:
-    """Million tokens per second between the first moment and the last; each is (time, tokens since the one before)."""
+    """Million tokens per second between the first moment and the last; each is (time, tokens since the one
+    before).
+    """
     times, tokens = zip(*moments, strict=True)
     return sum(tokens[1:]) / (times[-1] - times[0]) / 1e6
 

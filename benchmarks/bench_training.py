@@ -42,11 +42,15 @@ SAMPLE = PROJECT / "trainers" / "configs" / "sample.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60, help="steps of each run")
     parser.add_argument("--workers", type=int, nargs="+", default=(1, 2))
     arguments = parser.parse_args(argv)
-    print("| workers | threads each | bare loop, tokens/s | whole system, tokens/s | ratio |\n|---|---|---|---|---|")
+    print(
+        "| workers | threads each | bare loop, tokens/s | whole system, tokens/s | ratio |\n|---|---|---|---|---|"
+    )
     for workers in arguments.workers:
         threads = max(1, (os.cpu_count() or 2) // max(arguments.workers))
         bare = bare_rate(workers, threads, arguments.steps)

@@ -21,7 +21,9 @@ FOLDER = Path(__file__).resolve().parent
 
 def main(argv: Sequence[str] | None = None) -> None:
     names = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="benchmarks to run")
     chosen = parser.parse_args(argv).only
     host = this_host()

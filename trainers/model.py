@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainers.attention import attend
 from trainers.objectives import linear_cross_entropy
 from trainers.shape import ModelConfig
 
@@ -62,14 +63,7 @@ class Attention(nn.Module):
         v = v_BTKH.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        mixed_BNTH = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+        mixed_BNTH = attend(q, k, v, mask)
         return self.o_proj(mixed_BNTH.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -175,7 +169,7 @@ class Decoder(nn.Module):
 
 
 def rotary_table(config: ModelConfig, start: int, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [T, 1, H] (RoFormer, Su et al. 2021), in halves as transformers' Llama has
+    """Return cosines and sines [T, 1, H / 2] (RoFormer, Su et al. 2021), in halves as transformers' Llama has
     them.
 
     Computed in float32 at each call: a buffer would be cast to bf16 by the engine and lost on the meta
@@ -186,13 +180,13 @@ def rotary_table(config: ModelConfig, start: int, num_positions: int, like: Tens
     )
     positions = torch.arange(start, start + num_positions, device=like.device, dtype=torch.float32)
     angles = torch.outer(positions, 1.0 / config.rope_theta**exponents)
-    angles_T1H = torch.cat((angles, angles), dim=-1)[:, None, :]
-    return angles_T1H.cos().to(like.dtype), angles_T1H.sin().to(like.dtype)
+    return angles.cos()[:, None].to(like.dtype), angles.sin()[:, None].to(like.dtype)
 
 
-def rotate(x_BTNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
+def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # Each half is one fused expression: the compiler does not vectorise a join within an expression.
     first, second = x_BTNH.chunk(2, dim=-1)
-    return x_BTNH * cos_T1H + torch.cat((-second, first), dim=-1) * sin_T1H
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def attention_mask(segments_BT: Tensor | None, cache: Cache | None, like: Tensor) -> Tensor | None:
