@@ -2,8 +2,9 @@
 
     python benchmarks/bench_order.py [--fragments 10000000] [--workers 64]
 
-The manifest lies in memory already; `plan` is from there to the first step's rows, a whole epoch put into its order. A step's rows are timed in both ways
-that they are asked for: any step on its own, and by windows, as the readers do. Medians; the growth of the process's peak memory.
+The manifest lies in memory already; `plan` is from there to the first step's rows, a whole epoch put into its order. A
+step's rows are timed in both ways that they are asked for: any step on its own, and by windows, as the readers do.
+Medians; the growth of the process's peak memory.
 """
 
 import argparse
@@ -78,9 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"(the manifest's digest, once          {digest_seconds:.2f} s)")
     print(f"one worker of {arguments.workers}, {len(lanes) * order.rows_per_lane} rows a step:")
     print(f"  any step                            {any_step * 1e3:.2f} ms")
-    print(
-        f"  by windows of {order.slots.window_steps} steps             {by_window / order.slots.window_steps * 1e3:.3f} ms a step"
-    )
+    steps = order.slots.window_steps
+    print(f"  by windows of {steps} steps             {by_window / steps * 1e3:.3f} ms a step")
 
 
 if __name__ == "__main__":

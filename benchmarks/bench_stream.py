@@ -58,10 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, (order, manifest) in orders.items():
             begin, moments = time.perf_counter(), stream(order, manifest, uris[name], burst_bytes=1 << 30)
             first = next(moments)
-            print(
-                f"{name}: Ray Data      {rate(moments):6.1f} M tokens/s after {first[0] - begin:.1f} s to the first step",
-                flush=True,
-            )
+            start = f"after {first[0] - begin:.1f} s to the first step"
+            print(f"{name}: Ray Data      {rate(moments):6.1f} M tokens/s {start}", flush=True)
         print_waiting(*orders["disk"], uris["disk"])
 
 

@@ -247,7 +247,9 @@ class _Receiver:
 
     def _receive(self) -> None:
         try:
-            for block in self._part.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            # batch_size None, a whole block, is documented but not in the signature.
+            blocks = self._part.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)  # type: ignore[arg-type]
+            for block in blocks:
                 if self._stopped:
                     return
                 self._received.put(block)

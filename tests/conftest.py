@@ -15,7 +15,7 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()):
+        if {"ray_session", "s3"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.cluster)
 
 

@@ -201,7 +201,7 @@ def test_data_without_a_record_is_no_checkpoint(store: Store) -> None:
     name = save(store, 200)
     store.delete(file_path(name, "COMMIT.json"))
     assert latest_checkpoint(store).step == 100
-    with pytest.raises(CheckpointError, match=r"no checkpoint for 200 .* \[100\]"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint for step 200 .* \[100\]"):
         checkpoint_at(store, 200)
 
 

@@ -129,7 +129,8 @@ def checkpoint_at(
     name = gather(wanted if wanted in names else None)[0]
     if name is None:
         steps = sorted({_age(name)[0] for name in names})
-        raise CheckpointError(f"no checkpoint for {which!r} in {store.uri}/{FOLDER}; steps: {steps}")
+        wanted = which if which == "best" else f"step {which}"
+        raise CheckpointError(f"no checkpoint for {wanted} in {store.uri}/{FOLDER}; steps: {steps}")
     record, found = _examine(store, name, rank, world_size, gather)
     if record is None or found:
         raise CheckpointError(f"checkpoint {name} is damaged: {_some(found)}")
