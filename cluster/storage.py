@@ -7,6 +7,7 @@ Google Cloud Storage from its application default credentials.
 import contextlib
 import functools
 import io
+import logging
 import os
 import random
 import shutil
@@ -38,6 +39,7 @@ from cluster.store import (
 __all__ = ["ObjectInfo", "RetryPolicy", "StorageError", "Store", "open_store"]
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # Up to 64 MiB one request; above, parts of 32 MiB (S3 takes 10,000), 4 at once: workers share a link.
 MULTIPART = TransferConfig(
@@ -176,8 +178,18 @@ class S3Store(Store):
                 code, cause, is_passing = _read_error(error)
                 if code in ("404", "NoSuchKey"):
                     raise self._absent(path) from None
+                patience = self.policy.give_up_seconds
+                if is_passing and first_failure is None and patience:
+                    logger.warning(
+                        "cannot %s %s/%s yet (%s); trying for %g s",
+                        operation,
+                        self.uri,
+                        path,
+                        cause,
+                        patience,
+                    )
                 first_failure = first_failure or time.monotonic()
-                if not is_passing or time.monotonic() >= first_failure + self.policy.give_up_seconds:
+                if not is_passing or time.monotonic() >= first_failure + patience:
                     raise self._error(operation, path, cause, _REMEDIES.get(code, _REMEDIES[""])) from error
             time.sleep(backoff * random.uniform(0.5, 1))
             backoff = min(2 * backoff, LONGEST_BACKOFF_SECONDS)

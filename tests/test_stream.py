@@ -18,6 +18,8 @@ from data.stream import StreamError, TokenStream
 from tests.stream_workers import CONFIG, ROWS_PER_STEP, SEQ_LEN, Board, Group, Worker
 from tests.token_corpus import put_token_corpus
 
+SIZES = {("train", "web"): 60, ("train", "books"): 40}
+
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
@@ -43,9 +45,7 @@ def start_group():
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> tuple[str, Manifest]:
     store = open_store(str(tmp_path_factory.mktemp("corpus")))
-    return store.uri, put_token_corpus(
-        store, {("train", "web"): 60, ("train", "books"): 40}, fragment_tokens=120
-    )
+    return store.uri, put_token_corpus(store, SIZES, fragment_tokens=120)
 
 
 def order_of(manifest: Manifest) -> Order:
@@ -129,7 +129,7 @@ def test_a_closed_stream_leaves_no_pipeline_behind(corpus, start_group):
 
 def test_a_flipped_byte_stops_the_stream_and_names_shard_and_fragment(tmp_path, start_group):
     store = open_store(str(tmp_path))
-    manifest = put_token_corpus(store, {("train", "web"): 60, ("train", "books"): 40}, fragment_tokens=120)
+    manifest = put_token_corpus(store, SIZES, fragment_tokens=120)
     path = manifest.shards[0].path
     content = bytearray(store.read(path))
     content[300] ^= 1
@@ -138,6 +138,28 @@ def test_a_flipped_byte_stops_the_stream_and_names_shard_and_fragment(tmp_path, 
         start_group(store.uri, 2, 0, 100).call("take")
     assert "StreamError" in str(stopped.value)
     assert f"{path}, fragment 0" in str(stopped.value)
+
+
+def test_the_stream_waits_for_an_object_store_that_is_away(s3, s3_uri, start_group):
+    store = open_store(s3_uri)
+    manifest = put_token_corpus(store, SIZES, fragment_tokens=120)
+    group = start_group(store.uri, 2, 0, 15, 1)
+    before = group.call("take", 3)
+    s3.kill()
+    try:
+        rest = [worker.take.remote() for worker in group.workers]
+        done, _ = ray.wait(rest, num_returns=2, timeout=8)
+        assert not done  # it takes some seconds to read what lay ready, and then it waits
+    finally:
+        s3.start()
+    after = ray.get(rest, timeout=120)
+    order = order_of(manifest)
+    for share, more in zip(before, after, strict=True):
+        share.extend(more)
+    for step, parts in enumerate(zip(*before, strict=True)):
+        rows = sorted(row for part in parts for row in identities(part["rows"]))
+        assert rows == sorted(identities(order.step_rows(step)))
+    assert len(before[0]) == 15
 
 
 def test_a_block_out_of_order_stops_the_stream(corpus):
