@@ -303,6 +303,15 @@ def test_losses_and_norms_are_those_of_a_plain_loop_at_any_stage_split_and_start
 
 
 @pytest.mark.cluster
+def test_muon_goes_the_same_way_at_any_stage_split_and_start(folder: Path) -> None:
+    cases = [case for case in UNBROKEN if (case.kind, case.precision) == ("muon", "fp32")]
+    first = record_of(folder, cases[0])["losses"]
+    for case in cases:
+        losses = record_of(folder, case)["losses"]
+        assert losses == pytest.approx({step: first[step] for step in losses}, rel=1e-5), case.name
+
+
+@pytest.mark.cluster
 @pytest.mark.parametrize("case", [c for c in UNBROKEN if not c.start], ids=lambda case: case.name)
 def test_slices_of_all_workers_cover_each_tensor_exactly_once(folder: Path, case: Case) -> None:
     covered: dict[tuple[str, str], Tensor] = {}

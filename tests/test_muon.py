@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainers.muon import Exchange, Muon, orthogonalize, plan_exchange, step_scale, update_of
+from trainers.muon import Exchange, Muon, orthogonalize, plan_exchange, scaled_ranges, step_scale, update_of
 from trainers.partition import Master, Piece
 
 
@@ -47,12 +47,19 @@ def test_update_equals_that_of_torch(iterations: int) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=3 * 2**-8 * 0.02 * step_scale(a.shape))
 
 
-def test_fused_matrices_are_updated_as_if_they_stood_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(rows, 24, generator=generator) for rows in (24, 12, 48)]
-    expected = [orthogonalize(part, 5) * step_scale(part.shape) for part in parts]
-    assert torch.equal(update_of(torch.cat(parts), [24, 12, 48], 5), torch.cat(expected))
-    assert not torch.allclose(update_of(torch.cat(parts), [], 5), torch.cat(expected), atol=0.1)
+@pytest.mark.parametrize("cuts", [[], [200], [24 * 24, 24 * 36], [5, 24 * 24 + 7, 24 * 80]])
+def test_fused_matrices_are_updated_as_if_they_stood_alone(cuts: list[int]) -> None:
+    rows = (24, 12, 48)
+    parts = [torch.randn(n, 24, generator=torch.Generator().manual_seed(n)) for n in rows]
+    expected = torch.cat([orthogonalize(part, 5) for part in parts])
+    assert torch.equal(update_of(torch.cat(parts), rows, 5), expected)
+    assert not torch.allclose(update_of(torch.cat(parts), [], 5), expected, atol=0.1)
+    factors = torch.cat([torch.full((n * 24,), step_scale((n, 24))) for n in rows])
+    for start, stop in zip([0, *cuts], [*cuts, 84 * 24], strict=True):
+        found = torch.zeros(stop - start)
+        for here, scale in scaled_ranges(Piece("w", (84, 24), start, stop - start, 0), rows):
+            found[here] += scale
+        assert torch.equal(found, factors[start:stop])
 
 
 def cut(shapes: list[tuple[int, int]], cuts: list[int]) -> list[list[Piece]]:

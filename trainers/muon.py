@@ -114,13 +114,24 @@ def travel(
 
 
 def update_of(matrix: Tensor, fused_rows: Sequence[int], iterations: int) -> Tensor:
-    """Return the update of a matrix per unit of rate, in bfloat16.
+    """Return the direction of a matrix's update, in bfloat16.
 
     Matrices that are fused for speed, one over the other in so many rows each, are orthogonalised apart, as
     if they stood alone.
     """
-    parts = matrix.split(list(fused_rows) or len(matrix))
-    return torch.cat([orthogonalize(part, iterations) * step_scale(part.shape) for part in parts])
+    return torch.cat(
+        [orthogonalize(part, iterations) for part in matrix.split(list(fused_rows) or len(matrix))]
+    )
+
+
+def scaled_ranges(piece: Piece, fused_rows: Sequence[int]) -> Iterator[tuple[slice, float]]:
+    """Yield the ranges of a piece that belong to one matrix each, and that matrix's factor of the rate."""
+    columns, begin = piece.shape[1], -piece.start
+    for rows in fused_rows or piece.shape[:1]:
+        end = begin + rows * columns
+        if end > 0 and begin < piece.length:
+            yield slice(max(begin, 0), min(end, piece.length)), step_scale((rows, columns))
+        begin = end
 
 
 def update_parts(
@@ -204,7 +215,8 @@ class Muon(torch.optim.AdamW):
             if group["weight_decay"]:
                 master.mul_(1 - group["lr"] * group["weight_decay"])
             for piece in self._pieces[master]:
-                piece.of(master).add_(updates[piece.name], alpha=-group["lr"])
+                for here, scale in scaled_ranges(piece, self._fused_rows.get(piece.name, ())):
+                    piece.of(master)[here].add_(updates[piece.name][here], alpha=-group["lr"] * scale)
 
     def _exchange(self, params: list[Tensor]) -> Exchange:
         # ZeRO 3 steps each of its sub-groups by itself; the same tensors always come together.
