@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +66,8 @@ class OrderConfig:
     """Steps within which a lane's rows are permuted, read as one block. 0: as many as fill 4 MiB a lane, and
     no more than an epoch has.
     """
-    weights: dict[str, float] | None = None
-    """Share of each source in every step, as parts of their sum. Unset: in proportion to the sources' rows,
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of each source in every step, as parts of their sum. Empty: in proportion to the sources' rows,
     so all end their epochs together.
     """
     schedule: tuple[WeightChange, ...] = ()
@@ -81,11 +81,11 @@ class OrderConfig:
         steps = [change.step for change in self.schedule]
         if steps != sorted(set(steps)) or (steps and steps[0] < 1):
             yield f"{at}.schedule has the steps {steps}; they must be greater than 0 and ascend"
-        if self.schedule and self.weights is None:
+        if self.schedule and not self.weights:
             yield f"{at}.schedule changes weights that {at}.weights does not give for step 0"
         for name, weights in [(f"{at}.weights", self.weights), *_named_changes(at, self.schedule)]:
-            bad = [w for w in (weights or {}).values() if not (math.isfinite(w) and w >= 0)]
-            if bad or (weights is not None and not any(weights.values())):
+            bad = [weight for weight in weights.values() if not (math.isfinite(weight) and weight >= 0)]
+            if bad or (weights and not any(weights.values())):
                 yield f"{name}={weights}: weights are finite, not negative, and not all zero"
 
     def batch_problems(self, at: str, *, rows_per_step: int, workers: int) -> Iterator[str]:
@@ -250,7 +250,7 @@ class Order:
 
     def _checked_schedule(self, config: OrderConfig) -> list[tuple[int, list[float]]]:
         """(step, weight of each source of the manifest) with the weights of step 0 first."""
-        first = config.weights if config.weights is not None else self._weights_by_rows()
+        first = config.weights or self._weights_by_rows()
         named = [("order.weights", 0, first)]
         named += [
             (name, change.step, change.weights)

@@ -57,7 +57,7 @@ def cases(draw, max_sources=3):
     # The last fragment has a row for each lane, so that every source may be drawn from.
     tokens = {name: [*draw(sizes), lanes * SEQ_LEN + 1] for name in names}
     weights = draw(
-        st.none() | st.fixed_dictionaries({name: st.sampled_from([0.3, 1.0, 2.0]) for name in names})
+        st.just({}) | st.fixed_dictionaries({name: st.sampled_from([0.3, 1.0, 2.0]) for name in names})
     )
     schedule: tuple[WeightChange, ...] = ()
     if weights and draw(st.booleans()):
