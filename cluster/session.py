@@ -17,6 +17,10 @@ RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default 2 s is added to every start, end and restart
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # do not touch CUDA_VISIBLE_DEVICES of tasks without GPUs
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody asks it, and it logs an error at each start
+    # A pipeline whose process was killed keeps its claim on CPUs until it expires: by default for 180 s, in which that
+    # of the restarted worker group gets none. A living one renews it each time the gap has passed.
+    "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2",
+    "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "8",
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing about a run leaves the machine unasked
 }
 
@@ -82,7 +86,8 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
     import ray  # here, because it reads the variables above when imported
 
     # What Ray itself logs at every start, though nothing is wrong, would bury the run's own lines.
-    runtime_env: dict[str, Any] = {"worker_process_setup_hook": quiet_ray}
+    variables = {name: os.environ[name] for name in RAY_ENVIRONMENT}
+    runtime_env: dict[str, Any] = {"worker_process_setup_hook": quiet_ray, "env_vars": variables}
     if config.is_local:
         # A local session is this user's alone: loopback, no dashboard to open.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -91,7 +96,7 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
             "object_store_memory": config.object_store_bytes or min(memory // 10, 2 << 30),
             "include_dashboard": False,
         }
-        runtime_env["env_vars"] = {"PYTHONPATH": str(PROJECT)}
+        variables["PYTHONPATH"] = str(PROJECT)
     else:
         arguments = {"address": None if config.address == "auto" else config.address}
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a Ray job has uploaded its working directory
