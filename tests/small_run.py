@@ -16,7 +16,7 @@ from cluster.session import PROJECT
 from cluster.storage import Store
 from trainers.metrics import read_metrics, steps_of
 
-STEPS = 24
+STEPS = 200  # some seconds: time enough to kill something in the middle
 SETTINGS = {
     "run.steps": STEPS,
     "run.prompts": '["The "]',
@@ -38,8 +38,8 @@ SETTINGS = {
     "model.max_positions": 64,
     "engine.precision": "fp32",
     "engine.micro_batch_rows": 2,
-    "checkpoint.every_steps": 4,
-    "validation.every_steps": 8,
+    "checkpoint.every_steps": 10,
+    "validation.every_steps": 50,
     "validation.max_rows": 16,
     "schedule.warmup_steps": 4,
 }
