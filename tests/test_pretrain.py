@@ -23,6 +23,8 @@ from trainers import evaluate
 from trainers.metrics import events_of, read_attempts
 from trainers.verdict import TestSplitError, claim_test_split
 
+OUTAGE_SECONDS = 4.0
+
 pytestmark = pytest.mark.cluster
 
 
@@ -101,9 +103,8 @@ def test_rows_and_losses_are_those_of_the_unbroken_run_after_kill_9_of_worker_st
         os.kill(training_workers(driver.pid)[-1].pid, signal.SIGKILL)
         wait_for_step(store, 60, driver)
         server.kill()
-        gone = threading.Timer(4.0, server.start)
-        gone.start()
-        gone.join()
+        threading.Event().wait(OUTAGE_SECONDS)
+        server.start()
         wait_for_step(store, 110, driver)
         kill_tree(driver.pid)
         driver.wait()
