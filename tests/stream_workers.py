@@ -95,4 +95,4 @@ class Group:
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
-        return ray.get(calls, timeout=120)
+        return ray.get(calls, timeout=300)

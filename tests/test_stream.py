@@ -152,7 +152,7 @@ def test_the_stream_waits_for_an_object_store_that_is_away(s3, s3_uri, start_gro
         assert not done  # it takes some seconds to read what lay ready, and then it waits
     finally:
         s3.start()
-    after = ray.get(rest, timeout=120)
+    after = ray.get(rest, timeout=300)
     order = order_of(manifest)
     for share, more in zip(before, after, strict=True):
         share.extend(more)
