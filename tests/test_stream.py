@@ -1,5 +1,6 @@
 """Laws of the stream in a real Ray session: at any number of workers, each step has the rows of the order."""
 
+import contextlib
 import os
 import signal
 import time
@@ -92,11 +93,12 @@ def test_resuming_with_other_workers_yields_exactly_the_steps_not_yet_taken(corp
 
 
 def live_pipelines() -> set[int]:
-    """Processes of the actors that pipelines run in."""
+    """Processes of the actors that this session's pipelines run in."""
     found = set()
-    for process in psutil.process_iter(["name", "cmdline", "pid"]):
-        if any("ray::SplitCoordinator" in part for part in process.info["cmdline"] or ()):
-            found.add(process.info["pid"])
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("ray::SplitCoordinator" in part for part in process.cmdline()):
+                found.add(process.pid)
     return found
 
 
