@@ -41,7 +41,7 @@ pretrain: $(SETUP)  ## the main job on the sample corpus; STORE=s3 uses a real S
 test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (about 20 minutes on 2 cores)
 	@$(PY) -m pytest $(ARGS)
 
-test-fast: $(SETUP)  ## the tests that need no cluster (under a minute)
+test-fast: $(SETUP)  ## the tests that need no cluster (about four minutes)
 	@$(PY) -m pytest -m "not cluster" $(ARGS)
 
 check: $(SETUP)  ## lint, format and types

@@ -29,7 +29,7 @@ class RunConfig:
     storage: str = "runs"
     """URI of the folder of runs: a path, file://, s3:// or gs://; every node must reach it."""
     steps: int = 10_000
-    """Optimiser steps. A finished run goes on if it is raised; the schedule then ends later too."""
+    """Optimiser steps. It may be raised until the run is judged; the schedule then ends later too."""
     seed: int = 0
     """Of the initial weights. The order of the rows has a seed of its own, `order.seed`."""
     max_failures: int = 3

@@ -189,7 +189,7 @@ def conclude(parts: Parts, task: Task) -> None:
         parts.heartbeat.beat(best.step, "export")
         tokenizer = corpus.read(tokenizer_path(manifest.tokenizer))
         export(
-            dict(best.values()),
+            best.values(),  # one at a time: the whole need not fit into this worker
             model_of(config, manifest),
             tokenizer,
             manifest.boundary_id,
