@@ -79,7 +79,7 @@ def rate(moments: Iterator[tuple[float, int]]) -> float:
 
 def read_alone(order: Order, manifest: Manifest, uri: str) -> Iterator[tuple[float, int]]:
     for window in order.windows([0] * LANES, range(LANES)):
-        block = unpack(plan_read(order, manifest, uri, window).read(), SEQ_LEN, manifest.token_dtype)
+        block = unpack(plan_read(order, manifest, uri, window).read(), SEQ_LEN + 1, manifest.token_dtype)
         yield time.perf_counter(), len(block.tokens) * SEQ_LEN
 
 

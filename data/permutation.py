@@ -56,6 +56,11 @@ def below(key: ArrayLike, size: ArrayLike) -> NDArray[np.int64]:
     return ((high * np.asarray(size).astype(np.uint64)) >> _32).astype(np.int64)
 
 
+def uniform(key: ArrayLike) -> NDArray[np.float64]:
+    """A keyed number from 0 up to 1 for each element."""
+    return (mix64(key) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def permute(index: ArrayLike, size: ArrayLike, key: ArrayLike) -> NDArray[np.int64]:
     """The place that the permutation `key` of 0..size-1 gives to `index`.
 

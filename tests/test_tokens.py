@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,18 @@ from tokenizers import Tokenizer, models
 from cluster.session import PROJECT
 from cluster.storage import open_store
 from data.tokens import (
+    ALPHABET_COVERAGE,
     SPECIAL_TOKENS,
     Encoder,
     FixedTokenizer,
+    SpecialIds,
     TokenizerConfig,
     TokenizerError,
+    alphabet,
     cut,
     fix_tokenizer,
     load_tokenizer,
+    special_ids,
     tokenizer_path,
     train_tokenizer,
 )
@@ -156,3 +162,55 @@ def test_an_altered_tokenizer_is_refused(tmp_path: Path, bpe: FixedTokenizer) ->
     )
     with pytest.raises(TokenizerError, match=bpe.fingerprint):
         load_tokenizer(store, bpe.fingerprint, BPE.boundary)
+
+
+@pytest.mark.parametrize("config", [BPE, WORDPIECE], ids=["bpe", "wordpiece"])
+def test_a_trained_tokenizer_has_every_special_token(config: TokenizerConfig) -> None:
+    found = special_ids(train_tokenizer(SAMPLE, config).json.encode())
+    assert found == SpecialIds(boundary=0, pad=1, cls=3, sep=4, mask=5)
+
+
+def test_a_special_token_that_a_tokenizer_lacks_is_none() -> None:
+    given_ = fix_tokenizer(
+        Tokenizer(models.WordLevel({"w": 0, "<mask>": 1}, unk_token="w")).to_str(), "here", "|"
+    )
+    assert special_ids(given_.json.encode(), "|") == SpecialIds(
+        boundary=2, pad=None, cls=None, sep=None, mask=1
+    )
+
+
+HAN = "十二的一是在了人我有他这中大来上为个国。，！？“”"
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(st.sampled_from(HAN), max_size=60))
+def test_wordpiece_gives_chinese_back_as_it_was(text: str) -> None:
+    tokenizer = chinese_wordpiece()
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    assert encoding.tokens == list(text)
+    assert tokenizer.decode(encoding.ids) == text
+
+
+@cache
+def chinese_wordpiece() -> Tokenizer:
+    config = TokenizerConfig(kind="wordpiece", vocab_size=60)
+    return Tokenizer.from_str(train_tokenizer([HAN + " of kingdoms and kings and gold"] * 5, config).json)
+
+
+@given(st.dictionaries(st.characters(categories=["L", "P"]), st.integers(1, 10_000)), st.integers(0, 50))
+def test_the_alphabet_is_the_commonest_characters_that_cover_the_text(
+    counts: dict[str, int], most: int
+) -> None:
+    kept = alphabet(Counter(counts), most)
+    left = counts.keys() - set(kept)
+    assert len(kept) <= most
+    assert (
+        min((counts[each] for each in kept), default=0) >= max((counts[each] for each in left), default=0)
+        or not kept
+    )
+    if len(kept) < most and counts:
+        covered = [
+            sum(counts[each] for each in kept[:size]) / sum(counts.values())
+            for size in (len(kept), len(kept) - 1)
+        ]
+        assert covered[0] >= ALPHABET_COVERAGE > covered[1]

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from cluster.storage import open_store
+from data.framing import NO_LABEL, FramingConfig, framing_of
 from data.order import Order, OrderConfig
 from data.shards import ShardError, read_fragment
 from data.window import FILLER_LANE, filler, plan_read, unpack
-from tests.token_corpus import put_token_corpus
+from tests.test_framing import PROSE, tokenizer
+from tests.token_corpus import put_text_corpus, put_token_corpus
 
 SEQ_LEN = 16
 
@@ -30,7 +32,7 @@ def test_a_block_holds_the_tokens_that_the_order_names(corpus):
     for lane in range(order.lanes):
         [window] = order.windows([2], [lane], start=11, stop=14)
         read = pickle.loads(pickle.dumps(plan_read(order, manifest, store.uri, window)))
-        block = unpack(read.read(), SEQ_LEN, manifest.token_dtype)
+        block = unpack(read.read(), SEQ_LEN + 1, manifest.token_dtype)
         assert block.lane == lane
         assert block.steps.tolist() == [11] * 3 + [12] * 3 + [13] * 3
         for step in (11, 12, 13):
@@ -49,8 +51,8 @@ def test_a_slice_of_a_block_is_taken_apart_as_well(corpus):
     store, manifest = corpus
     order = order_of(manifest)
     table = plan_read(order, manifest, store.uri, order.windows([0], [1])[0]).read()
-    whole = unpack(table, SEQ_LEN, manifest.token_dtype)
-    part = unpack(table.slice(4, 3), SEQ_LEN, manifest.token_dtype)
+    whole = unpack(table, SEQ_LEN + 1, manifest.token_dtype)
+    part = unpack(table.slice(4, 3), SEQ_LEN + 1, manifest.token_dtype)
     assert np.array_equal(part.tokens, whole.tokens[4:7])
 
 
@@ -92,7 +94,41 @@ def test_a_filler_has_the_same_columns_and_no_tokens(corpus):
     order = order_of(manifest)
     table = filler(3, 5, order.rows_per_lane)
     assert table.schema == plan_read(order, manifest, store.uri, order.windows([0], [0])[0]).read().schema
-    block = unpack(table, SEQ_LEN, manifest.token_dtype)
+    block = unpack(table, SEQ_LEN + 1, manifest.token_dtype)
     assert block.lane == FILLER_LANE and block.steps.tolist() == [3] * 3 + [4] * 3
     assert block.tokens.shape == (6, SEQ_LEN + 1) and not block.tokens.any()
     assert table.get_total_buffer_size() < 1_000
+
+
+@pytest.mark.parametrize("kind", ["single", "next_sentence", "sentence_order"])
+def test_framed_rows_are_those_of_the_order_wherever_a_run_goes_on(kind, tmp_path):
+    """Laws L1 and L3: pairs follow from manifest, seed, epoch and row, not from who reads which part of a window."""
+    store = open_store(str(tmp_path))
+    manifest = put_text_corpus(store, {"train": PROSE}, tokenizer(), fragment_tokens=2_000)
+    order = Order(manifest, OrderConfig(lanes=4, window_steps=5), seq_len=SEQ_LEN, rows_per_step=12)
+    framing = FramingConfig(kind, seed=3)
+    maker = framing_of(framing, store.uri, manifest, SEQ_LEN)
+    labels = set()
+    for lane, window in ((0, 0), (3, 2)):
+        [whole], [rest] = (
+            order.windows([window], [lane], start=start) for start in (5 * window, 5 * window + 3)
+        )
+        blocks = [
+            unpack(
+                pickle.loads(pickle.dumps(plan_read(order, manifest, store.uri, each, framing))).read(),
+                SEQ_LEN,
+                manifest.token_dtype,
+            )
+            for each in (whole, rest)
+        ]
+        assert np.array_equal(blocks[0].tokens[9:], blocks[1].tokens)
+        assert np.array_equal(blocks[0].labels[9:], blocks[1].labels)
+        for number in range(15):
+            row = blocks[0].rows[np.array([number])]
+            tokens = read_fragment(store, manifest, int(row.fragment[0]))
+            expected, label = maker.frame(tokens, row)
+            assert (
+                np.array_equal(blocks[0].tokens[number], expected[0]) and blocks[0].labels[number] == label[0]
+            )
+        labels |= set(blocks[0].labels.tolist())
+    assert (labels == {NO_LABEL}) == (kind == "single")

@@ -1,0 +1,50 @@
+"""Which of some texts stand in a corpus: what is to be tested must not have been read in pretraining."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from cluster.storage import open_store
+from data.corpus import CorpusConfig, list_raw_shards
+from data.documents import Document, read_documents
+from data.near_duplicates import folded
+
+RUN = 40
+"""Characters that a text and a document must have in common, one after another; of a shorter text all of it. About 8
+words: phrases of that length are seldom written twice (Lee et al. 2022, section 4.1, take 50 tokens)."""
+
+
+def texts_within(texts: Sequence[str], corpus_uri: str) -> set[int]:
+    """Indices of the texts that share a run of `RUN` characters, case and blanks aside, with a corpus's documents.
+
+    Raises:
+        CorpusError: there is no corpus.
+    """
+    config = CorpusConfig(uri=corpus_uri, prepared=f"{corpus_uri}-unused")
+    store, runs = open_store(corpus_uri), Runs(texts)
+    found: set[int] = set()
+    for shard in list_raw_shards(config):
+        for document in read_documents(store, shard, config):
+            if isinstance(document, Document):
+                found |= runs.found_in(document.text)
+    return found
+
+
+class Runs:
+    """The runs of characters of some texts, to be looked for in documents: each is read once, whatever the number
+    of texts. About 250 bytes of memory for each character of the texts."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._owners: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for index, text in enumerate(map(folded, texts)):
+            length = min(RUN, len(text))
+            for run in {text[start : start + length] for start in range(len(text) - length + 1)}:
+                self._owners[length][run].append(index)
+
+    def found_in(self, document: str) -> set[int]:
+        """Indices of the texts that share a run with a document."""
+        found: set[int] = set()
+        document = folded(document)
+        for length, owners in self._owners.items():
+            for start in range(len(document) - length + 1):
+                found.update(owners.get(document[start : start + length], ()))
+        return found

@@ -1,0 +1,195 @@
+"""Labelled sample tasks as JSONL: sentiment of movie sentences, topics of WordNet glosses, forms of Chinese verse.
+
+They come out of packages pinned by version and hash, which are read as archives and never imported:
+vaderSentiment 2.5 (source archive from PyPI, MIT; sentences of movie reviews with a mean human valence),
+wordnet-base 1:3.0-37 (Debian), chinese-poetry 2.0.1 (npm, MIT, 85 MB).
+
+    python data/sample_tasks.py --output corpora/tasks movies topics poems
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cluster.storage import open_store
+from data.clean import content_hash
+
+TOPICS = {
+    "04": "act", "05": "animal", "06": "artifact", "08": "body", "09": "cognition",
+    "10": "communication", "13": "food", "15": "location", "18": "person", "20": "plant", "27": "substance",
+}  # fmt: skip
+"""Lexicographer files of WordNet (lexnames(5WN)) that make the classes; the rest is left out."""
+PER_CLASS = 1_500
+"""Records of a class at most, in topics and poems: the ones with the smallest content hashes."""
+
+Record = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="URI", help="folder or s3://bucket/prefix for the files"
+    )
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)} (default: movies)")
+    options = parser.parse_args(argv)
+    if unknown := sorted(set(options.tasks) - set(TASKS)):
+        parser.error(f"{unknown[0]} is none of {', '.join(TASKS)}")
+    store = open_store(options.output)
+    for name in options.tasks or ["movies"]:
+        if store.exists(f"{name}.jsonl"):
+            print(f"{name}: is in {store.uri}")
+            continue
+        fetch, digest, read = TASKS[name]
+        with tempfile.TemporaryDirectory() as folder:
+            archive = checked(fetch(Path(folder)), digest)
+            records = list(read(archive))
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        store.put(f"{name}.jsonl", lines.encode())
+        print(f"{name}: put {len(records):,} records into {store.uri}")
+
+
+def checked(archive: Path, digest: str) -> bytes:
+    """The archive's bytes; ValueError unless their SHA-256 is the pinned one."""
+    data = archive.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise ValueError(f"{archive.name} has SHA-256 {found}, not the pinned {digest}; do not use it")
+    return data
+
+
+# --- fetching ---
+
+
+def from_pypi(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    subprocess.run([*command, "--dest", str(folder), "vaderSentiment==2.5"], check=True)
+    return next(folder.glob("*.tar.gz"))
+
+
+def from_debian(folder: Path) -> Path:
+    # Without a sandbox user: root's temporary folder is closed to apt's own.
+    command = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", "wordnet-base=1:3.0-37"]
+    subprocess.run(command, cwd=folder, check=True)
+    return next(folder.glob("*.deb"))
+
+
+def from_npm(folder: Path) -> Path:
+    subprocess.run(
+        ["npm", "pack", "--silent", "chinese-poetry@2.0.1"], cwd=folder, check=True, stdout=subprocess.DEVNULL
+    )
+    return next(folder.glob("*.tgz"))
+
+
+# --- reading ---
+
+
+def movie_records(archive: bytes) -> Iterator[Record]:
+    """Sentences with the mean valence that people gave them, -4 to 4; above 0 is positive."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
+        inner = member(outer, "hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
+        lines = member(tar, "movieReviewSnippets_GroundTruth.txt").decode("utf-8", "replace").splitlines()
+    for line in lines:
+        number, valence, text = line.split("\t", 2)
+        label = "positive" if float(valence) > 0 else "negative"
+        yield {"id": f"movie/{number}", "text": text.strip(), "label": label, "valence": float(valence)}
+
+
+def topic_records(archive: bytes) -> Iterator[Record]:
+    """Glosses of nouns, without their examples, under the name of their lexicographer file."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "package.deb"
+        package.write_bytes(archive)
+        subprocess.run(["dpkg", "-x", str(package), folder], check=True)
+        lines = (Path(folder) / "usr/share/wordnet/data.noun").read_text().splitlines()
+    found = []
+    for line in lines:
+        synset, gloss = line.partition(" | ")[::2]
+        fields = synset.split()
+        if gloss and (topic := TOPICS.get(fields[1])):
+            text = re.split(r'; "', gloss)[0].strip()
+            found.append({"id": f"wordnet/{fields[0]}", "text": text, "label": topic})
+    yield from at_most(found, PER_CLASS)
+
+
+FORMS = {
+    "quantangshi/poet.tang.": "Tang shi",
+    "quantangshi/poet.song.": "Song shi",
+    "songci/ci.song.": "Song ci",
+    "yuanqu/": "Yuan qu",
+}
+
+
+def poem_records(archive: bytes) -> Iterator[Record]:
+    """Verse under its time and form; the text alone, its first 120 characters."""
+    found = []
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for info in tar:
+            place = info.name.removeprefix("package/dist/")
+            form = next((form for prefix, form in FORMS.items() if place.startswith(prefix)), None)
+            file = (
+                tar.extractfile(info) if form and place.endswith(".json") and "author" not in place else None
+            )
+            for number, poem in enumerate(json.loads(file.read()) if file else []):
+                text = "".join(poem.get("paragraphs", []))[:120]
+                if len(text) >= 20:
+                    found.append({"id": f"{place}:{number}", "text": text, "label": form})
+    yield from at_most(found, PER_CLASS)
+
+
+def member(tar: tarfile.TarFile, name: str) -> bytes:
+    """A file of an archive, by the last part of its path."""
+    info = next(info for info in tar if info.name.rpartition("/")[2] == name)
+    file = tar.extractfile(info)
+    assert file is not None, info.name
+    return file.read()
+
+
+def at_most(records: Sequence[Record], number: int) -> Iterator[Record]:
+    """Of each label the records with the smallest content hashes, each text once, in that order."""
+    taken: dict[str, int] = {}
+    seen: set[bytes] = set()
+    for key, record in sorted(
+        ((content_hash(r["text"].encode()), r) for r in records), key=lambda pair: pair[0]
+    ):
+        label = record["label"]
+        if key not in seen and taken.get(label, 0) < number:
+            seen.add(key)
+            taken[label] = taken.get(label, 0) + 1
+            yield record
+
+
+TASKS: dict[str, tuple[Callable[[Path], Path], str, Callable[[bytes], Iterator[Record]]]] = {
+    "movies": (
+        from_pypi,
+        "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
+        movie_records,
+    ),
+    "topics": (
+        from_debian,
+        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        topic_records,
+    ),
+    "poems": (
+        from_npm,
+        "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86",
+        poem_records,
+    ),
+}
+
+if __name__ == "__main__":
+    main()

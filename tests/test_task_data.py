@@ -1,0 +1,143 @@
+"""Tasks from files: what is wrong is said before training; splits never share a question."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from task_files import put_lines, put_task, sentences
+
+from cluster.config import ConfigError
+from cluster.storage import open_store
+from trainers.task import SPLITS, TaskConfig, TaskFiles, TaskSplit, load_task
+from trainers.task_data import PreparedTask, choose_budget, prepare_task
+
+
+def prepared(tmp_path, records, **content) -> PreparedTask:
+    uri = put_lines(tmp_path / "records.jsonl", records)
+    described = {"name": "t", "kind": "classification", "data": {"uri": uri}} | content
+    return prepare_task(
+        load_task(put_task(tmp_path / "task.yaml", **described)), open_store(str(tmp_path / "p"))
+    )
+
+
+def everything(task: PreparedTask) -> dict[str, list]:
+    return {name: task.read_test() if name == "test" else task.read(name) for name in SPLITS}
+
+
+def test_every_record_is_in_exactly_one_split_and_its_near_duplicates_with_it(tmp_path):
+    # Long enough that one more word leaves nine tenths of the shingles.
+    plain = [
+        r | {"text": f"{r['text']} {i} " + " ".join(f"w{i}x{j}" for j in range(20))}
+        for i, r in enumerate(sentences(200))
+    ]
+    altered = [r | {"id": f"copy-{r['id']}", "text": f"well {r['text']}"} for r in plain]
+    splits = everything(prepared(tmp_path, plain + altered))
+    where = {example.id: name for name, examples in splits.items() for example in examples}
+    assert len(where) == 400 == sum(map(len, splits.values()))
+    assert all(where[r["id"]] == where[f"copy-{r['id']}"] for r in plain)
+    assert 10 <= len(splits["validation"]) // 2 <= 35 and 20 <= len(splits["test"]) // 2 <= 60
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_records(tmp_path):
+    records = sentences(120)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    one, other = prepared(tmp_path / "a", records), prepared(tmp_path / "b", records[::-1])
+    for name, examples in everything(one).items():
+        assert {e.text for e in examples} == {e.text for e in everything(other)[name]}
+
+
+def test_contradictions_are_left_out_and_kept_readable_and_repetitions_trained_once(tmp_path):
+    records = sentences(120)
+    first = records[0]
+    contrary = first | {"id": "contrary", "label": "bad" if first["label"] == "good" else "good"}
+    task = prepared(tmp_path, [*records, contrary, records[1] | {"id": "again"}])
+    texts = [e.text for examples in everything(task).values() for e in examples]
+    assert first["text"] not in texts and texts.count(records[1]["text"]) == 1
+    assert task.left_out["contradiction"] >= 2
+    kept = [json.loads(line) for line in task.store.read("contradictions.jsonl").decode().splitlines()]
+    assert {"contrary", first["id"]} <= {record["id"] for record in kept}
+
+
+def test_given_splits_lose_what_a_more_important_split_has(tmp_path):
+    records = sentences(150)
+    files = {
+        "train": put_lines(tmp_path / "train.jsonl", records[:100] + records[140:]),
+        "validation": put_lines(tmp_path / "v.jsonl", records[100:125] + records[140:145]),
+        "test": put_lines(tmp_path / "test.jsonl", records[125:]),
+    }
+    config = TaskConfig(
+        name="t", kind="classification", data=TaskFiles(**files), split=TaskSplit(similarity=1.0)
+    )
+    splits = everything(prepare_task(config, open_store(str(tmp_path / "p"))))
+    contents = [{e.text for e in splits[name]} for name in SPLITS]
+    assert not contents[0] & contents[1] | contents[0] & contents[2] | contents[1] & contents[2]
+    assert {r["text"] for r in records[125:]} == contents[2]
+
+
+def test_formats_and_compressions_give_the_same_examples(tmp_path):
+    records = sentences(240)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table.slice(0, 80), folder / "a.parquet")
+    pa.csv.write_csv(table.slice(80, 80), folder / "b.csv")
+    lines = "".join(json.dumps(record) + "\n" for record in records[160:])
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    config = TaskConfig(name="t", kind="classification", data=TaskFiles(uri=str(folder)))
+    splits = everything(prepare_task(config, open_store(str(tmp_path / "p"))))
+    found = {(e.id, e.text, e.target) for examples in splits.values() for e in examples}
+    assert found == {(r["id"], r["text"], r["label"]) for r in records}
+
+
+@pytest.mark.parametrize(
+    ("change", "content", "message"),
+    [
+        ({"label": None}, {}, "record 4: label=None is not a label"),
+        ({"text": " "}, {}, "record 4: text=' ' is not a text"),
+        ({}, {"columns": {"label": "lable"}}, "no column 'lable' .columns.label.; nearest: label"),
+        ({"label": "ugly"}, {"labels": ["good", "bad"]}, "has?.* the label 'ugly'"),
+        ({}, {"labels": ["good", "bad", "fair"]}, "no record of train has the label 'fair'"),
+        ({}, {"split": {"validation": 0.0}}, "the validation split of t is empty"),
+        ({}, {"metric": "f1"}, "metric=f1 is not a metric of kind=classification; "),
+        ({}, {"kind": "regression"}, "record 1: label='.*' is not a number"),
+        ({}, {"kind": "pairs"}, "kind=pairs needs columns.pair"),
+        ({}, {"data": {}}, "give exactly one of them"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_before_training(tmp_path, change, content, message):
+    records = sentences(80)
+    records[3] |= change
+    with pytest.raises(ConfigError, match=message):
+        prepared(tmp_path, records, **content)
+
+
+def test_a_label_that_only_validation_lacks_is_refused(tmp_path):
+    records = sentences(80)
+    files = TaskFiles(
+        train=put_lines(tmp_path / "train.jsonl", records[:60]),
+        validation=put_lines(tmp_path / "v.jsonl", [r for r in records[60:70] if r["label"] == "good"]),
+        test=put_lines(tmp_path / "test.jsonl", records[70:]),
+    )
+    with pytest.raises(ConfigError, match="no record of validation has the label 'bad'"):
+        prepare_task(TaskConfig(name="t", kind="classification", data=files), open_store(str(tmp_path / "p")))
+
+
+def test_a_larger_budget_holds_the_smaller_one_and_labels_take_turns(tmp_path):
+    task = prepared(tmp_path, sentences(200))
+    examples = task.read("train")
+    small, large = (choose_budget(task.task, examples, budget, seed=3) for budget in (10, 40))
+    assert small == large[:10]
+    assert sorted(e.target for e in small) == ["bad"] * 5 + ["good"] * 5
+    assert small != choose_budget(task.task, examples, 10, seed=4)
+
+
+def test_another_seed_splits_otherwise_and_under_another_name(tmp_path):
+    one = prepared(tmp_path, sentences(100))
+    config = replace(one.task, split=TaskSplit(seed=1))
+    other = prepare_task(config, open_store(str(tmp_path / "p")))
+    assert one.digest != other.digest
+    assert {e.id for e in one.read_test()} != {e.id for e in other.read_test()}
