@@ -32,11 +32,11 @@ _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 class LocalS3:
     """The server over one folder. As a context manager it also leads this process's AWS variables to it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
-        self.port = _free_ports()
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        self.folder, self.address = folder.absolute(), address
+        self.port = _free_ports(address)
         self.environment = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ENDPOINT_URL": f"http://{address}:{self.port}",
             "AWS_ACCESS_KEY_ID": "localkey",
             "AWS_SECRET_ACCESS_KEY": "localsecret123",
             "AWS_REGION": "us-east-1",
@@ -51,6 +51,8 @@ class LocalS3:
             _weed(),
             "mini",
             f"-dir={self.folder / 'data'}",
+            f"-ip={self.address}",
+            f"-ip.bind={self.address}",
             *_QUIET,
             *ports,
             f"-bucket={','.join(BUCKETS)}",
@@ -104,9 +106,7 @@ class LocalS3:
 
 # Each listens on its port and on port + 10,000.
 _ROLES = ("s3", "master", "volume", "filer", "admin")
-_QUIET = (  # without these it listens on all addresses and reports on its use
-    "-ip=127.0.0.1",
-    "-ip.bind=127.0.0.1",
+_QUIET = (  # without these it serves more than S3 and reports on its use
     "-master.telemetry=false",
     "-s3.autoCreateBucket=false",  # a missing bucket is an error, as at Amazon's
     "-s3.port.iceberg=0",
@@ -124,14 +124,14 @@ def _weed() -> str:
     return found
 
 
-def _free_ports() -> int:
+def _free_ports(address: str) -> int:
     """The first of as many ports in a row as there are roles, free here and 10,000 above."""
     while True:
         first = random.randrange(20_000, 50_000)
         wanted = [first + offset + above for offset in range(len(_ROLES)) for above in (0, 10_000)]
         with contextlib.ExitStack() as sockets, contextlib.suppress(OSError):
             for port in wanted:
-                sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                sockets.enter_context(socket.socket()).bind((address, port))
             return first
 
 
@@ -145,9 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dir", type=Path, required=True, help="where the objects are kept")
+    parser.add_argument("--address", default="127.0.0.1", help="where it listens")
     parser.add_argument("command", nargs="+", help="what to run, after --")
     arguments = parser.parse_args(argv)
-    with LocalS3(arguments.dir):
+    with LocalS3(arguments.dir, arguments.address):
         command = subprocess.Popen(arguments.command)
         # The keyboard's interrupt reaches the command too; both it and SIGTERM let it save and end by itself.
         signal.signal(signal.SIGINT, lambda *_: None)

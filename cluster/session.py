@@ -34,6 +34,9 @@ class ClusterConfig:
     local one; else the address of a running cluster (host:port or ray://…)."""
     num_workers: int = 1
     """Training workers; with GPUs, one for each."""
+    min_workers: int = 0
+    """Fewest training workers while nodes are missing: the run then starts with as many as fit, up to
+    num_workers, and changes its size when nodes come or go. 0: always num_workers."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray reserves for a training worker. Some must stay free for Ray Data's reads."""
     gpus_per_worker: float = 0.0
@@ -46,6 +49,11 @@ class ClusterConfig:
     def problems(self, at: str) -> Iterator[str]:
         if self.num_workers < 1:
             yield f"{at}.num_workers={self.num_workers} must be at least 1"
+        if not 0 <= self.min_workers <= self.num_workers:
+            yield (
+                f"{at}.min_workers={self.min_workers} must be between 0 (a fixed size) and "
+                f"{at}.num_workers={self.num_workers}"
+            )
         if self.cpus_per_worker <= 0:
             yield f"{at}.cpus_per_worker={self.cpus_per_worker} must be positive; on shared cores, try 0.75"
         if self.gpus_per_worker not in (0, 1):
@@ -57,18 +65,24 @@ class ClusterConfig:
         return self.address == "local" or (self.address == "auto" and "RAY_ADDRESS" not in os.environ)
 
     @property
+    def fewest_workers(self) -> int:
+        """Training workers that the run cannot do without."""
+        return self.min_workers or self.num_workers
+
+    @property
     def threads(self) -> int:
         return self.threads_per_worker or max(1, round(self.cpus_per_worker))
 
 
 def cpu_problem(config: ClusterConfig, read_cpus: float, num_cpus: float, at: str = "cluster") -> str | None:
     """Why Ray Data could not read beside the workers on this many CPUs, or None: reads would wait for ever."""
-    wanted = config.num_workers * config.cpus_per_worker
+    wanted = config.fewest_workers * config.cpus_per_worker
     if wanted + read_cpus <= num_cpus:
         return None
-    fitting = (num_cpus - read_cpus) / config.num_workers
+    fitting = (num_cpus - read_cpus) / config.fewest_workers
+    key = "min_workers" if config.min_workers else "num_workers"
     return (
-        f"{at}.num_workers={config.num_workers} x {at}.cpus_per_worker={config.cpus_per_worker:g} = {wanted:g} of "
+        f"{at}.{key}={config.fewest_workers} x {at}.cpus_per_worker={config.cpus_per_worker:g} = {wanted:g} of "
         f"{num_cpus:g} CPUs leave less than the {read_cpus:g} that a read of Ray Data needs; "
         f"at most {at}.cpus_per_worker={max(0, int(fitting * 100) / 100):g} fits, or fewer workers"
     )
@@ -87,6 +101,9 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
 
     # What Ray itself logs at every start, though nothing is wrong, would bury the run's own lines.
     variables = {name: os.environ[name] for name in RAY_ENVIRONMENT}
+    if config.min_workers:
+        # After a node is lost, Ray Train first tries the old size anew, for this long instead of 60 s.
+        variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
     runtime_env: dict[str, Any] = {"worker_process_setup_hook": quiet_ray, "env_vars": variables}
     if config.is_local:
         # A local session is this user's alone: loopback, no dashboard to open.

@@ -59,11 +59,15 @@ def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
     if not separator or (scheme == "file" and rest.startswith("/")):
         return LocalStore(f"file://{Path(rest or uri).expanduser().absolute()}", policy)
     bucket = rest.partition("/")[0]
-    if scheme == "s3" and bucket and "@" not in bucket:
+    if scheme == "s3" and bucket and not {"@", ":"} & set(bucket):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return S3Store(f"s3://{rest.strip('/')}", policy, endpoint)
-    if scheme == "gs" and bucket:
+    if scheme == "gs" and bucket and not {"@", ":"} & set(bucket):
         return GoogleStore(f"gs://{rest.strip('/')}", policy)
+    if {"@", ":"} & set(bucket):  # whoever wrote it there meant a key: it is not shown
+        raise ValueError(
+            f"a {scheme}:// URI holds credentials: give them by the AWS variables or a role instead"
+        )
     raise ValueError(
         f"{uri} is not a location: use a path, file:///PATH, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
     )

@@ -306,9 +306,7 @@ def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
         store.put("x", b"")
 
 
-@pytest.mark.parametrize(
-    "uri", ["http://x/y", "file://host/x", "s3://", "s3://key:secret@bucket/x", "gs://", "s4://b/x"]
-)
+@pytest.mark.parametrize("uri", ["http://x/y", "file://host/x", "s3://", "gs://", "s4://b/x"])
 def test_what_is_no_location_is_refused(uri: str) -> None:
     with pytest.raises(ValueError, match="s3://BUCKET/PREFIX"):
         open_store(uri)

@@ -1,0 +1,119 @@
+"""What the preflight finds: by pure judgement of planted faults, and on a real cluster of two nodes."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.node_facts import Limits, NodeFacts, judge, probe_storage, rounds, slow_nodes, transports
+from cluster.session import PROJECT
+
+GOOD = NodeFacts(
+    node="a",
+    versions={"python": "3.11.7", "torch": "2.13.0"},
+    device="NVIDIA H100",
+    num_devices=8,
+    wanted_devices=8,
+    shm_bytes=1 << 38,
+    open_files=65_536,
+    disk_bytes=1 << 40,
+    clock_offset=0.01,
+)
+NODES = [GOOD, replace(GOOD, node="b"), replace(GOOD, node="c")]
+FAULTS = {
+    "another-version": ({"versions": {"python": "3.11.7", "torch": "2.12.0"}}, "torch 2.12.0"),
+    "a-missing-gpu": ({"num_devices": 7}, "7 of 8 GPUs"),
+    "another-gpu": ({"device": "NVIDIA A100"}, "A100"),
+    "small-shm": ({"shm_bytes": 64 << 20}, "shared memory"),
+    "few-files": ({"open_files": 1024}, "1,024 open files"),
+    "full-disk": ({"disk_bytes": 1 << 30}, "free disk"),
+    "wrong-clock": ({"clock_offset": 60.0}, "clock"),
+    "slow-store": ({"storage_rates": {"s3://b": (1e6, 1e6)}}, "s3://b"),
+    "no-store": ({"storage_problems": ("s3://b: 403",)}, "403"),
+}
+
+
+def test_equal_healthy_nodes_have_no_fault() -> None:
+    assert list(judge(NODES, Limits())) == []
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_faulty_node_is_named_with_its_fault_and_advice(what: str) -> None:
+    changes, words = FAULTS[what]
+    findings = list(judge([*NODES, replace(GOOD, node="bad", **changes)], Limits()))
+    assert [finding.node for finding in findings] == ["bad"]
+    assert words in findings[0].what
+    assert findings[0].advice
+
+
+def test_a_clock_read_slowly_is_not_called_wrong() -> None:
+    assert not list(
+        judge([*NODES, replace(GOOD, node="far", clock_offset=3.0, clock_uncertainty=2.0)], Limits())
+    )
+
+
+@given(st.integers(3, 12), st.integers(0, 11))
+def test_the_slow_node_is_named_and_no_other(number: int, slow: int) -> None:
+    nodes = [f"n{index:02}" for index in range(number)]
+    bad = nodes[slow % number]
+    rates = {pair: 1e9 if bad in pair else 1e10 for pair in combinations(nodes, 2)}
+    assert [finding.node for finding in slow_nodes(rates, Limits())] == [bad]
+
+
+@given(st.integers(2, 40))
+def test_every_pair_meets_once_and_nobody_plays_twice_in_a_round(number: int) -> None:
+    played = list(rounds(number))
+    assert sorted(pair for each in played for pair in each) == list(combinations(range(number), 2))
+    for each in played:
+        busy = [player for pair in each for player in pair]
+        assert len(busy) == len(set(busy))
+
+
+def test_nccls_network_is_read_from_its_log() -> None:
+    # Lines as NCCL 2.2x writes them; its documentation names the first for a check of the fabric.
+    assert transports("host:1:9 [0] NCCL INFO Using network Socket\n") == {"Socket"}
+    assert transports("x NCCL INFO Using network AWS Libfabric") == {"AWS Libfabric"}
+    assert transports("x NCCL INFO Channel 00/0 : 1[0] -> 0[0] [receive] via NET/IB/0/GDRDMA") == {"IB"}
+    assert transports("nothing") == set()
+
+
+def test_probing_a_store_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert min(probe_storage(str(tmp_path), 1 << 16)) > 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+TWO_NODES = """
+import os, sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
+cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+from cluster.preflight import main
+main(["--cluster.address", cluster.address, *sys.argv[1:]])
+"""
+
+
+@pytest.mark.cluster
+def test_two_real_nodes_are_measured_and_a_store_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
+    relaxed = ["--limits.shm_bytes", "1", "--limits.open_files", "1", "--limits.disk_bytes", "1"]
+    relaxed += ["--limits.storage_bytes_per_second", "1", "--bandwidth_bytes", str(1 << 20)]
+    unusable = tmp_path / "file"
+    unusable.write_text("not a folder")
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT)}
+
+    def preflight(storage: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", TWO_NODES, *relaxed, "--storage", f'["{storage}"]']
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    good = preflight(tmp_path / "store")
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "2 nodes are fit" in good.stdout
+    assert "all-reduce over all" in good.stdout
+    bad = preflight(unusable / "inside")
+    assert bad.returncode == 1, bad.stdout + bad.stderr
+    assert bad.stdout.count("FAULT") == 2
