@@ -24,8 +24,8 @@ from torch import Tensor
 
 import trainers.model
 from trainers.attention import attend
+from trainers.causal import causal_lm
 from trainers.model import build
-from trainers.objectives import causal_lm
 from trainers.shape import ModelConfig, flops_per_token
 
 SAMPLE = ModelConfig(
@@ -40,11 +40,11 @@ SEQ_LEN = 512
 WARMUP_TURNS = 2
 
 
-def torchs_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def torchs_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def no_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def no_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
     return q + k + v
 
 

@@ -31,11 +31,12 @@ from cluster.config import load_config
 from cluster.session import PROJECT
 from cluster.storage import open_store
 from tests.small_run import put_corpus
+from trainers.causal import causal_lm
 from trainers.config import PretrainConfig
 from trainers.metrics import read_metrics, steps_of
 from trainers.model import build
-from trainers.objectives import causal_lm
 from trainers.optimizer import build_optimizer
+from trainers.run import CPU_ALLOCATOR
 
 WARMUP_STEPS = 10
 SAMPLE = PROJECT / "trainers" / "configs" / "sample.yaml"
@@ -91,6 +92,7 @@ def system_rate(workers: int, threads: int, steps: int) -> float:
 
 def bare_rate(workers: int, threads: int, steps: int) -> float:
     """Tokens/s of the bare loop, in processes of their own."""
+    os.environ.update(CPU_ALLOCATOR)  # they start with it, as the system's workers do
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "rate.json")
         mp.start_processes(

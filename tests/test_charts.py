@@ -77,7 +77,7 @@ def test_every_curve_of_a_run_is_drawn_with_its_unit_and_last_value():
     ]
     assert all("step" in words(chart) and "restart" in words(chart) for chart in charts.values())
     for title, parts in {
-        "Loss": ["nats per token", "training", "0.27", "validation", "4.00"],
+        "Loss": ["nats per target", "training", "0.27", "validation", "4.00"],
         "Validation": ["bits per byte", "model", "2.000", "6-gram", "2.300"],
         "Throughput": ["tokens/s", "2,048"],
         "Waiting for data": ["% of a step", "0.5"],

@@ -7,38 +7,79 @@ import pytest
 import torch
 
 from cluster.storage import open_store
+from data.epochs import Rows
 from data.evaluation_rows import EvaluationBatch
 from tests.token_corpus import put_token_corpus
+from trainers.causal import CAUSAL, Causal
 from trainers.evaluate import main
-from trainers.evaluation import evaluation_of, sums_over
+from trainers.evaluation import Evaluation, evaluation_of, sums_over
+from trainers.objective import Term
+
+NO_ROWS = Rows(*np.full((5, 2), -1))
+NO_LABELS = np.full(2, -1, np.int8)
+
+
+def causal(nats: float, targets: float, num_bytes: float) -> Evaluation:
+    return evaluation_of((CAUSAL,), np.array([[nats, targets, np.nan]]), num_bytes, seconds=0.5)
 
 
 class Uniform(torch.nn.Module):
     """Gives every one of 10 tokens the same probability."""
 
-    def forward(self, tokens_BT, segments_BT=None, targets_BT=None, weights_BT=None):
-        losses_BT = math.log(10) * weights_BT
+    def forward(self, tokens_BT, segments_BT=None, targets_BP=None, weights_BP=None):
+        losses_BT = math.log(10) * weights_BP
         return losses_BT.sum(), losses_BT.sum(dim=1)
 
 
 def test_loss_bits_and_perplexity_are_those_of_a_hand_computation():
-    found = evaluation_of(nats=8 * math.log(10), tokens=8, num_bytes=24, seconds=0.5)
+    found = causal(nats=8 * math.log(10), targets=8, num_bytes=24)
     assert found.loss == pytest.approx(math.log(10))
     assert found.perplexity == pytest.approx(10)
     assert found.bits_per_byte == pytest.approx(8 * math.log2(10) / 24)
 
 
 def test_padding_counts_for_nothing():
-    batch = EvaluationBatch(
-        np.zeros((2, 5), np.uint16), np.array([[1, 1, 1, 1], [1, 0, 0, 0]], np.float32), 15.0
-    )
-    nats, tokens, num_bytes = sums_over(Uniform(), torch.device("cpu"), [batch, batch], 0, False)
-    assert (tokens, num_bytes) == (10, 30)
+    weights = np.array([[1, 1, 1, 1], [1, 0, 0, 0]], np.float32)
+    batch = EvaluationBatch(np.zeros((2, 5), np.uint16), NO_LABELS, weights, 15.0, NO_ROWS)
+    objective = Causal(boundary_id=0, document_mask=False)
+    [[nats, targets, _]], num_bytes = sums_over(Uniform(), torch.device("cpu"), [batch, batch], objective)
+    assert (targets, num_bytes) == (10, 30)
     assert nats == pytest.approx(10 * math.log(10))
 
 
 def test_a_loss_beyond_all_numbers_has_infinite_perplexity():
-    assert evaluation_of(nats=1e6, tokens=1, num_bytes=1, seconds=1).perplexity == math.inf
+    assert causal(nats=1e6, targets=1, num_bytes=1).perplexity == math.inf
+
+
+def test_the_loss_of_masked_tokens_is_never_given_per_byte():
+    terms = (Term("masked"), Term("next_sentence", share=0.5))
+    found = evaluation_of(terms, np.array([[30.0, 10, 4], [8, 16, 12]]), num_bytes=24, seconds=1)
+    assert found.loss == pytest.approx(3 + 0.5 * 0.5)
+    assert found.as_json() == {
+        "loss": found.loss,
+        "tokens": 10,
+        "masked_loss": 3.0,
+        "masked_accuracy": 0.4,
+        "next_sentence_loss": 0.5,
+        "next_sentence_accuracy": 0.75,
+        "seconds": 1,
+    }
+
+
+def test_a_term_without_targets_is_left_out():
+    terms = (Term("masked"), Term("next_sentence"))
+    found = evaluation_of(terms, np.array([[30.0, 10, 4], [0, 0, 0]]), num_bytes=24, seconds=1)
+    assert found.loss == 3 and not any("next_sentence" in key for key in found.as_json())
+
+
+def test_of_several_terms_the_causal_one_alone_has_bits_per_byte():
+    terms = (Term("causal", 0.75), Term("masked", 0.25))
+    found = evaluation_of(terms, np.array([[20.0, 10, np.nan], [12, 4, 1]]), num_bytes=5, seconds=1)
+    assert found.loss == pytest.approx(0.75 * 2 + 0.25 * 3)
+    assert found.bits_per_byte == pytest.approx(4 / math.log(2)) and found.perplexity == pytest.approx(
+        math.exp(2)
+    )
+    assert found.measures == {"causal_loss": 2.0, "masked_loss": 3.0, "masked_accuracy": 0.25}
 
 
 @pytest.mark.parametrize(("split", "why"), [("test", "judges a run once"), ("valid", "is none of")])

@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from trainers.causal import causal_lm, document_segments
 from trainers.llama import llama_config, to_llama
-from trainers.model import Cache, Decoder, attention_mask, build, initial_value
-from trainers.objectives import causal_lm, document_segments
+from trainers.model import Backbone, Cache, attention_mask, build, initial_value
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
 
 SMALL = dict(vocab_size=97, hidden_size=48, num_layers=3, num_heads=4, intermediate_size=80, max_positions=64)
@@ -35,7 +35,7 @@ def tokens_of(config: ModelConfig, rows: int = 3, length: int = 20) -> torch.Ten
     return torch.randint(config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def llama_of(model: Decoder) -> LlamaForCausalLM:
+def llama_of(model: Backbone) -> LlamaForCausalLM:
     """transformers' own model with the same weights."""
     reference = LlamaForCausalLM(
         LlamaForCausalLM.config_class(**llama_config(model.config, 0, torch.float32))
@@ -91,7 +91,7 @@ def test_attention_stays_within_the_document(lengths):
 def test_one_document_needs_no_mask(config):
     model, tokens = build(config, seed=0), tokens_of(config)
     segments = torch.zeros_like(tokens)
-    assert attention_mask(None, None, torch.empty(0)) is None
+    assert attention_mask(None, None, torch.empty(0), causal=True) is None
     torch.testing.assert_close(model(tokens), model(tokens, segments), atol=1e-5, rtol=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_cached_logits_equal_uncached_ones_however_the_tokens_arrive(pieces):
 
 def test_parameter_count_is_that_of_the_model(config):
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Backbone(config)
     counted = count_parameters(config)
     assert counted.total == sum(p.numel() for p in model.parameters())
     embedding = {id(p): p.numel() for p in (model.embed_tokens.weight, model.lm_head.weight)}
@@ -129,7 +129,7 @@ def test_parameter_count_by_hand():
 def test_seven_billion_shape_has_the_published_count():
     """6,738,415,616: sum of the tensors of meta-llama/Llama-2-7b-hf."""
     with torch.device("meta"):
-        model = Decoder(LLAMA_7B)
+        model = Backbone(LLAMA_7B)
     assert sum(p.numel() for p in model.parameters()) == 6_738_415_616
     assert count_parameters(LLAMA_7B).total == 6_738_415_616
     assert all(p.is_meta for p in model.parameters()) and not list(model.buffers())

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from trainers.causal import causal_lm
 from trainers.engine import Engine, EngineConfig
 from trainers.model import build
-from trainers.objectives import causal_lm
 from trainers.optimizer import OptimizerConfig
 from trainers.shape import ModelConfig
 

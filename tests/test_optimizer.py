@@ -2,14 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.model import Decoder, ModelConfig
+from trainers.model import Backbone, ModelConfig
 from trainers.optimizer import OptimizerConfig, build_optimizer, moments, parameter_groups, role_of
 
 KINDS = ("adamw", "muon", "sgd", "rmsprop")
 
 
-def decoder(tie: bool = False) -> Decoder:
-    return Decoder(ModelConfig(vocab_size=32, hidden_size=16, num_layers=2, num_heads=2, tie_embeddings=tie))
+def decoder(tie: bool = False) -> Backbone:
+    return Backbone(ModelConfig(vocab_size=32, hidden_size=16, num_layers=2, num_heads=2, tie_embeddings=tie))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,6 +24,7 @@ from trainers.metrics import events_of, read_attempts
 from trainers.verdict import TestSplitError, claim_test_split
 
 OUTAGE_SECONDS = 4.0
+HANG_SECONDS = 8.0
 
 pytestmark = pytest.mark.cluster
 
@@ -140,3 +141,22 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(unbroken, tmp_pa
     ]
     starts = events_of(read_attempts(store), "start")
     assert [start["step"] for start in starts] == [0, stopped_at], "a step was done twice"
+
+
+def test_a_worker_that_hangs_is_found_leaves_stacks_and_the_run_goes_on(unbroken, tmp_path):
+    _, reference = unbroken
+    run = SmallRun(str(tmp_path), tmp_path / "log.txt")
+    put_corpus(open_store(f"{run.root}/raw"))
+    store = open_store(f"{run.root}/runs/pretrain")
+    hasty = {"heartbeat.timeout_seconds": HANG_SECONDS, "heartbeat.linger_seconds": 1}
+    changes = {key.replace(".", "__"): value for key, value in hasty.items()}
+    driver = run.start(cluster__num_workers=2, run__max_failures=1, **changes)
+    wait_for_step(store, 20, driver)
+    # It neither ends nor answers: the other worker waits for it in a collective.
+    os.kill(training_workers(driver.pid)[-1].pid, signal.SIGSTOP)
+    assert run.finish(driver) == 0, run.output()
+    assert len(events_of(read_attempts(store), "start")) == 2, run.output()
+    stacks = [store.read(info.path).decode() for info in store.list("stacks/")]
+    assert any("loop.py" in text for text in stacks), "no stack says where the run hung"
+    found, expected = steps_by_number(store), steps_by_number(reference)
+    assert [found[s]["digest"] for s in sorted(found)] == [expected[s]["digest"] for s in sorted(expected)]

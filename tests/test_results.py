@@ -5,10 +5,12 @@ import pytest
 from rich.console import Console
 
 from cluster.storage import open_store
+from trainers.report import render
 from trainers.results import (
     RunFiles,
     attempts_of,
     energy_of,
+    measures_of,
     read_run,
     results_table,
     scores_of,
@@ -117,6 +119,37 @@ def test_half_way_the_best_validation_so_far_is_shown_and_no_test():
     assert [(s.split, s.step, s.bits_per_byte, s.below_floor) for s in scores] == [
         ("validation", 3, 2.1, None)
     ]
+
+
+MASKED = {
+    "loss": 3.5,
+    "masked_loss": 3.0,
+    "masked_accuracy": 0.4,
+    "next_sentence_accuracy": 0.75,
+    "seconds": 5.0,
+}
+BASELINES = {"fitted_tokens": 10**6, "validation": {"masked_loss": 6.5, "masked_accuracy": 0.05}}
+MASKED_RUN = [
+    step(1),
+    {"step": 1, "validation": MASKED | {"loss": 9.0}, "attempt": 1, "time": 1.0},
+    {"step": 2, "validation": MASKED, "attempt": 1, "time": 2.0},
+]
+
+
+def test_hidden_tokens_stand_next_to_counting_and_are_never_given_per_byte():
+    run = run_of(MASKED_RUN, baselines=BASELINES)
+    found = [(m.split, m.step, m.title, m.text(m.value), m.baseline) for m in measures_of(run)]
+    assert scores_of(run) == [] and found == [
+        ("validation", 2, "masked loss", "3.000", 6.5),
+        ("validation", 2, "masked accuracy", "40.0%", 0.05),
+        ("validation", 2, "next sentence accuracy", "75.0%", None),
+    ]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(results_table(run))
+    text = console.export_text() + render(run, "masked")
+    for part in ("masked accuracy", "40.0%", "5.0%", "next sentence accuracy", "75.0%", "6.500"):
+        assert part in text
+    assert "bits/byte" not in text and "6-gram" not in text
 
 
 def test_before_the_first_step_there_is_nothing_to_show():

@@ -11,7 +11,7 @@ from cluster.config import ConfigError, load_config, to_dict, to_yaml
 from cluster.session import PROJECT, ClusterConfig, cpu_problem
 from cluster.storage import open_store
 from trainers.config import BatchConfig, PretrainConfig, absolute, changed_keys, run_store
-from trainers.model import Decoder
+from trainers.model import Backbone
 from trainers.run_folder import CONFIG, check_unchanged
 from trainers.shape import count_parameters
 
@@ -52,7 +52,7 @@ def test_presets_are_valid_and_their_models_have_the_counted_parameters_on_meta_
     config = load("--config", str(preset))
     shape = replace(config.model, vocab_size=config.corpus.tokenizer.vocab_size)
     with torch.device("meta"):
-        model = Decoder(shape)
+        model = Backbone(shape)
     assert sum(p.numel() for p in model.parameters()) == count_parameters(shape).total
 
 

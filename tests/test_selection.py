@@ -3,7 +3,10 @@
 import json
 import math
 
+import numpy as np
+
 from cluster.storage import open_store
+from trainers.causal import CAUSAL
 from trainers.config import ValidationConfig
 from trainers.evaluation import evaluation_of
 from trainers.selection import Selection, record_best
@@ -12,7 +15,9 @@ from trainers.selection import Selection, record_best
 def chosen(losses: list[float], config: ValidationConfig) -> list[Selection]:
     found, selection = [], Selection()
     for number, loss in enumerate(losses, start=1):
-        selection = selection.after(10 * number, evaluation_of(loss * 8, 8, 24, 0.1), config)
+        selection = selection.after(
+            10 * number, evaluation_of((CAUSAL,), np.array([[loss * 8, 8, np.nan]]), 24, 0.1), config
+        )
         found.append(selection)
     return found
 

@@ -19,13 +19,15 @@ BLOCK_POSITIONS = 512
 """Keys whose scores with all later queries are held at a time."""
 
 
-def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None) -> Tensor:
+def attend(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None, causal: bool = True
+) -> Tensor:
     """Return the mixed values, [B, N, T, H].
 
-    Without a `mask` (which is added to the scores) a position attends to those up to its own; one single
-    position attends to all.
+    A `mask` is added to the scores and says all. Without one a position attends to those up to its own, or to
+    all if not `causal`; one single position attends to all.
     """
-    causal = mask is None and q_BNTH.shape[2] > 1
+    causal = causal and mask is None and q_BNTH.shape[2] > 1
     grouped = q_BNTH.shape[1] != k_BKSH.shape[1]
     # Uncompiled, the elementwise part of our backward pass would cost more than the products save.
     if causal and torch.compiler.is_compiling() and q_BNTH.is_cpu and q_BNTH.dtype == torch.bfloat16:

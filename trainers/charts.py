@@ -86,15 +86,23 @@ def draw_charts(history: Sequence[Record], attempts: Sequence[Record], floor: fl
     stalled = sum(record["checkpoint_stall_seconds"] for record in stalls)
     charts = [
         panel.draw(
-            "Loss", "nats per token", "Of each step's batch before its update, and of the validation rows.",
+            "Loss", "nats per target", "Of each step's batch before its update, and of the validation rows.",
             lambda axes: _draw_loss(axes, steps, validations),
         ),
         panel.draw(
             "Validation", "bits per byte", "Bits for a byte of text not trained on; lower is better.",
             lambda axes: _draw_validation(axes, validations, floor),
         )
-        if validations
+        if any(record["validation"].get("bits_per_byte") is not None for record in validations)
         else None,
+        *(
+            panel.line(
+                validations, name.replace("_", " ").capitalize(), "%", "Share of the validation rows' targets.",
+                _share(name), "{:.1f}".format,
+            )
+            for name in dict.fromkeys(key for record in validations for key in record["validation"])
+            if name.endswith("_accuracy")
+        ),
         panel.line(steps, "Learning rate", "", "Rate of each step.", lambda r: r.get("lr"), "{:.2g}".format),
         panel.line(
             steps, "Gradient norm", "log scale", "Norm of the global gradient, before clipping.",
@@ -187,6 +195,30 @@ class Panel:
             axes.axvline(step, 0, 0.06, color=RED, linewidth=1.5)
 
 
+def draw_plain(
+    title: str, unit: str, across: str, caption: str, draw: Callable[[Axes], None], *, width: float = 4.9
+) -> Chart:
+    """A chart outside of a run's frame: `unit` stands over the axis, `across` names what runs to the right."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, 2.6))
+        axes = figure.add_axes((0.13, 0.16, 0.83, 0.70))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        draw(axes)
+        axes.text(-0.12, 1.07, unit, transform=axes.transAxes, color=GREY)
+        axes.set_xlabel(across, color=GREY, loc="right", labelpad=0)
+        output = io.StringIO()
+        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
+    return Chart(title, caption, _embeddable(output.getvalue(), title))
+
+
+def _share(name: str) -> Value:
+    def value(record: Record) -> float | None:
+        found = record["validation"].get(name)
+        return None if found is None else 100 * found
+
+    return value
+
+
 def _draw_loss(axes: Axes, steps: Sequence[Record], validations: Sequence[Record]) -> None:
     training = curve_of(steps, lambda r: r["loss"])
     validation = curve_of(validations, lambda r: r["validation"].get("loss"))
@@ -199,7 +231,7 @@ def _draw_loss(axes: Axes, steps: Sequence[Record], validations: Sequence[Record
 
 
 def _draw_validation(axes: Axes, validations: Sequence[Record], floor: float | None) -> None:
-    curve = curve_of(validations, lambda r: r["validation"]["bits_per_byte"])
+    curve = curve_of(validations, lambda r: r["validation"].get("bits_per_byte"))
     _draw_curve(axes, curve, ORANGE, marker="o")
     ends = (
         [(curve.step[-1], curve.mean[-1], f"model\n{curve.mean[-1]:.3f}", ORANGE)] if len(curve.step) else []

@@ -30,8 +30,8 @@ def write_floor(run: Store, config: PretrainConfig, manifest: Manifest) -> None:
 
     The order of reading is a fixed permutation, so that a bounded part of a large split is a fair sample of it.
     """
-    if config.run.floor_bytes == 0 or run.exists(FLOOR):
-        return
+    if config.run.floor_bytes == 0 or run.exists(FLOOR) or config.objective.is_encoder:
+        return  # an encoder has no bits per byte to compare
     corpus = open_store(config.corpus.prepared)
     model = fit(_texts(corpus, manifest, "train"), FLOOR_ORDER, config.run.floor_bytes)
     found = {
@@ -49,7 +49,10 @@ def write_floor(run: Store, config: PretrainConfig, manifest: Manifest) -> None:
 
 
 def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
-    """Let the exported model continue the prompts of the configuration; kept as `samples.json`."""
+    """Let the exported model continue the prompts of the configuration; kept as `samples.json`. An encoder
+    continues nothing."""
+    if config.objective.is_encoder:
+        return []
     exported = load_exported(run.child(EXPORT))
     samples = []
     for seed, prompt in enumerate(config.run.prompts):

@@ -9,12 +9,14 @@ from cluster.hardware import EnergyConfig
 from cluster.session import ClusterConfig
 from cluster.storage import Store, open_store
 from data.corpus import CorpusConfig
+from data.framing import Framing, framing_of
 from data.manifest import Manifest
 from data.order import OrderConfig
 from trainers.checkpoint import CheckpointConfig
 from trainers.engine import EngineConfig
 from trainers.guard import GuardConfig
 from trainers.heartbeat import HeartbeatConfig
+from trainers.objectives import ObjectiveConfig
 from trainers.optimizer import OptimizerConfig
 from trainers.schedule import ScheduleConfig
 from trainers.shape import ModelConfig
@@ -30,12 +32,17 @@ class RunConfig:
     """URI of the folder of runs: a path, file://, s3:// or gs://; every node must reach it."""
     steps: int = 10_000
     """Optimiser steps. It may be raised until the run is judged; the schedule then ends later too."""
+    init_from: str = ""
+    """Folder of a model to start from: an export of this project, or a Hugging Face BERT or Llama with
+    safetensors. model.* and corpus.tokenizer.path are then taken from there; empty: random weights."""
     seed: int = 0
     """Of the initial weights. The order of the rows has a seed of its own, `order.seed`."""
     max_failures: int = 3
     """Restarts from the last committed checkpoint before the run gives up; -1: no limit."""
     log_every_seconds: float = 10.0
     """Seconds between two progress lines where the output is not a terminal."""
+    log_events: bool = False
+    """Print each event (start, checkpoint, skipped step, …) as a line of JSON, for a log collector."""
     prompts: tuple[str, ...] = ("The ",)
     """Continued by the finished model, for the report."""
     floor_bytes: int = 8_000_000
@@ -86,6 +93,7 @@ class PretrainConfig:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     order: OrderConfig = field(default_factory=OrderConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -102,11 +110,40 @@ class PretrainConfig:
         yield from self.order.batch_problems(
             "order", rows_per_step=batch.rows_per_step, workers=self.cluster.num_workers
         )
+        if not self.run.init_from:  # else the shape is still to be read from there
+            yield from self.model_problems()
+
+    def model_problems(self) -> Iterator[str]:
+        """What does not fit to the model's shape."""
+        batch = self.batch
         if batch.seq_len > self.model.max_positions:
             yield (
                 f"batch.seq_len={batch.seq_len:,} is more than model.max_positions={self.model.max_positions:,}; "
                 f"raise model.max_positions to {batch.seq_len:,} or shorten the rows"
             )
+        yield from shape_problems(self.objective, self.model)
+        if self.objective.is_encoder and batch.seq_len < LEAST_FRAMED:
+            yield (
+                f"batch.seq_len={batch.seq_len} is too short for a text between special tokens; "
+                f"give {LEAST_FRAMED} or more"
+            )
+
+
+LEAST_FRAMED = 8
+"""Positions of a row that holds two texts and three special tokens: less is no text."""
+
+
+def shape_problems(objective: ObjectiveConfig, model: ModelConfig) -> Iterator[str]:
+    """What the objective needs of the model's shape and the model has not, and what no loss would train."""
+    kind = f"objective.kind={objective.kind}"
+    attention = "bidirectional" if objective.is_encoder else "causal"
+    if model.attention != attention:
+        yield f"{kind} needs model.attention={attention}, not {model.attention}"
+    if model.pair_head != objective.has_pairs:
+        needs = "needs a head for pairs" if objective.has_pairs else "would never train the head for pairs"
+        yield f"{kind} {needs}: set model.pair_head={str(objective.has_pairs).lower()}"
+    if objective.has_pairs and model.num_token_types < 2:
+        yield f"{kind} tells two texts apart: model.num_token_types={model.num_token_types} must be 2 or more"
 
 
 def run_store(config: PretrainConfig) -> Store:
@@ -129,12 +166,24 @@ def model_of(config: PretrainConfig, manifest: Manifest) -> ModelConfig:
     return replace(config.model, vocab_size=wanted or manifest.vocab_size)
 
 
+def evaluation_framing(config: PretrainConfig, manifest: Manifest) -> Framing | None:
+    """How rows are framed that are not trained on: alike for every seed of the objective."""
+    framing = config.objective.framing
+    if framing is None:
+        return None
+    return framing_of(replace(framing, seed=0), config.corpus.prepared, manifest, config.batch.seq_len)
+
+
 def absolute(config: PretrainConfig) -> PretrainConfig:
     """The same configuration with absolute URIs: workers have another working directory."""
     corpus = config.corpus
     return replace(
         config,
-        run=replace(config.run, storage=open_store(config.run.storage).uri),
+        run=replace(
+            config.run,
+            storage=open_store(config.run.storage).uri,
+            init_from=config.run.init_from and open_store(config.run.init_from).uri,
+        ),
         corpus=replace(
             corpus,
             uri=corpus.uri and open_store(corpus.uri).uri,
@@ -159,7 +208,7 @@ CHANGEABLE = (
 )
 
 
-def changed_keys(before: dict[str, Any], now: PretrainConfig) -> list[str]:
+def changed_keys(before: dict[str, Any], now: Any) -> list[str]:
     """One line per key that a run cannot change under way, comparing its stored configuration with this one."""
     old, new = dict(flatten(before)), dict(flatten(to_dict(now)))
     return [

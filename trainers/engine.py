@@ -146,7 +146,8 @@ class Engine:
     """A model under training, as one worker sees it. Every method is a collective of all workers.
 
     torch.distributed must be up. `rate_factor` gives the share of the peak rate after a number of finished
-    steps; `fused_rows` the rows of each part of parameters that are several matrices in one.
+    steps; `fused_rows` the rows of each part of parameters that are several matrices in one; `rate_scales` the share
+    of its rate that a parameter has, by name.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class Engine:
         rate_factor: Callable[[int], float],
         micro_batches: int,
         fused_rows: Mapping[str, Sequence[int]] | None = None,
+        rate_scales: Mapping[str, float] | None = None,
     ) -> None:
         self.config = config
         self.num_steps = 0
@@ -170,7 +172,7 @@ class Engine:
         if config.compile:
             # Not the module, so that the hooks which DeepSpeed puts on it stay out of the graph.
             model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
-        self._optimizer = build_optimizer(model.named_parameters(), optimizer)
+        self._optimizer = build_optimizer(model.named_parameters(), optimizer, rate_scales)
         self._apply, self._optimizer.step = self._optimizer.step, self._apply_if_accepted  # type: ignore
         self._engine = _initialize(model, self._optimizer, build_deepspeed_config(config, micro_batches))
         self._masters = masters(self._engine.optimizer, model, dist.get_rank())

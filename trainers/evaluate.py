@@ -1,6 +1,7 @@
-"""Score an exported model on a split of a prepared corpus: loss, perplexity, bits per byte.
+"""Score an exported model on a split of a prepared corpus (loss, bits per byte), or ask it a task by prompt.
 
     python trainers/evaluate.py --model runs/NAME/export --corpus corpora/prepared --split validation
+    python trainers/evaluate.py --model runs/NAME/export --task trainers/tasks/movies.yaml --shots 0 4
 
 In one process, on a GPU where there is one. The test split is refused: it judges a run once, at its end.
 """
@@ -11,21 +12,32 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from tokenizers import Tokenizer
 
-from cluster.storage import open_store
+from cluster.storage import Store, open_store
 from data.evaluation_rows import evaluation_batches
-from data.manifest import read_manifest
-from data.tokens import fingerprint_of
+from data.framing import framing_of
+from data.manifest import Manifest, read_manifest
+from data.tokens import fingerprint_of, fix_tokenizer, tokenizer_path
+from data.words import WordKind
 from trainers.evaluation import Evaluation, evaluation_of, sums_over
 from trainers.export import load_exported
+from trainers.few_shot import FewShotConfig, evaluate_few_shot
+from trainers.formats import read_stored
+from trainers.initial import grown
+from trainers.objectives import ObjectiveConfig, objective_of
+from trainers.task import load_task
+from trainers.task_data import prepare_task
 from trainers.verdict import TestSplitError
 
 SPLITS = ("train", "validation")
+WORDS_HELP = "what is hidden as a whole from an encoder (default: word)"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,24 +45,62 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, metavar="URI", help="folder of an exported model")
-    parser.add_argument("--corpus", required=True, metavar="URI", help="prepared corpus")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--corpus", metavar="URI", help="prepared corpus")
+    what.add_argument("--task", metavar="FILE", help="task file, asked by its prompt on its validation split")
+    parser.add_argument(
+        "--shots",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="of a task: solved records (default: 0)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of solved records (default: 0)")
+    parser.add_argument(
+        "--prepared", default="corpora/tasks/prepared", metavar="URI", help="folder of split tasks"
+    )
     parser.add_argument(
         "--manifest", default="latest", metavar="DIGEST", help="of the corpus (default: latest)"
     )
     parser.add_argument("--split", default="validation", help=f"{' or '.join(SPLITS)} (default: validation)")
+    parser.add_argument("--source", metavar="NAME", help="of the corpus (default: all)")
     parser.add_argument(
         "--max-rows", type=int, default=0, metavar="N", help="rows at most; 0, the default: all"
     )
     parser.add_argument(
         "--seq-len", type=int, metavar="N", help="target tokens per row (default: the model's)"
     )
+    parser.add_argument("--words", choices=get_args(WordKind), default="word", help=WORDS_HELP)
     parser.add_argument("--rows-per-batch", type=int, default=8, metavar="N", help="default: 8")
     options = parser.parse_args(argv)
     try:
-        found = score(options)
+        found = ask(options) if options.task else {"split": options.split, **score(options).as_json()}
     except (TestSplitError, ValueError, FileNotFoundError) as error:
         raise SystemExit(f"{Path(__file__).name}: {error}") from error
-    print(json.dumps({"split": options.split, **found.as_json()}, indent=2))
+    print(json.dumps(found, indent=2))
+
+
+def ask(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Put a task to the model by prompt, with each number of solved records.
+
+    Raises:
+        TestSplitError: for the test split.
+        ConfigError: a task, a model or a number of records that does not fit.
+    """
+    refuse_test_split(options.split)
+    prepared = prepare_task(load_task(options.task), open_store(options.prepared))
+    exported = load_exported(open_store(options.model))
+    settings = {"seed": options.seed, "max_rows": options.max_rows, "rows_per_batch": options.rows_per_batch}
+    return [evaluate_few_shot(exported, prepared, FewShotConfig(shots=n, **settings)) for n in options.shots]
+
+
+def refuse_test_split(split: str) -> None:
+    if split == "test":
+        raise TestSplitError(
+            "the test split judges a run once, at its end, into the run's test.json; "
+            "compare models with --split validation"
+        )
 
 
 def score(options: argparse.Namespace) -> Evaluation:
@@ -60,40 +110,61 @@ def score(options: argparse.Namespace) -> Evaluation:
         TestSplitError: for the test split.
         ValueError: an unknown split, or a model with another tokenizer than the corpus.
     """
-    if options.split == "test":
-        raise TestSplitError(
-            "the test split judges a run once, at its end, into the run's test.json; "
-            "compare models with --split validation"
-        )
+    refuse_test_split(options.split)
     if options.split not in SPLITS:
         raise ValueError(f"--split {options.split} is none of {', '.join(SPLITS)}")
     store = open_store(options.corpus)
     manifest = read_manifest(store, options.manifest)
     folder = open_store(options.model)
-    exported, fingerprint = load_exported(folder), fingerprint_of(folder.read("tokenizer.json"))
-    if fingerprint != manifest.tokenizer:
-        raise ValueError(
-            f"the model's tokenizer {fingerprint} is not the corpus's {manifest.tokenizer}; "
-            f"prepare the corpus with corpus.tokenizer.path={options.model}/tokenizer.json"
-        )
+    if options.source not in (None, *manifest.sources):
+        raise ValueError(f"--source {options.source} is none of {', '.join(manifest.sources)}")
+    check_tokenizer(folder, store, manifest)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = exported.model.to(device).eval()
+    model = grown(read_stored(folder), manifest.vocab_size).to(device)
+    seq_len = options.seq_len or model.config.max_positions
+    # Of an encoder only the hidden tokens: an export does not say which kind of pairs it was trained on.
+    causal = model.config.attention == "causal"
+    config = ObjectiveConfig() if causal else ObjectiveConfig(kind="masked", words=options.words)
+    objective = objective_of(
+        config,
+        store.read(tokenizer_path(manifest.tokenizer)),
+        boundary_id=manifest.boundary_id,
+        document_mask=model.config.document_mask,
+    )
+    framing = framing_of(config.framing, store.uri, manifest, seq_len) if config.framing else None
     batches = evaluation_batches(
         manifest,
         store,
         options.split,
-        seq_len=options.seq_len or model.config.max_positions,
+        seq_len=seq_len,
         rows_per_batch=options.rows_per_batch,
         rank=0,
         world_size=1,
         max_rows=options.max_rows,
+        source=options.source,
+        framing=framing,
     )
     started = time.perf_counter()
     with torch.inference_mode():
-        nats, tokens, num_bytes = sums_over(
-            model, device, batches, manifest.boundary_id, model.config.document_mask
+        sums, num_bytes = sums_over(model, device, batches, objective)
+    return evaluation_of(objective.terms, sums, num_bytes, time.perf_counter() - started)
+
+
+def check_tokenizer(folder: Store, corpus: Store, manifest: Manifest) -> None:
+    """Raise ValueError where a model's tokenizer is not the one that the corpus was prepared with.
+
+    One without the corpus's boundary of documents is the same, since preparing adds it.
+    """
+    prepared = Tokenizer.from_buffer(corpus.read(tokenizer_path(manifest.tokenizer)))
+    serialised = folder.read("tokenizer.json").decode()
+    boundary = prepared.id_to_token(manifest.boundary_id)
+    assert boundary is not None, "preparing puts the boundary into the tokenizer"
+    found = fix_tokenizer(serialised, f"{folder.uri}/tokenizer.json", boundary).fingerprint
+    if manifest.tokenizer not in (found, fingerprint_of(serialised.encode())):
+        raise ValueError(
+            f"the model's tokenizer {found} is not the corpus's {manifest.tokenizer}; "
+            f"prepare the corpus with corpus.tokenizer.path={folder.uri}/tokenizer.json"
         )
-    return evaluation_of(nats, round(tokens), num_bytes, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

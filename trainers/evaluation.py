@@ -1,19 +1,24 @@
-"""Loss on rows that are not trained on, computed by all workers together."""
+"""Loss on rows that are not trained on, computed by all workers together.
+
+Legend: K terms of the objective.
+"""
 
 import math
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from data.evaluation_rows import EvaluationBatch
+from trainers.causal import CAUSAL
 from trainers.collectives import Workers
 from trainers.engine import Engine
-from trainers.objectives import causal_lm
+from trainers.objective import Objective, Term
 
 
 @dataclass(frozen=True)
@@ -21,57 +26,89 @@ class Evaluation:
     """The loss on a fixed set of rows, each without any context but its own."""
 
     loss: float
-    """Nats per target token."""
-    bits_per_byte: float
-    """Bits of all target tokens over the UTF-8 bytes of the text behind them."""
-    perplexity: float
-    """exp(loss), per token: comparable only where the tokenizer is the same."""
+    """Nats per target, summed over the terms with their shares: what selection goes by."""
     tokens: int
-    """Target tokens."""
-    bytes: int
+    """Targets of the first term."""
     seconds: float
+    bits_per_byte: float | None = None
+    """Bits of all tokens over the UTF-8 bytes of the text behind them; none where not every token is predicted
+    from those before it: the loss of masked tokens says nothing about the length of a text's code."""
+    perplexity: float | None = None
+    """exp of the causal loss, per token: comparable only where the tokenizer is the same."""
+    bytes: int | None = None
+    measures: dict[str, float] = field(default_factory=dict)
+    """Each term's loss and accuracy, as `masked_loss` and `masked_accuracy`."""
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What is known, flat."""
+        known = {
+            "loss": self.loss,
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            **self.measures,
+            "seconds": self.seconds,
+        }
+        return {key: value for key, value in known.items() if value is not None}
 
 
-def evaluation_of(nats: float, tokens: int, num_bytes: float, seconds: float) -> Evaluation:
-    """The metrics that follow from a sum of losses in nats. A loss beyond float64's exp has infinite perplexity."""
-    loss = nats / tokens
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, nats / math.log(2) / num_bytes, perplexity, tokens, round(num_bytes), seconds)
+def evaluation_of(
+    terms: Sequence[Term], sums_K3: NDArray[np.float64], num_bytes: float, seconds: float
+) -> Evaluation:
+    """The metrics that follow from sums of nats, targets and hits. A term without targets is left out; a loss
+    beyond float64's exp has infinite perplexity.
+    """
+    found = {
+        term.name: (nats, targets, hits)
+        for term, (nats, targets, hits) in zip(terms, sums_K3.tolist(), strict=True)
+        if targets
+    }
+    means = {name: nats / targets for name, (nats, targets, _) in found.items()}
+    measures: dict[str, float] = {}
+    for name, (_, targets, hits) in found.items():
+        if len(terms) > 1 or not math.isnan(hits):
+            measures[f"{name}_loss"] = means[name]
+        if not math.isnan(hits):
+            measures[f"{name}_accuracy"] = hits / targets
+    loss = sum(term.share * means[term.name] for term in terms if term.name in means)
+    evaluation = Evaluation(loss, round(sums_K3[0, 1]), seconds, measures=measures)
+    if CAUSAL.name not in means:
+        return evaluation
+    nats, mean = found[CAUSAL.name][0], means[CAUSAL.name]
+    return Evaluation(
+        loss,
+        evaluation.tokens,
+        seconds,
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        bytes=round(num_bytes),
+        measures=measures,
+    )
 
 
 def sums_over(
-    model: nn.Module,
-    device: torch.device,
-    batches: Iterable[EvaluationBatch],
-    boundary_id: int,
-    document_mask: bool,
-) -> list[float]:
-    """Run a model in evaluation mode over batches; returns [nats, target tokens, bytes]."""
-    nats, tokens, num_bytes = torch.zeros((), device=device), 0.0, 0.0
+    model: nn.Module, device: torch.device, batches: Iterable[EvaluationBatch], objective: Objective
+) -> tuple[NDArray[np.float64], float]:
+    """Run a model in evaluation mode over batches; returns the sums [K, 3] of nats, targets and hits, and the
+    bytes of the text."""
+    sums_K3, num_bytes = np.zeros((len(objective.terms), 3)), 0.0
     for batch in batches:
-        rows = torch.from_numpy(batch.tokens.astype(np.int64)).to(device)
-        weights = torch.from_numpy(batch.weights).to(device)
-        nats += causal_lm(model, rows, weights, boundary_id, document_mask).total
-        tokens += float(batch.weights.sum())
+        sums_K3 += objective.measure(model, batch, device)
         num_bytes += batch.num_bytes
-    return [nats.item(), tokens, num_bytes]
+    return sums_K3, num_bytes
 
 
 def evaluate(
-    engine: Engine,
-    batches: Iterable[EvaluationBatch],
-    workers: Workers,
-    boundary_id: int,
-    document_mask: bool,
+    engine: Engine, batches: Iterable[EvaluationBatch], workers: Workers, objective: Objective
 ) -> Evaluation:
     """Evaluate a model under training on this worker's batches, of which every worker has equally many; the
     result is that of all workers' together.
     """
     started = time.perf_counter()
     with engine.evaluating() as model:
-        sums = sums_over(model, engine.device, batches, boundary_id, document_mask)
-    nats, tokens, num_bytes = workers.sum(sums)
-    return evaluation_of(nats, round(tokens), num_bytes, time.perf_counter() - started)
+        sums_K3, num_bytes = sums_over(model, engine.device, batches, objective)
+    *sums, num_bytes = workers.sum([*sums_K3.flat, num_bytes])
+    return evaluation_of(
+        objective.terms, np.reshape(sums, sums_K3.shape), num_bytes, time.perf_counter() - started
+    )

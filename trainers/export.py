@@ -1,4 +1,4 @@
-"""A trained decoder as a folder that transformers loads as Llama, and back.
+"""A trained model as a folder that transformers loads as Llama or BERT, and back.
 
 python trainers/export.py --run runs/NAME --step best --output exports/NAME
 """
@@ -23,26 +23,23 @@ from torch import Tensor
 from cluster.config import from_dict
 from cluster.storage import Store, open_store
 from data.manifest import read_manifest
-from data.tokens import tokenizer_path
+from data.tokens import SpecialIds, special_ids, tokenizer_path
 from trainers.checkpoint import checkpoint_at
 from trainers.checkpoint_commit import CheckpointError
 from trainers.checkpoint_reader import CheckpointReader
-from trainers.llama import checked, config_from_llama, from_llama, llama_config, to_llama
-from trainers.model import Decoder, build_empty
+from trainers.formats import INDEX, WEIGHTS, checked, format_of, read_stored
+from trainers.model import Backbone, build_empty
 from trainers.shape import ModelConfig
 
 MAX_FILE_BYTES = 2 << 30
 """Of one weight file: it is held in memory while it is written, and S3 takes 5 GiB in one put."""
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Exported:
     """What generation and evaluation need of an exported folder."""
 
-    model: Decoder
+    model: Backbone
     tokenizer: Tokenizer
     boundary_id: int
     """Opens every document in training, so it opens every prompt and ends every text."""
@@ -59,20 +56,28 @@ def export(
 ) -> None:
     """Write weights, configuration and tokenizer; config.json last, so that a cut export does not load.
 
-    `model_state` holds the decoder's parameters by name; one that yields them one at a time is not held as a
+    `model_state` holds the model's parameters by name; one that yields them one at a time is not held as a
     whole. Raises ValueError if its names or shapes are not those of `config`.
     """
     pairs = model_state.items() if isinstance(model_state, Mapping) else model_state
-    llama = to_llama(checked(pairs, config), config)
+    form = format_of(config)
     target.delete("config.json")
-    write_weights(((name, tensor.detach().to("cpu", dtype)) for name, tensor in llama), target)
-    boundary = Tokenizer.from_buffer(tokenizer_json).id_to_token(boundary_id)
+    named = form.to(checked(pairs, config), config)
+    write_weights(((name, tensor.detach().to("cpu", dtype)) for name, tensor in named), target)
+    ids, tokenizer = (
+        replace(special_ids(tokenizer_json), boundary=boundary_id),
+        Tokenizer.from_buffer(tokenizer_json),
+    )
+    boundary = tokenizer.id_to_token(boundary_id)
     if boundary is None:
         raise ValueError(f"boundary_id={boundary_id} is not in the tokenizer; give the one of the manifest")
     target.put("tokenizer.json", tokenizer_json)
-    put_json(target, "tokenizer_config.json", tokenizer_config(config, boundary))
-    put_json(target, "generation_config.json", generation_config(boundary_id))
-    put_json(target, "config.json", llama_config(config, boundary_id, dtype))
+    if config.attention == "causal":
+        put_json(target, "tokenizer_config.json", tokenizer_config(config, boundary))
+        put_json(target, "generation_config.json", generation_config(boundary_id))
+    else:
+        put_json(target, "tokenizer_config.json", encoder_tokenizer_config(config, tokenizer, ids))
+    put_json(target, "config.json", form.fields(config, ids, dtype))
 
 
 def load_exported(source: Store) -> Exported:
@@ -80,20 +85,22 @@ def load_exported(source: Store) -> Exported:
 
     Raises:
         FileNotFoundError: the folder holds no exported model.
-        ValueError: it holds a model of another shape than this project's decoder.
+        ValueError: it holds a model of a kind or shape that the backbone does not have.
     """
-    fields = json.loads(source.read("config.json"))
-    config = config_from_llama(fields, source.uri)
-    model = build_empty(config)
+    stored = read_stored(source)
+    model = build_empty(stored.config)
     parameters = dict(model.named_parameters())
-    found: dict[str, Tensor] = {}
-    for file in weight_files(source):
-        found |= safetensors.torch.load(source.read(file))
     with torch.no_grad():
-        for name, tensor in checked(from_llama(found, config), config):
+        for name, tensor in stored.parameters():
             parameters[name].copy_(tensor)
-    tokenizer = Tokenizer.from_buffer(source.read("tokenizer.json"))
-    return Exported(model.eval(), tokenizer, fields["bos_token_id"])
+    tokenizer_json = source.read("tokenizer.json")
+    ids = special_ids(tokenizer_json)
+    # BERT's own folders name no token that opens a text; what ends one stands nearest.
+    openers = (stored.fields.get("bos_token_id"), ids.boundary, ids.sep)
+    boundary_id = next((each for each in openers if each is not None), None)
+    if boundary_id is None:
+        raise ValueError(f"{source.uri}/config.json: bos_token_id is missing, and no token can stand for it")
+    return Exported(model.eval(), Tokenizer.from_buffer(tokenizer_json), boundary_id)
 
 
 def write_weights(named: Iterable[tuple[str, Tensor]], target: Store) -> None:
@@ -125,19 +132,28 @@ def write_weights(named: Iterable[tuple[str, Tensor]], target: Store) -> None:
             target.delete(info.path)
 
 
-def weight_files(source: Store) -> list[str]:
-    if not source.exists(INDEX):
-        return [WEIGHTS]
-    return sorted(set(json.loads(source.read(INDEX))["weight_map"].values()))
-
-
 def tokenizer_config(config: ModelConfig, boundary: str) -> dict[str, Any]:
+    """What transformers' tokenizers need to know of a decoder's beside tokenizer.json."""
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **_shared_tokenizer_config(config),
         "bos_token": boundary,
         "eos_token": boundary,
         "pad_token": boundary,
         "padding_side": "left",
+    }
+
+
+def encoder_tokenizer_config(config: ModelConfig, tokenizer: Tokenizer, ids: SpecialIds) -> dict[str, Any]:
+    """The same of an encoder's: which special token plays which role."""
+    by_role = {"pad": ids.pad, "cls": ids.cls, "sep": ids.sep, "mask": ids.mask}
+    named = {f"{role}_token": tokenizer.id_to_token(i) for role, i in by_role.items() if i is not None}
+    inputs = ["input_ids", "attention_mask"] + ["token_type_ids"] * (config.num_token_types > 0)
+    return {**_shared_tokenizer_config(config), "model_input_names": inputs, **named}
+
+
+def _shared_tokenizer_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_positions,
         "clean_up_tokenization_spaces": False,
     }
@@ -171,7 +187,7 @@ def export_run(run: Store, which: int | Literal["best", "last"], target: Store) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Export a checkpoint of a run from the command line."""
-    parser = argparse.ArgumentParser(description="Export a checkpoint of a run for transformers, as Llama.")
+    parser = argparse.ArgumentParser(description="Export a checkpoint of a run for transformers.")
     parser.add_argument(
         "--run", required=True, metavar="URI", help="the run's folder: a path, file://, s3://, gs://"
     )

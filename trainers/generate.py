@@ -22,7 +22,7 @@ from torch import Tensor
 from cluster.keys import keys_of
 from cluster.storage import open_store
 from trainers.export import Exported, load_exported
-from trainers.model import Cache, Decoder
+from trainers.model import Backbone, Cache
 from trainers.shape import ModelConfig
 
 PADDING_SEGMENT, PROMPT_SEGMENT = -1, 0
@@ -73,8 +73,10 @@ def complete(exported: Exported, prompts: Sequence[str], sampling: SamplingConfi
     """Continue each prompt as the beginning of a document; one batch, whatever the lengths.
 
     Raises:
-        ValueError: a prompt and its continuation need more positions than the model has.
+        ValueError: a prompt and its continuation need more positions than the model has, or it is an encoder.
     """
+    if exported.model.config.attention != "causal":
+        raise ValueError("the model is an encoder, which continues no text; see trainers/fill_mask.py")
     tokenizer, boundary_id = exported.tokenizer, exported.boundary_id
 
     def ends(tokens: Sequence[int]) -> bool:
@@ -101,7 +103,7 @@ def cut(text: str, stops: Sequence[str]) -> str | None:
 
 @torch.inference_mode()
 def generate(
-    model: Decoder,
+    model: Backbone,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     ends: Callable[[Sequence[int]], bool] = lambda tokens: False,

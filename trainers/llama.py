@@ -6,8 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.model import Decoder
 from trainers.shape import ModelConfig
+
+_SWITCHES = (
+    "attention",
+    "positions",
+    "num_token_types",
+    "norm",
+    "norm_place",
+    "activation",
+    "biases",
+    "head",
+    "pair_head",
+)
+_DECODER = ModelConfig()
 
 
 def to_llama(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -59,20 +71,9 @@ def rows_of_fused(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[
     return {name: tuple(parts.values()) for name in names for key, parts in fused if f".{key}." in name}
 
 
-def checked(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Pass the parameters on; ValueError for one that `config` does not have, has otherwise, or misses."""
-    with torch.device("meta"):
-        expected = {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
-    for name, tensor in pairs:
-        shape = expected.pop(name, None)
-        if shape != tensor.shape:
-            wanted = tuple(shape) if shape is not None else "no such parameter, or stood there twice"
-            raise ValueError(
-                f"{name} is of shape {tuple(tensor.shape)}; this model.* configuration has {wanted}"
-            )
-        yield name, tensor
-    if expected:
-        raise ValueError(f"{len(expected)} parameters are missing, the first: {next(iter(expected))}")
+def fits_llama(config: ModelConfig) -> bool:
+    """Whether LlamaForCausalLM has this shape."""
+    return all(getattr(config, key) == getattr(_DECODER, key) for key in _SWITCHES)
 
 
 def llama_config(config: ModelConfig, boundary_id: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -108,7 +109,6 @@ def config_from_llama(fields: Mapping[str, Any], uri: str) -> ModelConfig:
     rope = fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta", 10_000.0)}
     head_width = fields["hidden_size"] // fields["num_attention_heads"]
     for key, value, wanted in (
-        ("model_type", fields.get("model_type"), "llama"),
         ("hidden_act", fields.get("hidden_act", "silu"), "silu"),
         ("attention_bias", fields.get("attention_bias", False), False),
         ("mlp_bias", fields.get("mlp_bias", False), False),

@@ -10,13 +10,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from cluster.hardware import used_memory_bytes
 from cluster.storage import Store
 from data.order import Order
-from trainers.checkpoint import latest_checkpoint
+from trainers.checkpoint_commit import CheckpointRecord
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.collectives import Workers
@@ -26,7 +25,7 @@ from trainers.evaluation import Evaluation
 from trainers.guard import Guard, Refusal
 from trainers.heartbeat import Heartbeat
 from trainers.metrics import Meter, MetricsWriter
-from trainers.objectives import causal_lm
+from trainers.objective import Objective, micro_batches, on_device, step_numbers
 from trainers.selection import Selection, record_best
 
 if TYPE_CHECKING:  # it needs Ray, which the loop does not
@@ -40,15 +39,19 @@ class Parts:
     """What a worker trains with; `trainers/worker.py` puts it together."""
 
     config: PretrainConfig
-    boundary_id: int
+    objective: Objective
     identity: dict[str, Any]
     """What a checkpoint must have been made with to be gone on from: digests of the order, the tokenizer, …"""
+    began: float
+    """When this worker started, unix time."""
     workers: Workers
     order: Order
     engine: Engine
     micro_batch_rows: int
-    open_stream: Callable[[int], "TokenStream"]
-    """The rows of all steps from one on."""
+    stream: "TokenStream"
+    """This worker's rows of the steps that are left."""
+    newest: CheckpointRecord | None
+    """The checkpoint to go on from; None starts at step 0."""
     validate: Callable[[], Evaluation]
     meter: Meter
     metrics: MetricsWriter | None
@@ -76,35 +79,30 @@ def train(parts: Parts) -> Ending:
     first, selection = restore(parts)
     step = first
     stopped, ended = False, step >= config.run.steps or selection.gives_up(config.validation)
-    with parts.open_stream(step) as stream:
-        while not ended:
-            rows = next_rows(parts, stream, step, starting=step == first)
-            loss_sum = forward_backward(parts, rows)
-            told = workers.sum([loss_sum, *halves(rows.digest), rows.wait_seconds, parts.stop_requested()])
-            loss, stopped = told[0] / target_tokens(config), told[4] > 0
-            outcome, refusal = apply(parts, step, loss)
-            step += 1
-            parts.meter.waited(told[3] / workers.world_size)
-            record_step(parts, step, loss, outcome, refusal, joined(told[1], told[2]))
-            ended = stopped or step == config.run.steps
-            selection = validate_and_save(parts, step, selection, last=ended)
-            ended |= selection.gives_up(config.validation)
+    while not ended:
+        rows = next_rows(parts, step, starting=step == first)
+        sums, counts = forward_backward(parts, rows)
+        told = workers.sum([*halves(rows.digest), rows.wait_seconds, parts.stop_requested(), *sums])
+        numbers, stopped = step_numbers(parts.objective.terms, told[4:], counts), told[3] > 0
+        outcome, refusal = apply(parts, step, numbers["loss"])
+        step += 1
+        parts.meter.waited(told[2] / workers.world_size)
+        record_step(parts, step, numbers, outcome, refusal, joined(told[0], told[1]))
+        ended = stopped or step == config.run.steps
+        selection = validate_and_save(parts, step, selection, last=ended)
+        ended |= selection.gives_up(config.validation)
     parts.heartbeat.beat(step, "save")
     parts.writer.finish()
     return Ending(step, selection, stopped)
 
 
 def restore(parts: Parts) -> tuple[int, Selection]:
-    """Load the newest good checkpoint, if any; returns the finished steps and what validation had found.
+    """Load the newest checkpoint, if any; returns the finished steps and what validation had found.
 
     Raises:
         ValueError: the checkpoint was made with other data, another tokenizer or another model.
     """
-    parts.heartbeat.beat(0, "restore")
-    workers = parts.workers
-    record = latest_checkpoint(
-        parts.run, rank=workers.rank, world_size=workers.world_size, gather=workers.gather
-    )
+    record = parts.newest
     if record is None:
         step, selection = 0, Selection()
     else:
@@ -121,39 +119,39 @@ def restore(parts: Parts) -> tuple[int, Selection]:
         parts.engine.load_state(CheckpointReader(parts.run, record))
         parts.guard.load(record.run["guard"])
         step, selection = record.step, Selection.from_json(record.run["selection"])
-    note(parts, step, "start", world_size=workers.world_size, checkpoint=record.name if record else None)
+    name = record.name if record else None
+    world_size = parts.workers.world_size
+    note(parts, step, "start", world_size=world_size, checkpoint=name, began=parts.began)
     parts.heartbeat.beat(step, "compile")
     return step, selection
 
 
-def next_rows(parts: Parts, stream: "TokenStream", step: int, starting: bool) -> "StepRows":
+def next_rows(parts: Parts, step: int, starting: bool) -> "StepRows":
     """This worker's rows of a step. Until the first ones are there the run is starting, and no step waits."""
     with parts.meter.apart() if starting else nullcontext():
-        rows = next(stream)
+        rows = next(parts.stream)
     assert rows.step == step, (rows.step, step)
     return replace(rows, wait_seconds=0.0) if starting else rows
 
 
-def forward_backward(parts: Parts, rows: "StepRows") -> float:
-    """Add up the gradients of this worker's rows; returns the sum of their losses, in nats."""
-    engine, size = parts.engine, parts.micro_batch_rows
-    # torch computes with few unsigned types
-    tokens = torch.from_numpy(rows.tokens.astype(np.int64)).to(engine.device)
-    weights = torch.from_numpy(rows.weights).to(engine.device)
-    loss_sum = torch.zeros((), device=engine.device)
-    for micro_tokens, micro_weights in zip(tokens.split(size), weights.split(size), strict=True):
-        loss = causal_lm(
-            engine, micro_tokens, micro_weights, parts.boundary_id, parts.config.model.document_mask
-        ).total
+def forward_backward(parts: Parts, rows: "StepRows") -> tuple[list[float], list[float]]:
+    """Add up the gradients of this worker's rows.
+
+    Returns:
+        By term: the sum of these rows' losses, in nats, and the targets of the global batch.
+    """
+    engine, objective, batch = parts.engine, parts.objective, parts.config.batch
+    inputs = objective.inputs(rows)
+    counts = objective.global_targets(batch.rows_per_step, batch.seq_len)
+    if counts is None:
+        counts = parts.workers.sum(objective.targets(inputs))
+    sums_K = torch.zeros(len(objective.terms), device=engine.device)
+    for micro_batch in micro_batches(on_device(inputs, engine.device), parts.micro_batch_rows):
         # Over the targets of the global batch: sums over micro-batches and workers then make its mean.
-        engine.backward(loss / target_tokens(parts.config))
-        loss_sum += loss.detach()
-    return loss_sum.item()
-
-
-def target_tokens(config: PretrainConfig) -> int:
-    """Target tokens of a global batch."""
-    return config.batch.rows_per_step * config.batch.seq_len
+        loss = objective.loss(engine, micro_batch, counts)
+        engine.backward(loss.total)
+        sums_K += loss.sums_K
+    return sums_K.tolist(), counts
 
 
 def apply(parts: Parts, step: int, loss: float) -> tuple[StepOutcome, Refusal | None]:
@@ -209,13 +207,19 @@ def on_commit(parts: Parts, step: int, selection: Selection) -> Callable[[str], 
 
 
 def record_step(
-    parts: Parts, step: int, loss: float, outcome: StepOutcome, refusal: Refusal | None, digest: int
+    parts: Parts,
+    step: int,
+    numbers: dict[str, float],
+    outcome: StepOutcome,
+    refusal: Refusal | None,
+    digest: int,
 ) -> None:
     """Hand the step's numbers to the metrics; worker 0 alone keeps them."""
+    batch = parts.config.batch
     record = parts.meter.finish(
         step,
-        tokens=target_tokens(parts.config),
-        loss=loss,
+        tokens=batch.rows_per_step * batch.seq_len,
+        **numbers,
         lr=outcome.lr,
         grad_norm=outcome.grad_norm,
         memory_bytes=used_memory_bytes(parts.engine.device.type),

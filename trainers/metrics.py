@@ -2,9 +2,11 @@
 
 A record is a JSON object with `step` (finished steps), `attempt` and unix `time`, of one of three kinds:
 
-    a step       loss (nats per target token), lr, grad_norm, tokens, step_seconds, data_wait_seconds,
-                 checkpoint_stall_seconds, tokens_per_second, mfu, memory_bytes, epoch, digest
-    validation   validation: {loss, bits_per_byte, perplexity, tokens, bytes, seconds}
+    a step       loss (nats per target), lr, grad_norm, tokens, step_seconds, data_wait_seconds,
+                 checkpoint_stall_seconds, tokens_per_second, mfu, memory_bytes, epoch, digest; of an objective
+                 with several terms also TERM_loss of each
+    validation   validation: {loss, tokens, seconds}; bits_per_byte, perplexity, bytes where every token is
+                 predicted from those before it; TERM_loss and TERM_accuracy of other objectives
     an event     event: "start", "checkpoint", "skipped", …, with whatever belongs to it
 
 A number that is not finite is stored as null. Records go to `metrics/FIRST STEP-ATTEMPT.jsonl`: an object
@@ -18,7 +20,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -96,9 +98,19 @@ class Meter:
 class MetricsWriter:
     """Keeps records on storage. One writer per attempt; `write` never waits, whatever the storage does."""
 
-    def __init__(self, store: Store, attempt: int, flush_seconds: float = 5.0) -> None:
-        """Takes the run's store. A killed process loses what is younger than `flush_seconds`."""
+    def __init__(
+        self,
+        store: Store,
+        attempt: int,
+        flush_seconds: float = 5.0,
+        observers: Sequence[Callable[[Record], None]] = (),
+    ) -> None:
+        """Takes the run's store. A killed process loses what is younger than `flush_seconds`.
+
+        `observers` are called with each record as it is written; they must not wait.
+        """
         self._store = store
+        self._observers = observers
         self._attempt = attempt
         self._pending: deque[Record] = deque()
         self._num_dropped = self._num_dropped_told = 0
@@ -110,8 +122,11 @@ class MetricsWriter:
 
     def write(self, record: Record) -> None:
         """Takes a record, which must have a `step`; attempt and time are added. From any thread."""
+        record = {**record, "attempt": self._attempt, "time": time.time()}
+        for observe in self._observers:
+            observe(record)
         if len(self._pending) < MAX_PENDING:
-            self._pending.append({**record, "attempt": self._attempt, "time": time.time()})
+            self._pending.append(record)
         else:
             self._num_dropped += 1
 
@@ -192,6 +207,17 @@ class Segment:
         store.put(self._path, b"".join(self._lines))
         store.put(self._event_path, self._events.content())
         self.is_stored = True
+
+
+def in_words(found: Record) -> str:
+    """What a validation found."""
+    if found.get("bits_per_byte") is not None:
+        bits, perplexity = found["bits_per_byte"], found["perplexity"] or math.inf
+        parts = [f"{bits:.3f} bits per byte", f"perplexity {perplexity:,.2f}"]
+    else:
+        parts = [f"loss {math.inf if found['loss'] is None else found['loss']:.3f}"]
+    accuracies = [key for key in found if key.endswith("_accuracy")]
+    return ", ".join([*parts, *(f"{key.replace('_', ' ')} {found[key]:.1%}" for key in accuracies)])
 
 
 def finite(value: Any) -> Any:

@@ -1,11 +1,12 @@
-"""The backbone: a decoder shaped as Llama (Touvron et al. 2023), with few and large parameters.
+"""The backbone: a stack of attention and MLP blocks, by `ModelConfig` a decoder shaped as Llama (Touvron et al.
+2023), an encoder as BERT (Devlin et al. 2018), or what lies between. Few and large parameters.
 
 Query, key and value projections are one matrix, gate and up projections another: ZeRO's hooks cost host time
 per parameter. `trainers/export.py` splits them. Positions go on across the documents of a row, as in the
-exported model.
+exported model. There is no dropout: in BERT's place, masks differ in each epoch.
 
-Legend: B rows, T positions, S positions attended to, D model width, N heads, K key/value heads, H head width,
-F width inside the MLP, V vocabulary, L layers.
+Legend: B rows, T positions, S positions attended to, P positions with a target, D model width, N heads, K
+key/value heads, H head width, F width inside the MLP, V vocabulary, L layers.
 """
 
 import hashlib
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainers.attention import attend
-from trainers.objectives import linear_cross_entropy
+from trainers.cross_entropy import linear_cross_entropy
 from trainers.shape import ModelConfig
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines [T, 1, H / 2]."""
 
 
 class Cache:
@@ -42,76 +46,137 @@ class Cache:
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.causal = layer, config.attention == "causal"
         self.head_width = config.head_width
         self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         self.qkv_proj = nn.Linear(
-            config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_width, bias=False
+            config.hidden_size,
+            (self.num_heads + 2 * self.num_kv_heads) * self.head_width,
+            bias=config.biases,
         )
-        self.o_proj = nn.Linear(self.num_heads * self.head_width, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_width, config.hidden_size, bias=config.biases)
 
     def forward(
-        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+        self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         heads_BTAH = self.qkv_proj(x_BTD).view(B, T, -1, self.head_width)
         q_BTNH, k_BTKH, v_BTKH = heads_BTAH.split(
             [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2
         )
-        q = rotate(q_BTNH, *rotation).transpose(1, 2)
-        k = rotate(k_BTKH, *rotation).transpose(1, 2)
-        v = v_BTKH.transpose(1, 2)
+        if rotation is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, *rotation), rotate(k_BTKH, *rotation)
+        q, k, v = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        mixed_BNTH = attend(q, k, v, mask)
+        mixed_BNTH = attend(q, k, v, mask, self.causal)
         return self.o_proj(mixed_BNTH.transpose(1, 2).reshape(B, T, -1))
 
 
-class MLP(nn.Module):
+class GatedMLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.biases)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.biases)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
         return self.down_proj(F.silu(gate_BTF) * up_BTF)
 
 
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.biases)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.biases)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x_BTD)))
+
+
+def norm_of(config: ModelConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.hidden_size, config.norm_eps)
+
+
+def inner_parts(config: ModelConfig, layer: int) -> tuple[nn.Module, nn.Module]:
+    mlp = GatedMLP(config) if config.activation == "swiglu" else MLP(config)
+    return Attention(config, layer), mlp
+
+
 class Block(nn.Module):
+    """Norms before attention and MLP, as in Llama."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config)
+        self.input_layernorm = norm_of(config)
+        self.self_attn, mlp = inner_parts(config, layer)
+        self.post_attention_layernorm = norm_of(config)
+        self.mlp = mlp
 
     def forward(
-        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
+        self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, mask, cache)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class PostNormBlock(nn.Module):
+    """Norms after each sum, as in BERT."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn, mlp = inner_parts(config, layer)
+        self.post_attention_layernorm = norm_of(config)
+        self.mlp = mlp
+        self.post_mlp_layernorm = norm_of(config)
+
+    def forward(
+        self, x_BTD: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        x_BTD = self.post_attention_layernorm(x_BTD + self.self_attn(x_BTD, rotation, mask, cache))
+        return self.post_mlp_layernorm(x_BTD + self.mlp(x_BTD))
 
 
 class Head(nn.Linear):
     """Output projection, with the loss inside: ZeRO stage 3 gathers a weight for the forward pass of its
     module."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        transforms = config.head == "transform"
+        super().__init__(config.hidden_size, config.vocab_size, bias=transforms)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size) if transforms else None
+        self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps) if transforms else None
+
     def forward(  # type: ignore[override]
-        self, x_BTD: Tensor, targets_BT: Tensor | None = None, weights_BT: Tensor | None = None
+        self, x_BPD: Tensor, targets_BP: Tensor | None = None, weights_BP: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits [B, T, V], or with targets the loss sum and each row's sum [B]."""
-        if targets_BT is None:
-            return F.linear(x_BTD, self.weight)
-        if weights_BT is None:
-            weights_BT = torch.ones_like(targets_BT, dtype=torch.float32)
+        """Return logits [B, P, V], or with targets the loss sum and each row's sum [B]."""
+        if self.dense is not None and self.norm is not None:
+            x_BPD = self.norm(F.gelu(self.dense(x_BPD)))
+        if targets_BP is None:
+            return F.linear(x_BPD, self.weight, self.bias)
+        if weights_BP is None:
+            weights_BP = torch.ones_like(targets_BP, dtype=torch.float32)
         total, losses_N = linear_cross_entropy(
-            x_BTD.flatten(0, 1), self.weight, targets_BT.flatten(), weights_BT.flatten()
+            x_BPD.flatten(0, 1), self.weight, targets_BP.flatten(), weights_BP.flatten(), self.bias
         )
-        return total, losses_N.view(targets_BT.shape).sum(dim=1)
+        return total, losses_N.view(targets_BP.shape).sum(dim=1)
 
 
-class Decoder(nn.Module):
+class PairHead(nn.Module):
+    """BERT's pooler, and the classifier of sentence pairs on it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return self.classifier(torch.tanh(self.pooler(x_BD)))
+
+
+class Backbone(nn.Module):
     """Token ids in; hidden states, or with targets the loss, out.
 
     Under `torch.device("meta")` it holds no memory. `build` makes one with initial weights.
@@ -123,10 +188,17 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         """Compute a block's activations again in the backward pass instead of keeping them."""
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        width, post = config.hidden_size, config.norm_place == "post"
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        learned, types = config.positions == "learned", config.num_token_types
+        self.embed_positions = nn.Embedding(config.max_positions, width) if learned else None
+        self.embed_types = nn.Embedding(types, width) if types else None
+        self.embed_norm = norm_of(config) if post else None
+        block = PostNormBlock if post else Block
+        self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
+        self.norm = None if post else norm_of(config)
+        self.lm_head = Head(config)
+        self.pair_head = PairHead(config) if config.pair_head else None
         self.tie()
 
     def tie(self) -> None:
@@ -139,20 +211,24 @@ class Decoder(nn.Module):
         tokens_BT: Tensor,
         segments_BT: Tensor | None = None,
         cache: Cache | None = None,
-        targets_BT: Tensor | None = None,
-        weights_BT: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return hidden states [B, T, D]; with `targets_BT` the loss sum (float32, nats) and each row's sum
-        [B].
+        targets_BP: Tensor | None = None,
+        weights_BP: Tensor | None = None,
+        *,
+        types_BT: Tensor | None = None,
+        slots_BP: Tensor | None = None,
+        sees_all_B: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return hidden states [B, T, D]; with `targets_BP` the loss sum (float32, nats), each row's sum [B]
+        and, where there is a pair head, its logits [B, 2].
 
-        A position attends to the earlier ones of its segment; without `segments_BT` to all earlier ones.
-        `weights_BT` (float32, default 1) multiplies each target's loss. A `cache` supplies the earlier
-        positions and takes in the new ones.
+        A position attends to those of its segment, without `segments_BT` to all; under causal attention to the
+        earlier ones alone, but in rows that `sees_all_B` (bool) names. `types_BT` are token types, default 0.
+        A `cache` supplies the earlier positions and takes in the new ones. `slots_BP` are the positions whose
+        hidden states the targets are for, without it all in turn. `weights_BP` (float32, default 1) multiplies
+        each target's loss.
         """
-        x_BTD = self.embed_tokens(tokens_BT)
-        start = cache.length if cache is not None else 0
-        rotation = rotary_table(self.config, start, tokens_BT.shape[1], x_BTD)
-        mask = attention_mask(segments_BT, cache, x_BTD)
+        x_BTD, rotation = self.embed(tokens_BT, types_BT, cache.length if cache is not None else 0)
+        mask = attention_mask(segments_BT, cache, x_BTD, self.config.attention == "causal", sees_all_B)
         for block in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, rotation, mask, cache, use_reentrant=False)
@@ -160,15 +236,45 @@ class Decoder(nn.Module):
                 x_BTD = block(x_BTD, rotation, mask, cache)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
-        x_BTD = self.norm(x_BTD)
-        return x_BTD if targets_BT is None else self.lm_head(x_BTD, targets_BT, weights_BT)
+        if self.norm is not None:
+            x_BTD = self.norm(x_BTD)
+        if targets_BP is None:
+            return x_BTD
+        x_BPD = x_BTD if slots_BP is None else at_slots(x_BTD, slots_BP)
+        losses = self.lm_head(x_BPD, targets_BP, weights_BP)
+        return losses if self.pair_head is None else (*losses, self.pair_head(x_BTD[:, 0]))
+
+    def embed(self, tokens_BT: Tensor, types_BT: Tensor | None, start: int) -> tuple[Tensor, Rotation | None]:
+        """What the first block gets: the sum of the embeddings [B, T, D], and the rotation of the positions."""
+        num_positions = tokens_BT.shape[1]
+        x_BTD = self.embed_tokens(tokens_BT)
+        if self.embed_types is not None:
+            x_BTD = x_BTD + self.embed_types(torch.zeros_like(tokens_BT) if types_BT is None else types_BT)
+        rotation = None
+        if self.embed_positions is None:
+            rotation = rotary_table(self.config, start, num_positions, x_BTD)
+        else:
+            x_BTD = x_BTD + self.embed_positions(
+                torch.arange(start, start + num_positions, device=tokens_BT.device)
+            )
+        return (x_BTD if self.embed_norm is None else self.embed_norm(x_BTD)), rotation
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the scores of every next token, [B, T, V]."""
+        """Return each position's scores of every token, [B, T, V]: under causal attention of the next one."""
         return self.lm_head(hidden_BTD)
 
+    def pair_logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the scores [B, 2] of 0: the second text goes on with the first, 1: it does not."""
+        assert self.pair_head is not None, "model.pair_head=false"
+        return self.pair_head(hidden_BTD[:, 0])
 
-def rotary_table(config: ModelConfig, start: int, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+
+def at_slots(hidden_BTD: Tensor, slots_BP: Tensor) -> Tensor:
+    """The hidden states at the given positions of each row, [B, P, D]."""
+    return hidden_BTD.gather(1, slots_BP[:, :, None].expand(-1, -1, hidden_BTD.shape[2]))
+
+
+def rotary_table(config: ModelConfig, start: int, num_positions: int, like: Tensor) -> Rotation:
     """Return cosines and sines [T, 1, H / 2] (RoFormer, Su et al. 2021), in halves as transformers' Llama has
     them.
 
@@ -189,25 +295,36 @@ def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def attention_mask(segments_BT: Tensor | None, cache: Cache | None, like: Tensor) -> Tensor | None:
-    """Return what is added to the scores, [B, 1, T, S], or None where plain causal attention does.
+def attention_mask(
+    segments_BT: Tensor | None,
+    cache: Cache | None,
+    like_BTD: Tensor,
+    causal: bool,
+    sees_all_B: Tensor | None = None,
+) -> Tensor | None:
+    """Return what is added to the scores, [B, 1, T, S], or None where plain attention does.
 
     Additive and in the compute type, made once for all layers: fused kernels take it as it is, on CPU and
-    CUDA. Plain causal attention needs no mask and takes the faster kernel.
+    CUDA. Plain attention, causal or not, needs no mask and takes the faster kernel.
     """
-    if segments_BT is None:
+    if segments_BT is None and sees_all_B is None:
         assert cache is None, "a cache needs segments"
         return None
-    num_new = segments_BT.shape[1]
+    num_rows, num_new = like_BTD.shape[:2]
     keys_BS = segments_BT
-    if cache is not None:
+    if cache is not None and segments_BT is not None:
         cache.segments_BS[:, cache.length : cache.length + num_new] = segments_BT
         keys_BS = cache.segments_BS[:, : cache.length + num_new]
-    same_BTS = segments_BT[:, :, None] == keys_BS[:, None, :]
-    num_keys = keys_BS.shape[1]
-    causal_TS = torch.ones(num_new, num_keys, dtype=torch.bool, device=like.device).tril(num_keys - num_new)
-    visible_B1TS = (same_BTS & causal_TS)[:, None]
-    return torch.zeros_like(visible_B1TS, dtype=like.dtype).masked_fill(~visible_B1TS, -torch.inf)
+    num_keys = num_new if keys_BS is None else keys_BS.shape[1]
+    visible_BTS = torch.ones(num_rows, num_new, num_keys, dtype=torch.bool, device=like_BTD.device)
+    if causal:
+        visible_BTS = visible_BTS.tril(num_keys - num_new)
+        if sees_all_B is not None:
+            visible_BTS = visible_BTS | sees_all_B[:, None, None]
+    if segments_BT is not None and keys_BS is not None:
+        visible_BTS = visible_BTS & (segments_BT[:, :, None] == keys_BS[:, None, :])
+    visible_B1TS = visible_BTS[:, None]
+    return torch.zeros_like(visible_B1TS, dtype=like_BTD.dtype).masked_fill(~visible_B1TS, -torch.inf)
 
 
 def build(
@@ -217,8 +334,8 @@ def build(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     activation_checkpointing: bool = False,
-) -> Decoder:
-    """Make a decoder with the initial weights of `seed`."""
+) -> Backbone:
+    """Make a backbone with the initial weights of `seed`."""
     model = build_empty(config, device=device, dtype=dtype)
     model.activation_checkpointing = activation_checkpointing
     initialize(model, seed)
@@ -227,16 +344,16 @@ def build(
 
 def build_empty(
     config: ModelConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> Decoder:
-    """Make a decoder whose memory is not filled yet, sparing torch's default initialisation."""
+) -> Backbone:
+    """Make a backbone whose memory is not filled yet, sparing torch's default initialisation."""
     with torch.device("meta"):
-        model = Decoder(config).to(dtype)
+        model = Backbone(config).to(dtype)
     model.to_empty(device=device)
     model.tie()
     return model
 
 
-def initialize(model: Decoder, seed: int) -> None:
+def initialize(model: Backbone, seed: int) -> None:
     """Set every parameter to its initial value."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -246,14 +363,14 @@ def initialize(model: Decoder, seed: int) -> None:
 def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
     """Return a parameter's initial value, float32 on the CPU.
 
-    Normal with `init_std`; output projections of attention and MLP divided by sqrt(2 L), as in GPT-2 (Radford
-    et al. 2019, section 2.3); norms one. A pure function of (seed, name): any shard can be made anywhere, in
-    any order.
+    Normal with `init_std`; where norms come first, output projections of attention and MLP divided by
+    sqrt(2 L), as in GPT-2 (Radford et al. 2019, section 2.3); norms one, biases zero. A pure function of (seed,
+    name): any shard can be made anywhere, in any order.
     """
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-    writes_to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-    std = config.init_std / math.sqrt(2 * config.num_layers) if writes_to_residual else config.init_std
+    adds_to_sum = config.norm_place == "pre" and name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = config.init_std / math.sqrt(2 * config.num_layers) if adds_to_sum else config.init_std
     return torch.randn(shape, generator=generator) * std

@@ -1,122 +1,120 @@
-"""What a model is trained for: from rows of tokens to a loss, never holding all logits in float32.
+"""What a model can be trained for: the kinds of objectives, and how one is configured.
 
-Legend: B rows, T target tokens a row, N = B * T, C tokens of a chunk, D model width, V vocabulary.
+Legend: B rows, P most targets of a masked row.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+from data.framing import FrameKind, FramingConfig
+from data.masking import Masking
+from data.tokens import special_ids
+from data.vocabulary import Vocabulary
+from data.words import WordKind, Words
+from trainers.causal import Causal
+from trainers.masked import MaskedAndPairs, Mixed
+from trainers.objective import Inputs, Objective, RowBatch, Term
 
-MIN_CHUNK_TOKENS = 128
-"""A matrix product over fewer tokens no longer fills the matrix units (AMX tiles of 32, tensor cores of 128)."""
+FRAMES: dict[str, FrameKind] = {
+    "masked": "single",
+    "masked_next_sentence": "next_sentence",
+    "masked_sentence_order": "sentence_order",
+}
+"""How rows are framed, by kind; those of other kinds are plain."""
 
 
-class LossSum(NamedTuple):
-    """Sums, not means: the caller divides by the target tokens of the global batch."""
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the model is trained for."""
 
-    total: Tensor
-    """float32 scalar, in nats; the gradient flows through this one."""
-    num_targets: Tensor
-    """float32 scalar: the sum of the targets' weights."""
-    per_row_B: Tensor
-    """float32, detached: the sum of each row in nats, so that a guard can name the documents of a bad step.
+    kind: Literal["causal", "masked", "masked_next_sentence", "masked_sentence_order", "mixed"] = "causal"
+    """causal: each token from those before it. masked: hidden tokens from all others; with next_sentence also
+    whether B follows A, with sentence_order which of two comes first. mixed: some rows masked, the others causal.
     """
-
-
-def causal_lm(
-    model: Callable[..., Any],
-    rows_BT1: Tensor,
-    weights: Tensor,
-    boundary_id: int,
-    document_mask: bool = False,
-) -> LossSum:
-    """Predict each token from those before it.
-
-    `rows_BT1` holds T + 1 tokens a row (any integer type). `weights` is float32, of shape [B], or [B, T] for
-    each target: 0 leaves out filler rows and padding. With `document_mask` no token attends to an earlier
-    document; a document starts at each `boundary_id`.
+    mask_rate: float = 0.15
+    """Share of a masked row's tokens that are targets."""
+    random_share: float = 0.1
+    """Share of the targets that a random token replaces."""
+    keep_share: float = 0.1
+    """Share of the targets that stay; the rest becomes [MASK]."""
+    words: WordKind = "word"
+    """What is hidden as a whole. token: single tokens. word: words between blanks, and single Chinese characters.
+    chinese: Chinese words, by jieba's dictionary.
     """
-    rows_BT1 = rows_BT1.long()
-    tokens_BT, targets_BT = rows_BT1[:, :-1], rows_BT1[:, 1:]
-    weights_BT = (weights if weights.dim() == 2 else weights[:, None]).float().expand_as(targets_BT)
-    segments_BT = document_segments(tokens_BT, boundary_id) if document_mask else None
-    total, per_row_B = model(tokens_BT, segments_BT, targets_BT=targets_BT, weights_BT=weights_BT)
-    return LossSum(total, weights_BT.sum(), per_row_B)
+    masked_share: float = 0.5
+    """Share of the rows that are masked under `mixed`, and of their loss in the sum."""
+    seed: int = 0
+    """Of masks and pairs."""
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether each position sees all others."""
+        return self.kind in FRAMES
+
+    @property
+    def has_pairs(self) -> bool:
+        return FRAMES.get(self.kind, "single") != "single"
+
+    @property
+    def framing(self) -> FramingConfig | None:
+        """How rows are framed; None: not at all."""
+        return FramingConfig(FRAMES[self.kind], self.seed) if self.is_encoder else None
+
+    def problems(self, at: str) -> Iterator[str]:
+        """A line for each value that no run can have."""
+        for key in ("mask_rate", "masked_share"):
+            if not 0 < getattr(self, key) < 1:
+                why = "nothing would be learnt" if getattr(self, key) <= 0 else "nothing would be left"
+                yield f"{at}.{key}={getattr(self, key)} must be above 0 and below 1, or {why}; usual: 0.15 and 0.5"
+        if min(self.random_share, self.keep_share) < 0 or self.random_share + self.keep_share > 1:
+            yield (
+                f"{at}.random_share={self.random_share} and {at}.keep_share={self.keep_share} must not be negative, "
+                "and 1 at most together; BERT's are 0.1 and 0.1"
+            )
 
 
-def document_segments(tokens_BT: Tensor, boundary_id: int) -> Tensor:
-    """Number the documents of each row; a boundary token opens its document."""
-    return (tokens_BT == boundary_id).cumsum(dim=1)
+@runtime_checkable
+class Masks(Objective, Protocol):
+    """An objective that hides tokens."""
+
+    @property
+    def masking(self) -> Masking:
+        """How."""
+
+    def evaluation_inputs(self, batch: RowBatch) -> Inputs:
+        """Masked rows that are not trained on, with `targets` and `weights` [B, P], and `labels` and `label_weights`
+        [B] where there are pairs; the same ones for every seed."""
 
 
-def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the cross entropies of `hidden @ weight.T` (differentiable) and each token's
-    (not).
+def objective_of(
+    config: ObjectiveConfig, tokenizer_json: bytes, *, boundary_id: int, document_mask: bool
+) -> Objective:
+    """Make the objective of a configuration.
 
-    Both are float32, in nats. Chunks of tokens are taken through loss and gradient in the forward pass, as in
-    Liger Kernel (Hsu et al. 2024, section 3.2), so no logits are kept and none computed twice. torch 2.13 has
-    F.linear_cross_entropy, whose chunked form takes no token weights and breaks a compiled graph.
+    Raises:
+        ValueError: it hides tokens, and the tokenizer has no [MASK].
     """
-    wants_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, weights_N, wants_gradient)
-
-
-def chunk_tokens(num_tokens: int, width: int, vocab_size: int) -> int:
-    """Tokens a chunk, such that a chunk's logits have about as many elements as all hidden states."""
-    even = math.ceil(num_tokens / math.ceil(vocab_size / width))
-    return math.ceil(even / MIN_CHUNK_TOKENS) * MIN_CHUNK_TOKENS
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        weights_N: Tensor,
-        wants_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        size = chunk_tokens(len(hidden_ND), hidden_ND.shape[1], weight_VD.shape[0])
-        losses, grads_hidden = [], []
-        grad_weight_VD = None
-        for hidden_CD, targets_C, weights_C in zip(
-            hidden_ND.split(size), targets_N.split(size), weights_N.split(size), strict=True
-        ):
-            product_CV = hidden_CD @ weight_VD.T  # bf16 under bf16 weights or autocast
-            logits_CV = product_CV.float()
-            log_normalizer_C = logits_CV.logsumexp(dim=-1)
-            picked_C = logits_CV.gather(-1, targets_C[:, None]).squeeze(-1)
-            losses.append((log_normalizer_C - picked_C) * weights_C)
-            if not wants_gradient:
-                continue
-            grad_CV = torch.exp(logits_CV - log_normalizer_C[:, None])
-            grad_CV = grad_CV.scatter_add(-1, targets_C[:, None], grad_CV.new_full((len(targets_C), 1), -1.0))
-            grad_CV = (grad_CV * weights_C[:, None]).to(product_CV.dtype)
-            grads_hidden.append((grad_CV @ weight_VD).to(hidden_ND.dtype))
-            # Summed in float32: chunk sums of bf16 would lose the small ones.
-            part_VD = (grad_CV.T @ hidden_CD).float()
-            grad_weight_VD = part_VD if grad_weight_VD is None else grad_weight_VD + part_VD
-        losses_N = torch.cat(losses)
-        if wants_gradient:
-            assert grad_weight_VD is not None
-            ctx.save_for_backward(torch.cat(grads_hidden), grad_weight_VD.to(weight_VD.dtype))
-        ctx.mark_non_differentiable(losses_N)
-        return losses_N.sum(), losses_N
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        scale = grads[0]
-        return (
-            grad_hidden_ND * scale.to(grad_hidden_ND.dtype),
-            grad_weight_VD * scale.to(grad_weight_VD.dtype),
-            None,
-            None,
-            None,
+    causal = Causal(boundary_id, document_mask)
+    if config.kind == "causal":
+        return causal
+    ids = special_ids(tokenizer_json)
+    if ids.mask is None:
+        raise ValueError(
+            f"objective.kind={config.kind} needs a tokenizer with [MASK]; train one (corpus.tokenizer.path empty), "
+            "or give one made for masking"
         )
+    masking = Masking(
+        words=Words.from_tokenizer(tokenizer_json, config.words),
+        special=Vocabulary.from_tokenizer(tokenizer_json).special,
+        boundary_id=boundary_id,
+        mask_id=ids.mask,
+        rate=config.mask_rate,
+        random_share=config.random_share,
+        keep_share=config.keep_share,
+    )
+    if config.kind == "mixed":
+        return Mixed(causal, masking, config.masked_share, config.seed)
+    assert ids.sep is not None, "framing has refused a tokenizer without [SEP]"
+    pairs = Term(FRAMES[config.kind]) if config.has_pairs else None
+    return MaskedAndPairs(masking, ids.sep, document_mask, pairs, config.seed)

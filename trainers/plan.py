@@ -2,8 +2,9 @@
 
 Memory of the model's state is counted as in ZeRO (Rajbhandari et al. 2020, section 3.1) for what the engine
 holds: weights, their gradients, gradients summed in float32, float32 master weights, optimiser moments, each
-divided by the number of workers from the ZeRO stage on that partitions it. Activations are counted tensor by
-tensor as in Korthikanti et al. 2022 (section 4.1) for this decoder. Both leave out what the allocator, the
+divided by the number of workers from the ZeRO stage on that partitions it; tests/test_plan_states.py holds it against
+what DeepSpeed allocates. Activations are counted tensor by tensor as in Korthikanti et al. 2022 (section 4.1) for
+this backbone. Both leave out what the allocator, the
 framework and communication buffers take: treat the sum as a lower bound.
 """
 
@@ -24,6 +25,8 @@ CPU_UTILIZATION = 0.25
 """Assumed of the measured rate of matrix products: a 12 M decoder reached 0.25-0.3 on two cores with AMX."""
 
 FLOAT32, BFLOAT16 = 4, 2
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default zero_optimization.reduce_bucket_size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class Job:
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
     seq_len: int
+    target_share: float = 1.0
+    """Of the positions, those that the output head is computed for."""
     rows_per_step: int
     steps: int
     num_workers: int
@@ -57,13 +62,20 @@ class Memory:
     parameters: float
     gradients: float
     optimizer: float
+    buckets: float
+    """What ZeRO gathers gradients in before it sends them: allocated whole, however small the model."""
     activations: float
     checkpoint_buffers: float
     """Always host memory."""
 
     @property
     def total(self) -> float:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.checkpoint_buffers
+        return self.states + self.buckets + self.activations + self.checkpoint_buffers
+
+    @property
+    def states(self) -> float:
+        """Parameters, gradients, masters and moments: what ZeRO partitions."""
+        return self.parameters + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +107,7 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """Computes the plan. No I/O, nothing started."""
     tokens = job.steps * job.rows_per_step * job.seq_len
-    flops = tokens * flops_per_token(job.model, job.seq_len)
+    flops = tokens * flops_per_token(job.model, job.seq_len, job.target_share)
     peak = job.peak.flops_per_second * job.num_workers
     if job.tokens_per_second:
         seconds = tokens / job.tokens_per_second
@@ -127,33 +139,35 @@ def rows_per_worker(job: Job) -> int:
 def state_elements(model: ModelConfig, optimizer: OptimizerConfig) -> int:
     """Elements of weights and moments: what a checkpoint holds in float32."""
     parameters = count_parameters(model)
-    norms = (2 * model.num_layers + 1) * model.hidden_size
     return (
         parameters.total
         + parameters.embedding * len(moments(optimizer, "embedding"))
-        + norms * len(moments(optimizer, "norm"))
-        + (parameters.non_embedding - norms) * len(moments(optimizer, "matrix"))
+        + parameters.vectors * len(moments(optimizer, "norm"))
+        + parameters.head * len(moments(optimizer, "head"))
+        + parameters.matrices * len(moments(optimizer, "matrix"))
     )
 
 
 def memory_per_worker(job: Job) -> Memory:
     """Bytes by kind; see the module's docstring for the sources."""
-    stage, workers = job.engine.zero_stage, job.num_workers
+    stage, workers, engine = job.engine.zero_stage, job.num_workers, job.engine
     parameters = count_parameters(job.model).total
-    element = BFLOAT16 if job.engine.precision == "bf16" else FLOAT32
-    share_from = {
-        1: workers if stage >= 1 else 1,
-        2: workers if stage >= 2 else 1,
-        3: workers if stage >= 3 else 1,
-    }
-    has_masters = stage >= 1 or job.engine.precision == "bf16"
+    is_bf16 = engine.precision == "bf16"
+    element = BFLOAT16 if is_bf16 else FLOAT32
+    has_masters = stage >= 1 or is_bf16
+    # Several micro-batches are summed in float32, except at stage 0 (see trainers/engine.py). Stage 1 keeps the sum of
+    # all gradients beside those of the micro-batch; later ones keep their own part alone, and hand each gradient on.
+    several = math.ceil(rows_per_worker(job) / engine.micro_batch_rows) > 1
+    sum_element = FLOAT32 if is_bf16 and several and stage >= 1 else 0
+    kept = element + sum_element if stage <= 1 else (sum_element or element) / workers
     moment_elements = state_elements(job.model, job.optimizer) - parameters
     state_bytes = FLOAT32 * (parameters + moment_elements) / workers
+    bucket = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET_ELEMENTS)
     return Memory(
-        parameters=element * parameters / share_from[3],
-        gradients=element * parameters / share_from[2]
-        + (FLOAT32 * parameters / share_from[1] if job.engine.precision == "bf16" else 0),
-        optimizer=FLOAT32 * (has_masters * parameters + moment_elements) / share_from[1],
+        parameters=element * parameters / (workers if stage == 3 else 1),
+        gradients=kept * parameters,
+        optimizer=FLOAT32 * (has_masters * parameters + moment_elements) / (workers if stage else 1),
+        buckets=element * float(bucket) if stage >= 2 and workers > 1 else 0.0,
         activations=activation_bytes(job, element),
         checkpoint_buffers=math.ceil(state_bytes / job.checkpoint.file_bytes) * job.checkpoint.file_bytes,
     )
@@ -163,13 +177,14 @@ def activation_bytes(job: Job, element: int) -> float:
     """What one micro-batch keeps for its backward pass, attention computed without a matrix of scores.
 
     Elements per token and layer: residual stream and its norm before attention and before the MLP (4 D);
-    query, key, value and attention's output (2 D + 2 K); gate, up, gate's activation and their product (4 F).
+    query, key, value and attention's output (2 D + 2 K); gate, up, gate's activation and their product (4 F),
+    without a gate the MLP's inside before and after its activation (2 F).
     With activation checkpointing each layer keeps its input alone (D), and one layer at a time the rest.
     """
     model = job.model
     rows = min(job.engine.micro_batch_rows, rows_per_worker(job))
     D, K, F = model.hidden_size, model.kv_heads * model.head_width, model.intermediate_size
-    layer = 6 * D + 2 * K + 4 * F
+    layer = 6 * D + 2 * K + (4 if model.activation == "swiglu" else 2) * F
     kept = model.num_layers * D + layer if job.engine.activation_checkpointing else model.num_layers * layer
     return float(rows * job.seq_len * (kept + 2 * D) * element)
 
@@ -218,6 +233,7 @@ def _memory_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         (memory.parameters, "parameters"),
         (memory.gradients, "gradients"),
         (memory.optimizer, f"master weights and moments of {plan.job.optimizer.kind}"),
+        (memory.buckets, "buckets of gradients on their way"),
         (memory.activations, "activations of a micro-batch"),
         (memory.checkpoint_buffers, "host buffers for checkpoints"),
     ):

@@ -3,31 +3,89 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from cluster.hardware import peak_of, this_host, worker_watts
 from cluster.session import cpu_problem
+from cluster.storage import open_store
 from data.assemble import given_tokenizer
 from data.documents import corpus_problems
+from data.epochs import Rows
+from data.framing import NO_LABEL, Framing, framing_of
 from data.manifest import Manifest
+from data.permutation import permute
+from data.shards import read_fragment
+from data.tokens import tokenizer_path
 from data.window import READ_CPUS
 from trainers.config import PretrainConfig, model_of, run_store
+from trainers.objectives import objective_of
 from trainers.plan import Job, make_plan
+
+FRAGMENTS_TRIED, ROWS_TRIED = 16, 256
+"""Looked through for a first pair, before a run is refused for having none."""
 
 
 def problems_before_start(config: PretrainConfig) -> Iterator[str]:
     """What stands in the way of a run whose sections are right in themselves; speaks to the object store."""
     yield from corpus_problems(config.corpus)
+    try:
+        tokenizer = given_tokenizer(config.corpus)
+    except ValueError as unusable:
+        yield str(unusable)
+    else:
+        if tokenizer:
+            yield from tokenizer_problems(config, tokenizer.json.encode(), tokenizer.boundary_id)
     if problem := run_store(config).problem_writing():
         yield f"run.storage: {problem}"
+
+
+def tokenizer_problems(config: PretrainConfig, tokenizer_json: bytes, boundary_id: int) -> Iterator[str]:
+    """What the objective needs of the tokenizer and the tokenizer has not."""
+    mask = config.model.document_mask
+    try:
+        if framing := config.objective.framing:
+            Framing(framing, tokenizer_json, boundary_id=boundary_id, seq_len=config.batch.seq_len)
+        objective_of(config.objective, tokenizer_json, boundary_id=boundary_id, document_mask=mask)
+    except ValueError as unusable:
+        yield str(unusable)
+
+
+def objective_problems(config: PretrainConfig, manifest: Manifest) -> Iterator[str]:
+    """Whether the objective can be trained on a prepared corpus; reads some fragments of it for pairs."""
+    corpus = open_store(config.corpus.prepared)
+    tokenizer_json = corpus.read(tokenizer_path(manifest.tokenizer))
+    problems = list(tokenizer_problems(config, tokenizer_json, manifest.boundary_id))
+    yield from problems
+    framing = config.objective.framing
+    if problems or framing is None or not config.objective.has_pairs:
+        return
+    fragments = manifest.select("train")
+    tried = fragments[permute(np.arange(len(fragments)), max(1, len(fragments)), key=0)][:FRAGMENTS_TRIED]
+    maker = framing_of(framing, config.corpus.prepared, manifest, config.batch.seq_len)
+    for fragment in tried:
+        whole = read_fragment(corpus, manifest, int(fragment))
+        start = np.arange(0, max(1, len(whole) - 1), config.batch.seq_len)[:ROWS_TRIED]
+        rows = Rows(start * 0, start * 0, start * 0 + fragment, np.arange(len(start)), start)
+        if (maker.frame(whole, rows)[1] != NO_LABEL).any():
+            return
+    yield (
+        f"objective.kind={config.objective.kind} finds no pair in the {len(tried):,} fragments of the train split that "
+        "were tried: it needs documents of two sentences or more, and for next sentences several documents in a "
+        "fragment; raise corpus.fragment_tokens, give longer documents, or set objective.kind=masked and "
+        "model.pair_head=false"
+    )
 
 
 def resource_problems(config: PretrainConfig, resources: Mapping[str, float]) -> Iterator[str]:
     """Whether the workers fit into the cluster's resources and leave room for Ray Data's reads."""
     if problem := cpu_problem(config.cluster, READ_CPUS, resources.get("CPU", 0)):
         yield problem
-    wanted = config.cluster.num_workers * config.cluster.gpus_per_worker
+    fewest = config.cluster.fewest_workers
+    key = "min_workers" if config.cluster.min_workers else "num_workers"
+    wanted = fewest * config.cluster.gpus_per_worker
     if wanted > (found := resources.get("GPU", 0)):
         yield (
-            f"cluster.num_workers={config.cluster.num_workers} x cluster.gpus_per_worker="
+            f"cluster.{key}={fewest} x cluster.gpus_per_worker="
             f"{config.cluster.gpus_per_worker:g} = {wanted:g} GPUs, but the cluster has {found:g}; "
             f"at most {found:g} workers fit"
         )
@@ -57,6 +115,7 @@ def plan_of(config: PretrainConfig, manifest: Manifest | None) -> str:
         optimizer=config.optimizer,
         checkpoint=config.checkpoint,
         seq_len=config.batch.seq_len,
+        target_share=config.objective.mask_rate if config.objective.is_encoder else 1.0,
         rows_per_step=config.batch.rows_per_step,
         steps=config.run.steps,
         num_workers=cluster.num_workers,

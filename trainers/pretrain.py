@@ -18,15 +18,25 @@ try:
     from rich.markup import escape
 
     from cluster.config import ConfigError, load_config, run_entry
+    from cluster.preflight import problems_of_nodes
     from cluster.session import ray_session
     from cluster.storage import open_store
     from data.manifest import Manifest, read_manifest
     from data.prepare import corpus_table, prepare
     from data.progress import progress_line
     from trainers import closing, run_folder
+    from trainers.baselines import write_baselines
     from trainers.config import PretrainConfig, absolute, run_store
+    from trainers.initial import with_initial
+    from trainers.lease import lease
     from trainers.metrics import merge_metrics
-    from trainers.planning import plan_of, problems_before_start, resource_problems, resources_here
+    from trainers.planning import (
+        objective_problems,
+        plan_of,
+        problems_before_start,
+        resource_problems,
+        resources_here,
+    )
     from trainers.progress import Progress
     from trainers.report import write_report
     from trainers.results import read_run, results_table
@@ -40,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the main job from the command line."""
     arguments = sys.argv[1:] if argv is None else argv
     loaded = load_config(PretrainConfig, arguments, description=__doc__ or "", extra_flags=FLAGS)
-    config, console = absolute(loaded.config), Console(soft_wrap=True)
+    config, console = with_initial(absolute(loaded.config)), Console(soft_wrap=True)
     run = run_store(config)
     problems = list(problems_before_start(config))
     too_large = list(resource_problems(config, resources_here())) if config.cluster.is_local else []
@@ -52,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if problems or too_large:
         raise ConfigError([*problems, *too_large])
     run_folder.check_unchanged(run, config)
-    if not run_folder.is_finished(run):
-        train(config, console)
-    if run_folder.is_finished(run):
-        close(config, console)
+    with lease(run, console.print):
+        if not run_folder.is_finished(run):
+            train(config, console)
+        if run_folder.is_finished(run):
+            close(config, console)
 
 
 def train(config: PretrainConfig, console: Console) -> None:
@@ -66,14 +77,23 @@ def train(config: PretrainConfig, console: Console) -> None:
 
     run = run_store(config)
     with ray_session(config.cluster) as resources:
-        if problems := list(resource_problems(config, resources)):
+        if problems := [*resource_problems(config, resources), *node_problems(config)]:
             raise ConfigError(problems)
         manifest = pinned_or_prepared(config, console)
+        if problems := list(objective_problems(config, manifest)):
+            raise ConfigError(problems)
         plan = plan_of(config, manifest)
         run_folder.write_start(run, config, manifest, plan)
         console.print(plan, highlight=False)
         with Progress(run, config.run.steps, console=console, line_seconds=config.run.log_every_seconds):
             run_workers(config, manifest.digest)
+
+
+def node_problems(config: PretrainConfig) -> list[str]:
+    """What is wrong with the nodes of a cluster, before a worker is started on them."""
+    if config.cluster.is_local:
+        return []
+    return problems_of_nodes([run_store(config).uri])
 
 
 def pinned_or_prepared(config: PretrainConfig, console: Console) -> Manifest:
@@ -92,6 +112,7 @@ def close(config: PretrainConfig, console: Console) -> None:
     run = run_store(config)
     manifest = read_manifest(open_store(config.corpus.prepared), run_folder.pinned_manifest(run) or "latest")
     closing.write_floor(run, config, manifest)
+    write_baselines(run, config, manifest)
     samples = closing.write_samples(run, config)
     merge_metrics(run)
     write_report(run)

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.storage import StorageError, Store
-from trainers.metrics import FOLDER, Record, parse, segment_attempt
+from trainers.metrics import FOLDER, Record, in_words, parse, segment_attempt
 from trainers.units import count, duration
 
 RECENT_STEPS = 50
@@ -66,11 +66,7 @@ class Status:
         """Takes a record; returns a line if something happened that a user wants to see."""
         if "validation" in record:
             self._validation = record
-            found = record["validation"]
-            return (
-                f"step {record['step']:,}: validation {found['bits_per_byte']:.3f} bits per byte, "
-                f"perplexity {found['perplexity'] or float('inf'):,.2f}"
-            )
+            return f"step {record['step']:,}: validation {in_words(record['validation'])}"
         if "event" in record:
             return self._happened(record)
         self._step = record["step"]
@@ -87,7 +83,10 @@ class Status:
         waited = sum(record["data_wait_seconds"] for record in self._recent) / seconds
         parts = [f"step {self._step:,}/{self._total_steps:,}", f"loss {_decimal(last['loss'])}"]
         if self._validation:
-            parts.append(f"validation {self._validation['validation']['bits_per_byte']:.3f} bits/byte")
+            found = self._validation["validation"]
+            bits = found.get("bits_per_byte")
+            short = _decimal(found["loss"]) if bits is None else f"{bits:.3f} bits/byte"
+            parts.append(f"validation {short}")
         parts += [
             f"{count(round(rate))} tokens/s",
             f"data wait {waited:.1%}",

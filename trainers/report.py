@@ -19,13 +19,18 @@ import yaml
 
 from cluster.storage import Store, open_store
 from trainers.charts import draw_charts
+from trainers.goodput import goodput_of
 from trainers.metrics import events_of
 from trainers.results import (
+    Measure,
     RunFiles,
     Score,
     Totals,
     attempts_of,
     energy_of,
+    goodput_line,
+    judged,
+    measures_of,
     read_run,
     scores_of,
     totals_of,
@@ -33,7 +38,7 @@ from trainers.results import (
 from trainers.units import count, duration, energy, flop, mass, size
 
 REPORT = "report.html"
-TEMPLATE = Path(__file__).with_suffix(".html")
+TEMPLATE = "report.html"
 
 
 def write_report(store: Store) -> str:
@@ -45,9 +50,7 @@ def write_report(store: Store) -> str:
 
 def render(run: RunFiles, name: str) -> str:
     """The page as HTML, whole in itself."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment()
     environment.filters |= {
         "count": count,
         "size": size,
@@ -56,22 +59,35 @@ def render(run: RunFiles, name: str) -> str:
         "mass": mass,
         "settings": lambda settings: ", ".join(f"{key} {value}" for key, value in settings.items()),
     }
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page(run, name))
+    return environment.get_template(TEMPLATE).render(page(run, name))
+
+
+def page_environment() -> jinja2.Environment:
+    """How the pages of this folder are rendered: whole in themselves, with the style of `page.css`."""
+    return jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    )
 
 
 def page(run: RunFiles, name: str) -> dict[str, Any]:
     """What the template is filled with."""
-    totals, scores = totals_of(run), scores_of(run)
+    totals, scores, measures = totals_of(run), scores_of(run), measures_of(run)
     return {
         "name": name,
         "state": state(run, totals),
-        "numbers": list(headline(run, totals, scores)),
+        "numbers": list(headline(run, totals, scores, measures)),
         "scores": scores,
-        "reading": reading(run, scores),
+        "measures": measures,
+        "reading": reading(run, scores, measures),
         "charts": draw_charts(run.history, run.attempts, (run.floor or {}).get("validation")),
         "marks": marks(run),
         "attempts": attempts_of(run.attempts),
         "repeated": repeated(totals),
+        "goodput": goodput_line(goodput_of(run.attempts)).capitalize() if totals else None,
         "skipped": [
             {
                 "step": event["step"],
@@ -104,7 +120,9 @@ def state(run: RunFiles, totals: Totals | None) -> str:
     return f"Under way or interrupted: step {totals.steps:,}{of_all}, {trained}."
 
 
-def headline(run: RunFiles, totals: Totals | None, scores: Sequence[Score]) -> Iterator[dict[str, str]]:
+def headline(
+    run: RunFiles, totals: Totals | None, scores: Sequence[Score], measures: Sequence[Measure]
+) -> Iterator[dict[str, str]]:
     """The numbers at the top, each with its unit and what it is of."""
 
     def number(name: str, value: str, unit: str, note: str) -> dict[str, str]:
@@ -116,6 +134,12 @@ def headline(run: RunFiles, totals: Totals | None, scores: Sequence[Score]) -> I
             relation = "below" if score.below_floor >= 0 else "above"
             note = f"{abs(score.below_floor):.1%} {relation} the byte 6-gram"
         yield number(score.split.capitalize(), f"{score.bits_per_byte:.3f}", "bits/byte", note)
+    for measure in reversed(measures):
+        if measure.name.endswith("_accuracy"):
+            note = "" if measure.baseline is None else f"counting alone: {measure.text(measure.baseline)}"
+            yield number(
+                f"{measure.split}: {measure.title}".capitalize(), measure.text(measure.value), "", note
+            )
     if totals:
         median = f"median step {count(round(totals.median_tokens_per_second))}"
         yield number("Throughput", count(round(totals.tokens_per_second)), "tokens/s", median)
@@ -129,16 +153,26 @@ def headline(run: RunFiles, totals: Totals | None, scores: Sequence[Score]) -> I
         yield number("Energy, estimated", energy(estimate.kwh), "", f"{mass(estimate.co2_grams)} CO2")
 
 
-def reading(run: RunFiles, scores: Sequence[Score]) -> str:
+def reading(run: RunFiles, scores: Sequence[Score], measures: Sequence[Measure]) -> str:
     """How the table of results is to be read."""
-    if not scores:
+    if not scores and not measures:
         return ""
-    step = f"{scores[0].step:,}"
+    step = f"{judged(run)[0][1]:,}"
     if run.test is None:
         chosen = f"Validation prefers the weights of step {step} so far; the test split has not been read."
     else:
         chosen = f"Validation chose the weights of step {step}; then the test split was read, once."
-    return f"{chosen} {floor_in_words(run)}Perplexity depends on the tokenizer, bits per byte do not."
+    told = [chosen]
+    if scores:
+        told.append(f"{floor_in_words(run)}Perplexity depends on the tokenizer, bits per byte do not.")
+    if run.baselines:
+        told.append(
+            "Counting alone: for hidden tokens the distribution of single tokens in "
+            f"{count(run.baselines['fitted_tokens'])} tokens of training text (its most frequent one for the "
+            "accuracy), for pairs the more frequent answer. Losses are in nats per target, and tell nothing of "
+            "bits per byte."
+        )
+    return " ".join(told)
 
 
 def floor_in_words(run: RunFiles) -> str:

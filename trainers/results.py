@@ -4,7 +4,7 @@ Everything may be missing, for a run is looked at while it goes on; what is not 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from cluster.config import from_dict
 from cluster.hardware import Energy, EnergyConfig, estimate_energy
 from cluster.storage import Store
+from trainers.goodput import Goodput, goodput_of
 from trainers.metrics import (
     Record,
     attempt_starts,
@@ -41,6 +42,8 @@ class RunFiles:
     """Bits per byte of the byte n-gram by split, and how it was made."""
     attempts: list[Record]
     """Every record of every attempt, in the order written."""
+    baselines: dict[str, Any] | None = None
+    """What counting alone reaches on hidden tokens and pairs, by split."""
 
     @cached_property
     def history(self) -> list[Record]:
@@ -69,6 +72,7 @@ def read_run(store: Store) -> RunFiles:
         samples=parsed("samples.json"),
         floor=parsed("floor.json"),
         attempts=read_attempts(store),
+        baselines=parsed("baselines.json"),
     )
     if run.config is None and not run.attempts:
         raise ValueError(
@@ -190,36 +194,90 @@ class Score:
         return None if self.floor is None else 1 - self.bits_per_byte / self.floor
 
 
-def scores_of(run: RunFiles) -> list[Score]:
-    """Validation at the best step (or the best so far), and test once it was judged."""
-    floors = run.floor or {}
-    scores = []
+@dataclass(frozen=True)
+class Measure:
+    """One loss or accuracy of a split next to what counting alone reaches."""
+
+    split: str
+    step: int
+    """Of the weights that were judged."""
+    name: str
+    """As `masked_accuracy`."""
+    value: float
+    baseline: float | None
+
+    @property
+    def title(self) -> str:
+        return self.name.replace("_", " ")
+
+    def text(self, value: float) -> str:
+        """A value of this measure: a share of targets, or nats per target."""
+        return f"{value:.1%}" if self.name.endswith("_accuracy") else f"{value:.3f}"
+
+
+def judged(run: RunFiles) -> list[tuple[str, int, Record]]:
+    """(split, step, what was found): validation at the best step (or the best so far), and test once it was
+    judged."""
     validations = validations_of(run.history)
-    best = min(
-        validations, key=lambda record: record["validation"]["bits_per_byte"] or float("inf"), default=None
-    )
+
+    def quality(record: Record) -> float:
+        found = record["validation"]
+        return found.get("bits_per_byte", found.get("loss")) or float("inf")
+
+    best = min(validations, key=quality, default=None)
     if run.best:
         best = next((record for record in validations if record["step"] == run.best["step"]), best)
-    for split, step, found in (
-        ("validation", best["step"] if best else 0, best["validation"] if best else None),
-        ("test", (run.test or {}).get("step", 0), run.test),
-    ):
-        if found and found.get("bits_per_byte") is not None:
-            scores.append(
-                Score(split, step, found["bits_per_byte"], floors.get(split), found.get("perplexity"))
-            )
-    return scores
+    found = [("validation", best["step"], best["validation"])] if best else []
+    return found + ([("test", run.test.get("step", 0), run.test)] if run.test else [])
+
+
+def scores_of(run: RunFiles) -> list[Score]:
+    """Of each judged split; none where the objective has no bits per byte."""
+    floors = run.floor or {}
+    return [
+        Score(split, step, found["bits_per_byte"], floors.get(split), found.get("perplexity"))
+        for split, step, found in judged(run)
+        if found.get("bits_per_byte") is not None
+    ]
+
+
+def measures_of(run: RunFiles) -> list[Measure]:
+    """Losses and accuracies of hidden tokens and pairs, of each judged split."""
+    baselines = run.baselines or {}
+    return [
+        Measure(split, step, name, value, baselines.get(split, {}).get(name))
+        for split, step, found in judged(run)
+        for name, value in found.items()
+        if name.endswith(("_loss", "_accuracy")) and value is not None
+    ]
 
 
 def results_table(run: RunFiles) -> Table:
     """The table at the end of a run, for a terminal."""
+    scores, measures = scores_of(run), measures_of(run)
     table = Table(title="Results", title_justify="left")
     table.add_column("")
+    if measures:
+        for column in ("model", "counting alone"):
+            table.add_column(column, justify="right")
+        for score in scores:
+            floor = "" if score.floor is None else f"{score.floor:.3f}"
+            table.add_row(f"{score.split}: bits per byte", f"{score.bits_per_byte:.3f}", floor)
+        for measure in measures:
+            baseline = "" if measure.baseline is None else measure.text(measure.baseline)
+            table.add_row(f"{measure.split}: {measure.title}", measure.text(measure.value), baseline)
+    else:
+        _fill_with_scores(table, scores)
+    table.caption, table.caption_justify = "\n".join(summary_lines(run)), "left"
+    return table
+
+
+def _fill_with_scores(table: Table, scores: list[Score]) -> None:
     table.add_column("bits per byte", justify="right")
     table.add_column("byte 6-gram", justify="right")
     table.add_column("below it", justify="right")
     table.add_column("perplexity", justify="right")
-    for score in scores_of(run):
+    for score in scores:
         table.add_row(
             f"{score.split} (step {score.step:,})",
             f"{score.bits_per_byte:.3f}",
@@ -227,8 +285,6 @@ def results_table(run: RunFiles) -> Table:
             "" if score.below_floor is None else f"{score.below_floor:.1%}",
             "" if score.perplexity is None else f"{score.perplexity:,.2f}",
         )
-    table.caption, table.caption_justify = "\n".join(summary_lines(run)), "left"
-    return table
 
 
 def summary_lines(run: RunFiles) -> list[str]:
@@ -239,6 +295,20 @@ def summary_lines(run: RunFiles) -> list[str]:
         lines.append(f"{rate} tokens/s: {count(totals.tokens)} tokens in {trained} of training")
         stalled = f"stalled by checkpoints {totals.stall_share:.2%}"
         lines.append(f"waited for data {totals.data_wait_share:.2%} of that time, {stalled}")
+        lines.append(goodput_line(goodput_of(run.attempts)))
     if estimate := energy_of(run):
         lines.append(f"{energy(estimate.kwh)}, {mass(estimate.co2_grams)} CO2 ({estimate.assumption})")
     return lines
+
+
+def goodput_line(goodput: Goodput) -> str:
+    """The share of the time that went into training, and what took more than a hundredth of the rest."""
+    rest = {key: value for key, value in asdict(goodput).items() if key != "training"}
+    named = [
+        f"{key.replace('_', ' ')} {duration(value)}"
+        for key, value in sorted(rest.items(), key=lambda item: -item[1])
+        if value >= 0.01 * goodput.total
+    ]
+    return f"goodput {goodput.share:.1%} of {duration(goodput.total)}" + "".join(
+        f", {part}" for part in named
+    )

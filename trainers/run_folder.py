@@ -5,6 +5,7 @@ metrics/  metrics.jsonl  tensorboard/                      trainers/metrics.py
 checkpoints/  best.json                                    trainers/checkpoint.py, trainers/selection.py
 test.claim.json  test.json                                 trainers/verdict.py
 export/  samples.json  floor.json  report.html             trainers/closing.py
+baselines.json                                             trainers/baselines.py
 stacks/                                                    trainers/heartbeat.py
 """
 

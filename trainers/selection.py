@@ -20,6 +20,7 @@ class Selection:
     best_loss: float = float("inf")
     """Nats per target token."""
     best_bits_per_byte: float = float("inf")
+    """Infinite too where the objective has none."""
     validated_step: int = 0
     """Finished steps at the last validation."""
     without_improvement: int = 0
@@ -28,7 +29,8 @@ class Selection:
     def after(self, step: int, found: Evaluation, config: ValidationConfig) -> "Selection":
         """What is known once `found` was measured after `step` steps."""
         if found.loss < self.best_loss - config.min_improvement:
-            return Selection(step, found.loss, found.bits_per_byte, step, 0)
+            bits = float("inf") if found.bits_per_byte is None else found.bits_per_byte
+            return Selection(step, found.loss, bits, step, 0)
         return replace(self, validated_step=step, without_improvement=self.without_improvement + 1)
 
     def gives_up(self, config: ValidationConfig) -> bool:
@@ -49,11 +51,12 @@ class Selection:
 
 def record_best(store: Store, selection: Selection, checkpoint: str) -> None:
     """Write `best.json` into the run once the best step's checkpoint exists."""
+    bits = selection.best_bits_per_byte
     best = {
         "step": selection.best_step,
         "checkpoint": checkpoint,
         "loss": selection.best_loss,
-        "bits_per_byte": selection.best_bits_per_byte,
+        **({} if bits == float("inf") else {"bits_per_byte": bits}),
         "why": "lowest loss on the validation split so far",
     }
     store.put(BEST, json.dumps(best, indent=2).encode())

@@ -1,5 +1,7 @@
 """One worker's life: put the parts together, train, and let the test split judge what validation chose."""
 
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,20 +16,26 @@ from data.manifest import Manifest, read_manifest
 from data.order import Order, largest_divisor
 from data.stream import TokenStream
 from data.tokens import tokenizer_path
-from trainers.checkpoint import checkpoint_at, claim_attempt
+from trainers.checkpoint import checkpoint_at, claim_attempt, latest_checkpoint
+from trainers.checkpoint_commit import CheckpointRecord
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.collectives import Workers
-from trainers.config import PretrainConfig, model_of, run_store
+from trainers.config import PretrainConfig, evaluation_framing, model_of, run_store
 from trainers.engine import Engine
 from trainers.evaluation import Evaluation, evaluate
 from trainers.export import export
+from trainers.formats import read_stored
 from trainers.guard import Guard, name_documents
 from trainers.heartbeat import Heartbeat
+from trainers.initial import load_initial
+from trainers.live_metrics import LiveMetrics, event_log
 from trainers.llama import rows_of_fused
 from trainers.loop import Parts, train
-from trainers.metrics import Meter, MetricsWriter
+from trainers.metrics import Meter, MetricsWriter, Record
 from trainers.model import build
+from trainers.objective import Objective
+from trainers.objectives import objective_of
 from trainers.schedule import rate_factor
 from trainers.shape import flops_per_token
 from trainers.stopping import StopRequest
@@ -44,6 +52,7 @@ class Task:
 
 def work(arguments: dict[str, Any]) -> None:
     """Run on every worker of the group, torch.distributed up; `arguments["task"]` is a `Task`."""
+    began = time.time()
     task: Task = arguments["task"]
     config = task.config
     torch.set_num_threads(config.cluster.threads)
@@ -51,20 +60,52 @@ def work(arguments: dict[str, Any]) -> None:
     attempt = workers.broadcast(claim_attempt(run) if workers.leads else 0)
     with ExitStack() as stack:
         heartbeat = stack.enter_context(Heartbeat(config.heartbeat, run, rank=workers.rank, attempt=attempt))
-        parts = assemble(task, workers, run, attempt, heartbeat, stack)
+        data = open_data(task)
+        heartbeat.beat(0, "restore")
+        newest = latest_checkpoint(
+            run, rank=workers.rank, world_size=workers.world_size, gather=workers.gather
+        )
+        # Before the engine is built: the pipeline takes seconds to start, and does so meanwhile.
+        stream = stack.enter_context(open_stream(config, data, workers, newest.step if newest else 0))
+        parts = assemble(config, data, stream, newest, workers, run, attempt, heartbeat, began, stack)
         ending = train(parts)
+        stream.close()
         if not ending.stopped:
-            conclude(parts, task)
+            conclude(parts, data)
 
 
-def assemble(
-    task: Task, workers: Workers, run: Store, attempt: int, heartbeat: Heartbeat, stack: ExitStack
-) -> Parts:
-    """Build the model, the engine and everything around them; what needs closing goes onto the stack."""
+@dataclass(frozen=True)
+class Data:
+    """What a run is trained on."""
+
+    corpus: Store
+    manifest: Manifest
+    order: Order
+
+
+def open_data(task: Task) -> Data:
+    """Read the manifest and plan the order."""
     config, batch = task.config, task.config.batch
     corpus = open_store(config.corpus.prepared)
     manifest = read_manifest(corpus, task.manifest_digest)
     order = Order(manifest, config.order, seq_len=batch.seq_len, rows_per_step=batch.rows_per_step)
+    return Data(corpus, manifest, order)
+
+
+def assemble(
+    config: PretrainConfig,
+    data: Data,
+    stream: TokenStream,
+    newest: CheckpointRecord | None,
+    workers: Workers,
+    run: Store,
+    attempt: int,
+    heartbeat: Heartbeat,
+    began: float,
+    stack: ExitStack,
+) -> Parts:
+    """Build the model, the engine and everything around them; what needs closing goes onto the stack."""
+    batch, order, manifest, corpus = config.batch, data.order, data.manifest, data.corpus
     # Lanes are dealt out whole; where they do not come out even, the last workers' share is filled up.
     rows = -(-order.lanes // workers.world_size) * order.rows_per_lane
     micro_batch_rows = largest_divisor(rows, config.engine.micro_batch_rows)
@@ -72,6 +113,9 @@ def assemble(
     model = build(
         model_config, config.run.seed, activation_checkpointing=config.engine.activation_checkpointing
     )
+    if config.run.init_from and newest is None:
+        # Before the engine is built, which copies the weights into its masters.
+        load_initial(model, read_stored(open_store(config.run.init_from)))
     engine = Engine(
         model,
         replace(config.engine, micro_batch_rows=micro_batch_rows),
@@ -84,6 +128,12 @@ def assemble(
         engine.device.type, device_name(engine.device), config.engine.precision, config.cluster.threads
     )
     leads = workers.leads
+    objective = objective_of(
+        config.objective,
+        corpus.read(tokenizer_path(manifest.tokenizer)),
+        boundary_id=manifest.boundary_id,
+        document_mask=config.model.document_mask,
+    )
 
     def documents(step: int) -> list[str]:
         rows_of_step = order.step_rows(step)
@@ -91,32 +141,38 @@ def assemble(
 
     return Parts(
         config=config,
-        boundary_id=manifest.boundary_id,
+        objective=objective,
         identity={
             "manifest": manifest.digest,
             "tokenizer": manifest.tokenizer,
             "order": order.digest,
         },
+        began=began,
         workers=workers,
         order=order,
         engine=engine,
         micro_batch_rows=micro_batch_rows,
-        open_stream=partial(open_stream, task, order, manifest, workers),
+        stream=stream,
+        newest=newest,
         validate=partial(
             evaluate_split,
             config,
-            manifest,
-            corpus,
+            data,
             "validation",
             config.validation.max_rows,
             workers,
             engine,
+            objective,
         ),
         meter=Meter(
-            flops_per_token=flops_per_token(model_config, batch.seq_len),
+            flops_per_token=flops_per_token(
+                model_config, batch.seq_len, objective.target_share(batch.seq_len)
+            ),
             peak_flops_per_second=peak.flops_per_second * workers.world_size,
         ),
-        metrics=stack.enter_context(MetricsWriter(run, attempt)) if leads else None,
+        metrics=stack.enter_context(MetricsWriter(run, attempt, observers=observers(config, stack)))
+        if leads
+        else None,
         writer=stack.enter_context(
             CheckpointWriter(
                 run, config.checkpoint, rank=workers.rank, world_size=workers.world_size, attempt=attempt
@@ -129,49 +185,55 @@ def assemble(
     )
 
 
-def open_stream(task: Task, order: Order, manifest: Manifest, workers: Workers, step: int) -> TokenStream:
+def open_stream(config: PretrainConfig, data: Data, workers: Workers, step: int) -> TokenStream:
     """The rows of this worker from a step on."""
     return TokenStream(
-        order,
-        manifest,
-        task.config.corpus.prepared,
+        data.order,
+        data.manifest,
+        config.corpus.prepared,
         rank=workers.rank,
         world_size=workers.world_size,
         start_step=step,
-        stop_step=task.config.run.steps,
+        stop_step=config.run.steps,
         broadcast=workers.broadcast,
+        framing=config.objective.framing,
     )
+
+
+def observers(config: PretrainConfig, stack: ExitStack) -> list[Callable[[Record], None]]:
+    """Who is told of each record at once: Prometheus, and the log where it is asked for."""
+    live = stack.enter_context(LiveMetrics(config.run.name)).observe
+    return [live, event_log(config.run.name, worker=0)] if config.run.log_events else [live]
 
 
 def evaluate_split(
     config: PretrainConfig,
-    manifest: Manifest,
-    corpus: Store,
+    data: Data,
     split: str,
     max_rows: int,
     workers: Workers,
     engine: Engine,
+    objective: Objective,
 ) -> Evaluation:
     """The loss on a fixed set of rows of a split; all workers call it together."""
     batches = evaluation_batches(
-        manifest,
-        corpus,
+        data.manifest,
+        data.corpus,
         split,
         seq_len=config.batch.seq_len,
         rows_per_batch=engine.config.micro_batch_rows,
         rank=workers.rank,
         world_size=workers.world_size,
         max_rows=max_rows,
+        framing=evaluation_framing(config, data.manifest),
     )
-    return evaluate(engine, batches, workers, manifest.boundary_id, config.model.document_mask)
+    return evaluate(engine, batches, workers, objective)
 
 
-def conclude(parts: Parts, task: Task) -> None:
+def conclude(parts: Parts, data: Data) -> None:
     """Judge the chosen checkpoint on the test split and export it; what was done already is not done again."""
     run, workers, config = parts.run, parts.workers, parts.config
     parts.heartbeat.beat(config.run.steps, "restore")
-    corpus = open_store(config.corpus.prepared)
-    manifest = read_manifest(corpus, task.manifest_digest)
     # By asking worker 0 which one it is, the others wait until it has committed the last.
     record = checkpoint_at(
         run, "best", rank=workers.rank, world_size=workers.world_size, gather=workers.gather
@@ -182,17 +244,17 @@ def conclude(parts: Parts, task: Task) -> None:
             claim_test_split(run, record.name)
         parts.engine.load_state(best)
         parts.heartbeat.beat(best.step, "validate")
-        found = evaluate_split(config, manifest, corpus, "test", 0, workers, parts.engine)
+        found = evaluate_split(config, data, "test", 0, workers, parts.engine, parts.objective)
         if workers.leads:
             record_verdict(run, {"step": best.step, "checkpoint": record.name, **found.as_json()})
     if workers.leads:
         parts.heartbeat.beat(best.step, "export")
-        tokenizer = corpus.read(tokenizer_path(manifest.tokenizer))
+        tokenizer = data.corpus.read(tokenizer_path(data.manifest.tokenizer))
         export(
             best.values(),  # one at a time: the whole need not fit into this worker
-            model_of(config, manifest),
+            model_of(config, data.manifest),
             tokenizer,
-            manifest.boundary_id,
+            data.manifest.boundary_id,
             run.child(EXPORT),
         )
 

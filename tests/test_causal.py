@@ -1,14 +1,11 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainers.causal import causal_lm, document_segments
 from trainers.model import build
-from trainers.objectives import causal_lm, chunk_tokens, document_segments, linear_cross_entropy
 from trainers.shape import ModelConfig
 
 SMALL = ModelConfig(vocab_size=311, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
@@ -19,28 +16,6 @@ TIED = ModelConfig(
 
 def rows_of(num_rows: int, length: int, vocab_size: int = 311) -> torch.Tensor:
     return torch.randint(vocab_size, (num_rows, length), generator=torch.Generator().manual_seed(num_rows))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 700), st.integers(1, 40), st.integers(2, 600), st.floats(0.1, 50))
-def test_value_and_gradient_are_those_of_torch_cross_entropy(num_tokens, width, vocab_size, scale):
-    torch.manual_seed(num_tokens)
-    hidden = (torch.randn(num_tokens, width) * scale).requires_grad_()
-    weight = torch.randn(vocab_size, width).requires_grad_()
-    targets = torch.randint(vocab_size, (num_tokens,))
-    weights = torch.rand(num_tokens) * (torch.rand(num_tokens) > 0.3)
-    total, losses = linear_cross_entropy(hidden, weight, targets, weights)
-    found = torch.autograd.grad(total * 0.37, (hidden, weight))
-
-    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="none") * weights
-    wanted = torch.autograd.grad(expected.sum() * 0.37, (hidden, weight))
-    torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(total, expected.sum(), rtol=1e-5, atol=1e-4)
-    # A probability near 1 less the target's 1 cancels: what is left has the error of a float32 near 1, times what the
-    # gradient is multiplied with.
-    for ours, theirs, factor in zip(found, wanted, (weight, hidden), strict=True):
-        cancelled = 1e-6 * factor.abs().max().item() * len(targets)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item() + cancelled)
 
 
 @pytest.mark.parametrize("config", [SMALL, TIED], ids=["untied", "tied"])
@@ -69,9 +44,9 @@ def test_each_target_is_the_next_token():
     rows = torch.arange(0, 40).repeat(2, 1)
 
     class Successor(torch.nn.Module):
-        def forward(self, tokens_BT, segments_BT, *, targets_BT, weights_BT):
+        def forward(self, tokens_BT, segments_BT, *, targets_BP, weights_BP):
             logits = F.one_hot(tokens_BT + 1, 41).float() * 100
-            losses = F.cross_entropy(logits.transpose(1, 2), targets_BT, reduction="none") * weights_BT
+            losses = F.cross_entropy(logits.transpose(1, 2), targets_BP, reduction="none") * weights_BP
             return losses.sum(), losses.sum(1)
 
     assert causal_lm(Successor(), rows, torch.ones(2), boundary_id=0).total.item() == pytest.approx(
@@ -132,32 +107,3 @@ def test_evaluation_needs_no_gradient():
     with torch.no_grad():
         loss = causal_lm(build(SMALL, 0), rows_of(2, 9), torch.ones(2), 0)
     assert not loss.total.requires_grad
-
-
-@given(st.integers(1, 10**6), st.integers(1, 10**4), st.integers(1, 2 * 10**5))
-def test_a_chunk_of_logits_is_no_larger_than_the_hidden_states(num_tokens, width, vocab_size):
-    """Up to rounding the tokens up to 128, below which a matrix product is inefficient."""
-    size = chunk_tokens(num_tokens, width, vocab_size)
-    assert size % 128 == 0
-    assert (size - 128) * vocab_size <= num_tokens * width
-
-
-PEAK = """
-import resource, sys, torch
-from trainers.objectives import linear_cross_entropy
-N, D, V = 8_192, 64, 16_384
-hidden = torch.randn(N, D, dtype=torch.bfloat16, requires_grad=True)
-weight = torch.randn(V, D, dtype=torch.bfloat16, requires_grad=True)
-targets, weights = torch.randint(V, (N,)), torch.ones(N)
-linear_cross_entropy(hidden[:256], weight, targets[:256], weights[:256])[0].backward()  # loads the kernels
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-linear_cross_entropy(hidden, weight, targets, weights)[0].backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-"""
-
-
-def test_peak_memory_stays_far_below_whole_logits_in_float32():
-    grown = int(
-        subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True, text=True).stdout
-    )
-    assert grown < 8_192 * 16_384 * 4 / 4, f"{grown / 2**20:.0f} MiB; whole logits in float32 take 512"

@@ -1,0 +1,101 @@
+"""The alerts, evaluated by Prometheus' own tool on recorded series, and the dashboard's names of metrics."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from k8s.check import K8S
+from trainers.live_metrics import COUNTERS, GAUGES
+
+MONITORING = K8S / "components" / "monitoring"
+RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]
+PROMTOOL = os.environ.get("PROMTOOL") or shutil.which("promtool")
+RUN = '{run="a", pid="1"}'
+HEALTHY = {
+    # `start+stepxcount`: one sample a minute, for ten hours
+    f"ray_pretrain_last_step_timestamp_seconds{RUN}": "0+60x600",
+    f"ray_pretrain_last_checkpoint_timestamp_seconds{RUN}": "0+60x600",
+    f"ray_pretrain_nonfinite_losses_total{RUN}": "0+0x600",
+    f"ray_pretrain_tokens_per_second{RUN}": "1000+0x600",
+    f"ray_pretrain_attempt{RUN}": "1+0x600",
+    f"ray_pretrain_skipped_steps_total{RUN}": "0+0x600",
+    f"ray_pretrain_data_wait_seconds_total{RUN}": "0+1x600",
+    'ray_node_mem_total{ray_io_cluster="c", ip="1"}': "1+0x600",
+    'ray_node_mem_total{ray_io_cluster="c", ip="2"}': "1+0x600",
+    'ray_node_disk_utilization_percentage{ray_io_cluster="c", ip="1"}': "50+0x600",
+}
+SICK = {  # what differs -> the alert that fires at minute 540
+    "PretrainingStandsStill": {f"ray_pretrain_last_step_timestamp_seconds{RUN}": "0+60x500 30000+0x100"},
+    "PretrainingLossNotFinite": {f"ray_pretrain_nonfinite_losses_total{RUN}": "0+0x500 0+1x100"},
+    "PretrainingSkipsSteps": {f"ray_pretrain_skipped_steps_total{RUN}": "0+0x500 0+1x100"},
+    "PretrainingCheckpointIsOld": {f"ray_pretrain_last_checkpoint_timestamp_seconds{RUN}": "0+0x600"},
+    "PretrainingWaitsForData": {f"ray_pretrain_data_wait_seconds_total{RUN}": "0+30x600"},
+    "PretrainingSlowedDown": {f"ray_pretrain_tokens_per_second{RUN}": "1000+0x500 500+0x100"},
+    "PretrainingRestartsOften": {f"ray_pretrain_attempt{RUN}": "1+0x500 1x9 2x9 3x9 4x60"},
+    "RayNodeLost": {'ray_node_mem_total{ray_io_cluster="c", ip="2"}': "1+0x520 stale"},
+    "RayNodeDiskNearlyFull": {
+        'ray_node_disk_utilization_percentage{ray_io_cluster="c", ip="1"}': "50+0x500 90+0x100"
+    },
+}
+AT = "540m"
+
+
+def test_every_alert_has_a_series_that_fires_it_and_says_what_to_do() -> None:
+    alerts = [rule for group in RULES["groups"] for rule in group["rules"]]
+    assert {rule["alert"] for rule in alerts} == SICK.keys()
+    for rule in alerts:
+        assert rule["annotations"]["summary"] and rule["annotations"]["description"]
+
+
+def test_alerts_and_dashboard_name_only_metrics_that_are_exported() -> None:
+    known = {f"ray_pretrain_{name}" for name in GAUGES} | {f"ray_pretrain_{name}_total" for name in COUNTERS}
+    text = (MONITORING / "rules.yaml").read_text() + (MONITORING / "pretraining.json").read_text()
+    used = set(re.findall(r"ray_pretrain_\w+", text))
+    assert used <= known
+    dashboard = json.loads((MONITORING / "pretraining.json").read_text())
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) >= 12
+
+
+def firing(series: dict[str, str], folder: Path) -> dict[str, Any]:
+    """promtool's verdict on each alert: whether exactly the alerts that are expected fire."""
+    (folder / "rules.yaml").write_text(yaml.safe_dump(RULES))
+    return {
+        "rule_files": ["rules.yaml"],
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "promql_expr_test": [
+                    {
+                        "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                        "eval_time": AT,
+                        "exp_samples": [],
+                    }
+                ],
+            }
+        ],
+    }
+
+
+@pytest.mark.skipif(
+    not PROMTOOL, reason="needs promtool (Debian: prometheus), on the path or named by PROMTOOL"
+)
+@pytest.mark.parametrize("alert", ["none", *SICK])
+def test_an_alert_fires_on_its_series_and_no_other_does(alert: str, tmp_path: Path) -> None:
+    test = firing(HEALTHY | SICK.get(alert, {}), tmp_path)
+    if alert != "none":
+        sample = {"labels": f'{{alertname="{alert}"}}', "value": 1}
+        test["tests"][0]["promql_expr_test"][0]["exp_samples"] = [sample]
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+    result = subprocess.run(
+        [str(PROMTOOL), "test", "rules", "test.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,62 @@
+import subprocess
+import sys
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers.cross_entropy import chunk_tokens, linear_cross_entropy
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 700), st.integers(1, 40), st.integers(2, 600), st.floats(0.1, 50), st.booleans())
+def test_value_and_gradient_are_those_of_torch_cross_entropy(num_tokens, width, vocab_size, scale, biased):
+    torch.manual_seed(num_tokens)
+    hidden = (torch.randn(num_tokens, width) * scale).requires_grad_()
+    weight = torch.randn(vocab_size, width).requires_grad_()
+    targets = torch.randint(vocab_size, (num_tokens,))
+    weights = torch.rand(num_tokens) * (torch.rand(num_tokens) > 0.3)
+    bias = (torch.randn(vocab_size) * biased).requires_grad_()
+    total, losses = linear_cross_entropy(hidden, weight, targets, weights, bias if biased else None)
+    leaves = (hidden, weight, bias) if biased else (hidden, weight)
+    found, factors = torch.autograd.grad(total * 0.37, leaves), (weight, hidden, torch.ones(1))[: len(leaves)]
+
+    expected = F.cross_entropy(hidden @ weight.T + bias, targets, reduction="none") * weights
+    wanted = torch.autograd.grad(expected.sum() * 0.37, leaves)
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total, expected.sum(), rtol=1e-5, atol=1e-4)
+    # A probability near 1 less the target's 1 cancels: what is left has the error of a float32 near 1, times what the
+    # gradient is multiplied with.
+    for ours, theirs, factor in zip(found, wanted, factors, strict=True):
+        cancelled = 1e-6 * factor.abs().max().item() * len(targets)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item() + cancelled)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**4), st.integers(1, 2 * 10**5))
+def test_a_chunk_of_logits_is_no_larger_than_the_hidden_states(num_tokens, width, vocab_size):
+    """Up to rounding the tokens up to 128, below which a matrix product is inefficient."""
+    size = chunk_tokens(num_tokens, width, vocab_size)
+    assert size % 128 == 0
+    assert (size - 128) * vocab_size <= num_tokens * width
+
+
+PEAK = """
+import resource, sys, torch
+from trainers.cross_entropy import linear_cross_entropy
+N, D, V = 8_192, 64, 16_384
+hidden = torch.randn(N, D, dtype=torch.bfloat16, requires_grad=True)
+weight = torch.randn(V, D, dtype=torch.bfloat16, requires_grad=True)
+targets, weights = torch.randint(V, (N,)), torch.ones(N)
+linear_cross_entropy(hidden[:256], weight, targets[:256], weights[:256])[0].backward()  # loads the kernels
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+linear_cross_entropy(hidden, weight, targets, weights)[0].backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_peak_memory_stays_far_below_whole_logits_in_float32():
+    grown = int(
+        subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True, text=True).stdout
+    )
+    assert grown < 8_192 * 16_384 * 4 / 4, f"{grown / 2**20:.0f} MiB; whole logits in float32 take 512"

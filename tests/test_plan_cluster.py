@@ -1,0 +1,61 @@
+import re
+
+import pytest
+
+from cluster.config import ConfigError, load_config
+from trainers.plan_cluster import ClusterPlanConfig, main, options, room
+from trainers.throughput import Strategy
+
+LLAMA_7B = ["--config", "trainers/configs/llama-7b.yaml"]
+
+
+def config(*arguments: str) -> ClusterPlanConfig:
+    return load_config(ClusterPlanConfig, [*LLAMA_7B, *arguments], description="").config
+
+
+def test_the_fastest_that_fits_comes_first_and_what_does_not_fit_last() -> None:
+    found = options(config("--gpus", "256", "--gpu", "h100-80gb"))
+    fitting = [option for option in found if option.fits]
+    assert found[: len(fitting)] == fitting
+    speeds = [option.tokens_per_second for option in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+    assert 0.2 < fitting[0].mfu < 0.6
+
+
+def test_more_gpus_let_lower_stages_fit() -> None:
+    def stages(gpus: int) -> set[int]:
+        return {o.strategy.zero_stage for o in options(config("--gpus", str(gpus))) if o.fits}
+
+    assert 0 not in stages(256)  # 16 bytes a parameter of 6.7 G do not fit anywhere
+    assert min(stages(64)) >= 1
+    assert stages(8) <= stages(256)
+
+
+def test_a_model_that_fits_nowhere_is_said_so_with_exit_1(capsys) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main([*LLAMA_7B, "--gpus", "1", "--gpu", "a100-40gb"])
+    assert "nothing fits" in capsys.readouterr().out
+
+
+def test_the_plan_names_keys_time_cost_energy_and_its_own_error(capsys) -> None:
+    main([*LLAMA_7B, "--gpus", "256", "--gpu", "h100-80gb"])
+    text = capsys.readouterr().out
+    for part in ("engine.zero_stage=", "1.00 T tokens", "GPU-hours", "$", "CO2", "median", "worst"):
+        assert part in text
+    days = float(re.search(r"tokens in (\d+) d", text)[1])
+    # 1 T tokens x 4.3e10 FLOP on 256 H100s at 30 to 45 % of their peak: 4.4 to 6.6 days.
+    assert 4 <= days <= 8
+
+
+def test_unknown_gpus_and_more_gpus_than_rows_are_named_together() -> None:
+    with pytest.raises(ConfigError) as found:
+        config("--gpu", "h100", "--gpus", "5000")
+    assert "h100-80gb" in str(found.value)
+    assert "batch.rows_per_step" in str(found.value)
+
+
+def test_room_is_less_than_the_memory() -> None:
+    from cluster.fleet import GPUS
+
+    assert all(0 < room(gpu) < gpu.memory_bytes for gpu in GPUS.values())
+    assert Strategy(zero_stage=0, micro_batch_rows=1).offload == "none"

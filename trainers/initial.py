@@ -1,0 +1,103 @@
+"""What a run starts from instead of random weights: a model's folder, of this project or of Hugging Face.
+
+`run.init_from` gives shape, weights and tokenizer. The run is a new one, with a schedule that warms up again, so this
+is how training goes on with newer text: name old and new text under `corpus.sources` and the share of the old one, that
+is replayed against forgetting, under `order.weights` (Ibrahim et al. 2024).
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import torch
+
+from cluster.config import ConfigError
+from cluster.storage import open_store
+from data.assemble import given_tokenizer
+from data.tokens import fix_tokenizer
+from trainers.config import PretrainConfig
+from trainers.formats import Stored, read_stored
+from trainers.model import Backbone, build
+from trainers.shape import ModelConfig
+
+# What need not be as in the folder: not part of the shape, or may grow.
+FREE = ("vocab_size", "init_std", "document_mask", "pair_head")
+
+
+def with_initial(config: PretrainConfig) -> PretrainConfig:
+    """Take shape and tokenizer from `run.init_from`; without it, the configuration as it is.
+
+    The vocabulary grows where the tokenizer has more entries than the folder's embedding, as when the boundary of
+    documents is new to it. A pair head is added or left out as the objective needs it; what is new starts at random.
+
+    Raises:
+        ConfigError: a key is given that the folder has otherwise, or the folder cannot be started from.
+    """
+    uri = config.run.init_from
+    if not uri:
+        return config
+    source = open_store(uri)
+    try:
+        shape = read_stored(source).config
+        serialised = source.read("tokenizer.json").decode()
+    except (FileNotFoundError, ValueError) as unusable:
+        raise ConfigError([f"run.init_from={uri}: {unusable}"]) from unusable
+    if problems := list(_contradictions(config.model, shape, uri)):
+        raise ConfigError(problems)
+    tokenizer = config.corpus.tokenizer
+    own = fix_tokenizer(serialised, f"{source.uri}/tokenizer.json", tokenizer.boundary)
+    given = given_tokenizer(config.corpus)
+    if given and given.fingerprint != own.fingerprint:
+        raise ConfigError(
+            [
+                f"corpus.tokenizer.path={tokenizer.path} is the tokenizer {given.fingerprint}, but the model of "
+                f"run.init_from={uri} was trained with {own.fingerprint}; leave the path empty to take that one"
+            ]
+        )
+    merged = replace(
+        config,
+        model=replace(
+            shape,
+            vocab_size=max(shape.vocab_size, own.vocab_size, config.model.vocab_size),
+            init_std=config.model.init_std,
+            document_mask=config.model.document_mask,
+            pair_head=config.objective.has_pairs,
+        ),
+        corpus=replace(
+            config.corpus,
+            tokenizer=replace(tokenizer, path=tokenizer.path or f"{source.uri}/tokenizer.json"),
+        ),
+    )
+    if problems := [*merged.model.problems("model"), *merged.model_problems()]:
+        raise ConfigError(problems)
+    return merged
+
+
+def _contradictions(given: ModelConfig, shape: ModelConfig, uri: str) -> Iterator[str]:
+    """A line for each key that is neither left alone nor as in the folder."""
+    for field in fields(ModelConfig):
+        value, stored = getattr(given, field.name), getattr(shape, field.name)
+        if field.name not in FREE and value not in (field.default, stored):
+            yield f"model.{field.name}={value!r}, but run.init_from={uri} has {stored!r}; leave it out"
+
+
+def grown(stored: Stored, vocab_size: int) -> Backbone:
+    """A folder's model in float32 on the CPU, with as many entries as a tokenizer that got a boundary.
+
+    What is new is as in a run with `run.seed` 0 that starts from the folder.
+    """
+    model = build(replace(stored.config, vocab_size=max(vocab_size, stored.config.vocab_size)), seed=0)
+    load_initial(model, stored)
+    return model.eval()
+
+
+def load_initial(model: Backbone, stored: Stored) -> None:
+    """Copy the weights of a folder into a model that may have a larger vocabulary, and a pair head or none.
+
+    Raises:
+        ValueError: the folder lacks a weight, or its shape is another one.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in stored.parameters():
+            if name in parameters or not name.startswith("pair_head."):
+                parameters[name][: len(tensor)].copy_(tensor)

@@ -1,0 +1,131 @@
+"""A run's records as metrics that Prometheus scrapes from Ray, and its events as lines of a log.
+
+Ray exports them on every node's metrics port as `ray_pretrain_…`, with the label `run`; k8s/components/monitoring holds
+alerts and a dashboard over them. What they come from, and what is kept, are the records of trainers/metrics.py.
+"""
+
+import json
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TextIO
+
+from ray.util.metrics import Counter, Gauge
+
+from trainers.metrics import Record, finite
+
+PREFIX = "pretrain_"
+GAUGES = {
+    "step": "Finished steps.",
+    "attempt": "How often the run was started.",
+    "loss": "Nats per target token of the last step.",
+    "grad_norm": "Norm of the last step's gradient, before clipping.",
+    "learning_rate": "Of the last step.",
+    "step_seconds": "Duration of the last step.",
+    "tokens_per_second": "Of the last step, all workers.",
+    "mfu": "FLOP/s of the model over the devices' peak, in the last step.",
+    "memory_bytes": "Accelerator memory of worker 0.",
+    "validation_loss": "Nats per target token on the validation split.",
+    "last_step_timestamp_seconds": "Unix time of the last step.",
+    "last_checkpoint_timestamp_seconds": "Unix time of the last committed checkpoint, or of the start.",
+}
+COUNTERS = {
+    "tokens": "Target tokens trained on.",
+    "productive_seconds": "Time of steps without waiting and stalling; its rate is the goodput.",
+    "data_wait_seconds": "Time of steps without data to compute on.",
+    "checkpoint_stall_seconds": "Time of steps that a checkpoint held up.",
+    "skipped_steps": "Steps that the guard refused.",
+    "nonfinite_losses": "Steps whose loss was not a number.",
+    "checkpoints": "Committed checkpoints.",
+}
+RENAMED = {"lr": "learning_rate"}
+REFRESH_SECONDS = 4.0
+"""Ray forgets a gauge that is not set again within two of its reports (10 s each), and a step may take longer."""
+
+
+def readings(record: Record) -> Iterator[tuple[str, float]]:
+    """(name, value) of each metric that a record sets, or adds to."""
+    yield "attempt", record["attempt"]
+    yield "step", record["step"]
+    if "validation" in record:
+        yield "validation_loss", record["validation"]["loss"]
+    elif "event" in record:
+        yield from _event_readings(record)
+    else:
+        yield from _step_readings(record)
+
+
+def _event_readings(record: Record) -> Iterator[tuple[str, float]]:
+    if record["event"] in ("start", "checkpoint"):
+        yield "last_checkpoint_timestamp_seconds", record["time"]
+    if record["event"] == "start":
+        yield "last_step_timestamp_seconds", record["time"]
+    if record["event"] == "checkpoint":
+        yield "checkpoints", 1.0
+    if record["event"] == "skipped":
+        yield "skipped_steps", 1.0
+
+
+def _step_readings(record: Record) -> Iterator[tuple[str, float]]:
+    yield "last_step_timestamp_seconds", record["time"]
+    waited, stalled = record["data_wait_seconds"], record["checkpoint_stall_seconds"]
+    yield "productive_seconds", max(0.0, record["step_seconds"] - waited - stalled)
+    if not math.isfinite(record["loss"]):
+        yield "nonfinite_losses", 1.0
+    for key, value in record.items():
+        name = RENAMED.get(key, key)
+        is_ours = name in COUNTERS or (name in GAUGES and name not in ("step", "attempt"))
+        if is_ours and value is not None and math.isfinite(value):
+            yield name, value
+
+
+class LiveMetrics:
+    """Hands records on to Ray's metrics of this process, for the length of a with-block.
+
+    A worker that hangs goes on showing its last step, so that the age of that step can be alerted on.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._tags = {"run": run}
+        self._gauges = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in GAUGES.items()}
+        self._counters = {name: Counter(PREFIX + name, text, ("run",)) for name, text in COUNTERS.items()}
+        self._last: dict[str, float] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="live metrics", daemon=True)
+
+    def observe(self, record: Record) -> None:
+        """Takes a record with attempt and time. From any thread."""
+        for name, value in readings(record):
+            if name in self._gauges:
+                self._gauges[name].set(value, self._tags)
+                self._last[name] = value
+            elif value > 0:  # Ray's counters refuse an increase by nothing
+                self._counters[name].inc(value, self._tags)
+
+    def __enter__(self) -> "LiveMetrics":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _refresh(self) -> None:
+        while not self._ended.wait(REFRESH_SECONDS):
+            for name, value in list(self._last.items()):
+                self._gauges[name].set(value, self._tags)
+
+
+def event_log(run: str, worker: int, stream: TextIO | None = None) -> Callable[[Record], None]:
+    """Writes each event as a line of JSON for a log collector: run, attempt, worker, step, and what belongs to it."""
+
+    def write(record: Record) -> None:
+        if "event" in record:
+            line = {"run": run, "attempt": record["attempt"], "worker": worker, **finite(record)}
+            print(json.dumps(line), file=stream or sys.stdout, flush=True)
+
+    return write

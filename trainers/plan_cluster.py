@@ -1,0 +1,243 @@
+"""Which way to train a model on a cluster that is not there yet: what fits, what is fastest, what it costs.
+
+    python trainers/plan_cluster.py --config trainers/configs/llama-7b.yaml --gpus 256 --gpu h100-80gb
+
+Memory is counted as in trainers/plan.py, speed estimated as in trainers/throughput.py; nothing is measured or started.
+"""
+
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import load_config, nearest, run_entry
+from cluster.fleet import GPUS, Gpu
+from cluster.hardware import Peak, estimate_energy
+from data.corpus import CorpusConfig
+from trainers.config import PretrainConfig
+from trainers.plan import Job, Memory, memory_per_worker, rows_per_worker
+from trainers.published_speeds import errors
+from trainers.shape import ModelConfig, count_parameters, flops_per_token
+from trainers.throughput import StepTime, Strategy, step_time
+from trainers.units import count, duration, energy, mass, size
+
+RESERVED_BYTES = 3 << 30
+"""Of a GPU's memory: the driver's context, NCCL's buffers, kernels."""
+USABLE = 0.92
+"""Of the rest: what fragmentation leaves of it to torch's allocator."""
+TABLE_WIDTH = 100
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnyCorpus(CorpusConfig):
+    """A corpus that need not be there yet."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        return iter(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterPlanConfig(PretrainConfig):
+    """A pretraining run, and the cluster to plan it for."""
+
+    corpus: AnyCorpus = field(default_factory=AnyCorpus)
+    gpus: int = 8
+    """GPUs in all."""
+    gpu: str = "h100-80gb"
+    """Which: a name of the table in cluster/fleet.py."""
+    dollars_per_gpu_hour: float = 2.5
+    """Price of one GPU for an hour, hosts and network included: assumed, they differ by a factor of five."""
+    rows: int = 12
+    """Lines of the table."""
+
+    def problems(self, at: str = "") -> Iterator[str]:
+        yield from super().problems(at)
+        if self.gpu not in GPUS:
+            guess = nearest(self.gpu, list(GPUS)) or ", ".join(GPUS)
+            yield f"gpu={self.gpu} is not in the table of cluster/fleet.py; nearest: {guess}"
+        if not 1 <= self.gpus <= self.batch.rows_per_step:
+            yield f"gpus={self.gpus:,} must be from 1 to batch.rows_per_step={self.batch.rows_per_step:,}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to train, and what it would come to."""
+
+    strategy: Strategy
+    micro_batches: int
+    memory: Memory
+    device_bytes: float
+    """Of one GPU's memory."""
+    fits: bool
+    time: StepTime
+    tokens_per_second: float
+    """All GPUs."""
+    mfu: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table and what follows from its first line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    config = load_config(ClusterPlanConfig, arguments, description=__doc__ or "").config
+    console, gpu = Console(soft_wrap=True), GPUS[config.gpu]
+    console.width = max(console.width, TABLE_WIDTH)
+    found = options(config)
+    fitting = [option for option in found if option.fits]
+    console.print(options_table(config, fitting[: config.rows] or found[-3:]))
+    if fitting:
+        console.print(*summary(config, gpu, fitting[0]), sep="\n", highlight=False)
+    else:
+        least = min(found, key=lambda option: option.device_bytes)
+        console.print(
+            f"nothing fits: the least is {size(least.device_bytes)} of {size(room(gpu))} a GPU; "
+            "take more GPUs, or some with more memory",
+            highlight=False,
+        )
+    console.print(*basis(gpu), sep="\n", highlight=False)
+    if not fitting:
+        raise SystemExit(1)
+
+
+def options(config: ClusterPlanConfig) -> list[Option]:
+    """Every combination that a configuration can have, the fastest first, those that do not fit last."""
+    rows = -(-config.batch.rows_per_step // config.gpus)
+    sizes = [number for number in BATCH_SIZES if number <= rows and rows % number == 0]
+    combinations: Iterator[tuple[Any, ...]] = itertools.product(
+        (0, 1, 2, 3), ("none", "optimizer"), (False, True), sizes
+    )
+    found = [
+        option_of(
+            config,
+            Strategy(
+                zero_stage=stage,
+                offload=offload,
+                activation_checkpointing=recompute,
+                micro_batch_rows=micro,
+                compiled=config.engine.compile,
+            ),
+        )
+        for stage, offload, recompute, micro in combinations
+        if stage or offload == "none"
+    ]
+    return sorted(found, key=lambda option: (not option.fits, -option.tokens_per_second))
+
+
+def option_of(config: ClusterPlanConfig, strategy: Strategy) -> Option:
+    gpu, model = GPUS[config.gpu], model_of(config)
+    job = job_of(config, strategy)
+    micro_batches = -(-rows_per_worker(job) // strategy.micro_batch_rows)
+    memory = memory_per_worker(job)
+    on_device = memory.total - memory.checkpoint_buffers
+    if strategy.offload == "optimizer":
+        on_device -= memory.optimizer
+    time = step_time(model, job.seq_len, micro_batches, strategy, gpu, config.gpus)
+    speed = job.rows_per_step * job.seq_len / time.total
+    return Option(
+        strategy=strategy,
+        micro_batches=micro_batches,
+        memory=memory,
+        device_bytes=on_device,
+        fits=on_device <= room(gpu),
+        time=time,
+        tokens_per_second=speed,
+        mfu=speed * flops_per_token(model, job.seq_len) / (config.gpus * gpu.accelerator.bf16),
+    )
+
+
+def job_of(config: ClusterPlanConfig, strategy: Strategy) -> Job:
+    """The run as trainers/plan.py counts it, by this strategy."""
+    gpu = GPUS[config.gpu]
+    engine = replace(
+        config.engine,
+        zero_stage=strategy.zero_stage,
+        offload=strategy.offload,
+        activation_checkpointing=strategy.activation_checkpointing,
+        micro_batch_rows=strategy.micro_batch_rows,
+    )
+    return Job(
+        model=model_of(config),
+        engine=engine,
+        optimizer=config.optimizer,
+        checkpoint=config.checkpoint,
+        seq_len=config.batch.seq_len,
+        rows_per_step=config.batch.rows_per_step,
+        steps=config.run.steps,
+        num_workers=config.gpus,
+        peak=Peak(gpu.accelerator.bf16, gpu.accelerator.source),
+        watts=config.gpus * (config.energy.watts_per_device or gpu.accelerator.watts),
+        energy=config.energy,
+    )
+
+
+def model_of(config: ClusterPlanConfig) -> ModelConfig:
+    """With the vocabulary that the configuration names: a tokenizer of its own is not looked at."""
+    return replace(config.model, vocab_size=config.model.vocab_size or config.corpus.tokenizer.vocab_size)
+
+
+def room(gpu: Gpu) -> float:
+    """Bytes of a GPU that tensors may take."""
+    return USABLE * (gpu.memory_bytes - RESERVED_BYTES)
+
+
+def options_table(config: ClusterPlanConfig, found: Sequence[Option]) -> Table:
+    table = Table(
+        title=f"{count(count_parameters(model_of(config)).total)} parameters on {config.gpus} x {config.gpu}"
+    )
+    for name in ("ZeRO", "offload", "recompute", "micro-batch", "a GPU holds", "tokens/s", "MFU", "exposed"):
+        table.add_column(name, justify="right")
+    for option in found:
+        way = option.strategy
+        table.add_row(
+            str(way.zero_stage),
+            way.offload,
+            "yes" if way.activation_checkpointing else "no",
+            f"{way.micro_batch_rows} x {option.micro_batches}",
+            size(option.device_bytes) + ("" if option.fits else " (too much)"),
+            count(round(option.tokens_per_second)),
+            f"{option.mfu:.1%}",
+            f"{option.time.communicating / option.time.total:.1%}",
+        )
+    return table
+
+
+def summary(config: ClusterPlanConfig, gpu: Gpu, best: Option) -> Iterator[str]:
+    """What the run takes by the fastest way that fits."""
+    tokens = config.run.steps * config.batch.rows_per_step * config.batch.seq_len
+    seconds = tokens / best.tokens_per_second
+    hours = config.gpus * seconds / 3600
+    used = estimate_energy(config.energy, job_of(config, best.strategy).watts, seconds)
+    way = best.strategy
+    keys = f"engine.zero_stage={way.zero_stage} engine.offload={way.offload} "
+    keys += f"engine.activation_checkpointing={str(way.activation_checkpointing).lower()} "
+    yield f"fastest    {keys}engine.micro_batch_rows={way.micro_batch_rows}"
+    yield f"time       {count(tokens)} tokens in {duration(seconds)}, {hours:,.0f} GPU-hours"
+    yield f"cost       ${hours * config.dollars_per_gpu_hour:,.0f} at ${config.dollars_per_gpu_hour:g} a GPU-hour"
+    yield f"energy     {energy(used.kwh)}, {mass(used.co2_grams)} CO2; {used.assumption}"
+    needed = best.memory.checkpoint_buffers + (best.memory.optimizer if way.offload != "none" else 0)
+    yield f"host       {size(needed * gpu.per_node)} of memory on a node of {gpu.per_node}, beside Ray's object store"
+
+
+def basis(gpu: Gpu) -> Iterator[str]:
+    """Where the constants come from, and how wrong the model is where it can be held against others' measurements."""
+    found = errors()
+    sizes = [abs(error) for _, error in found]
+    row, worst = found[0]
+    yield f"constants  {gpu.accelerator.source}; {gpu.source}"
+    yield (
+        f"error      of the model on {len(found)} published speeds: median {statistics.median(sizes):.0%}, "
+        f"worst {worst:+.0%} ({row.source}, {row.model}, {row.num_gpus} x {row.gpu}, {row.seq_len:,} tokens a row)"
+    )
+
+
+if __name__ == "__main__":
+    run_entry(main)
