@@ -1,0 +1,203 @@
+"""The whole path of fine-tuning, through the function and through the command that users call."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from task_files import put_backbone, put_lines, put_task, sentences
+
+from cluster.config import ConfigError, from_dict
+from cluster.session import PROJECT
+from cluster.storage import open_store
+from trainers.finetune import finetune
+from trainers.finetune_config import FinetuneConfig
+from trainers.metrics import read_metrics, steps_of
+from trainers.task import load_task
+from trainers.task_data import prepare_task
+from trainers.task_export import load_task_model
+from trainers.task_report import write_task_report
+from trainers.verdict import VERDICT, TestSplitError, claim_test_split
+
+QUICK = {
+    "batch": {"rows_per_step": 16, "min_steps": 120, "epochs": 1.0},
+    "engine": {"precision": "fp32", "zero_stage": 0, "micro_batch_rows": 8},
+    "optimizer": {"learning_rate": 0.01},
+    "validation": {"times": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    uri = put_lines(folder / "records.jsonl", sentences(400))
+    put_task(folder / "task.yaml", name="t", kind="classification", data={"uri": uri})
+    put_backbone(folder / "model")
+    return folder
+
+
+def settings(place, name, **changes):
+    sections = {key: dict(value) for key, value in QUICK.items()}
+    for key, value in changes.items():
+        sections.setdefault(key, {}).update(value)
+    sections.setdefault("run", {}).update(
+        name=name,
+        task=str(place / "task.yaml"),
+        storage=str(place / "runs"),
+        prepared=str(place / "prepared"),
+    )
+    sections["backbone"] = {"uri": str(place / "model")} | sections.get("backbone", {})
+    return sections
+
+
+def config(place, name, **changes) -> FinetuneConfig:
+    return from_dict(FinetuneConfig, settings(place, name, **changes))
+
+
+@pytest.fixture(scope="module")
+def learnt(place):
+    return finetune(config(place, "learnt"))
+
+
+def run_of(place, name, seed=0):
+    return open_store(str(place / "runs")).child(f"{name}/seed-{seed}")
+
+
+def test_what_can_be_learnt_is_learnt_and_judged_once(place, learnt):
+    (seed,) = learnt.seeds
+    assert seed["test"]["metrics"]["accuracy"] > 0.9
+    assert seed["test"]["interval"][0] <= seed["test"]["metrics"]["accuracy"] <= seed["test"]["interval"][1]
+    with pytest.raises(TestSplitError):
+        claim_test_split(run_of(place, "learnt"), "another")
+
+
+def test_a_finished_run_is_not_trained_again(place, learnt):
+    before = run_of(place, "learnt").list()
+    assert finetune(config(place, "learnt")) == learnt
+    assert run_of(place, "learnt").list() == before
+
+
+def test_a_run_does_not_go_on_under_another_configuration(place, learnt):
+    with pytest.raises(ConfigError, match="optimizer.learning_rate=0.02, but the run was started with 0.01"):
+        finetune(config(place, "learnt", optimizer={"learning_rate": 0.02}))
+
+
+def test_the_exported_model_gives_the_same_scores_in_transformers(place, learnt):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    export = run_of(place, "learnt").child("export")
+    folder = export.uri.removeprefix("file://")
+    theirs, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    ours, encoder = load_task_model(export)
+    texts = [record["text"] for record in sentences(20, seed=9)]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=True)
+    with torch.no_grad():
+        logits = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        mask = batch["attention_mask"].bool()
+        scores = ours(batch["input_ids"], mask, torch.zeros_like(batch["input_ids"]))
+    torch.testing.assert_close(scores, logits, rtol=1e-4, atol=1e-5)
+    assert theirs.config.id2label == {0: "bad", 1: "good"}
+    assert encoder.tokenizer.encode(texts[0]).ids == tokenizer(texts[0])["input_ids"]
+
+
+def test_the_report_holds_the_confusion_and_every_error(place, learnt):
+    task = prepare_task(load_task(str(place / "task.yaml")), open_store(str(place / "prepared")))
+    write_task_report(run_of(place, "learnt"), task)
+    page = run_of(place, "learnt").read("report.html").decode()
+    answers = [
+        json.loads(line) for line in run_of(place, "learnt").read("answers.jsonl").decode().splitlines()
+    ]
+    wrong = [a for a in answers if a["answer"] != a["target"]]
+    assert len(answers) == task.counts["test"] and all(a["text"] in page for a in wrong[:30])
+    assert "Confusion" in page
+
+
+def test_a_trial_does_not_load_the_test_split(place):
+    task = prepare_task(load_task(str(place / "task.yaml")), open_store(str(place / "prepared")))
+    hidden = task.store.read("test.jsonl")
+    task.store.delete("test.jsonl")
+    try:
+        result = finetune(config(place, "trial"), prepared=task, judge=False, keep_model=False)
+    finally:
+        task.store.put("test.jsonl", hidden)
+    assert "test" not in result.seeds[0] and not run_of(place, "trial").exists(VERDICT)
+
+
+def test_from_scratch_takes_shape_and_tokenizer_but_no_weight(place):
+    scratch = config(place, "scratch", backbone={"from_scratch": True}, adapt={"train": "head"})
+    finetune(scratch)
+    trained, _ = load_task_model(run_of(place, "scratch").child("export"))
+    given, _ = load_task_model(run_of(place, "learnt").child("export"))
+    same = [
+        torch.equal(p, q)
+        for p, q in zip(trained.backbone.parameters(), given.backbone.parameters(), strict=True)
+    ]
+    assert not any(value for value, p in zip(same, trained.backbone.parameters(), strict=True) if p.dim() > 1)
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(place):
+    changes = {
+        "checkpoint": {"every_steps": 20}, "batch": {"rows_per_step": 16, "min_steps": 150, "epochs": 1.0},
+        "validation": {"times": 15, "patience": 0}, "adapt": {"dropout": 0.2},
+    }  # fmt: skip
+    finetune(config(place, "unbroken", **changes))
+    run = run_of(place, "broken")
+    process = subprocess.Popen(command(place, "broken", changes), start_new_session=True)
+    while not (checkpoints := run.list("checkpoints/")) or not any("COMMIT" in i.path for i in checkpoints):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not run.exists("result.json")
+    finetune(config(place, "broken", **changes))
+    results = [json.loads(run_of(place, name).read("result.json")) for name in ("unbroken", "broken")]
+    assert results[0] == results[1]
+    steps = [record["step"] for record in steps_of(read_metrics(run))]
+    assert len(steps) == 150 == max(steps)
+
+
+def command(place, name, changes):
+    flat = [
+        (f"{section}.{key}", value)
+        for section, keys in settings(place, name, **changes).items()
+        for key, value in keys.items()
+    ]
+    arguments = [
+        part
+        for key, value in flat
+        for part in (f"--{key}", str(value).lower() if value is True else str(value))
+    ]
+    return [sys.executable, str(PROJECT / "trainers" / "finetune.py"), *arguments]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": {"uri": "nowhere"}}, "backbone.uri=.*nowhere holds no exported model"),
+        ({"batch": {"max_tokens": 4096}}, "batch.max_tokens=4,096 is more than the backbone's 128 positions"),
+        ({"batch": {"max_tokens": 8}}, "records of t are longer than 8 tokens"),
+    ],
+)
+def test_bad_input_is_one_error_before_training(place, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        finetune(config(place, "bad", **changes))
+
+
+def test_a_backbone_with_a_foreign_tokenizer_is_refused(place, tmp_path):
+    source, target = open_store(str(place / "model")), open_store(str(tmp_path / "model"))
+    for info in source.list():
+        target.put(info.path, source.read(info.path))
+    tokenizer = json.loads(target.read("tokenizer.json"))
+    tokenizer["added_tokens"] += [
+        tokenizer["added_tokens"][0] | {"id": 512 + number, "content": f"<{number}>"} for number in range(9)
+    ]
+    target.put("tokenizer.json", json.dumps(tokenizer).encode())
+    with pytest.raises(ConfigError, match="521 entries, its embedding 512"):
+        finetune(config(place, "foreign", backbone={"uri": str(tmp_path / "model")}))

@@ -1,0 +1,174 @@
+"""A task without training: a prompt with a few solved records, and what the model finds likeliest after it.
+
+A label is chosen by the log-likelihood of its text: summed, per token (Brown et al. 2020, section 2.4), or calibrated,
+less its log-likelihood after a prompt without content (Zhao et al. 2021, section 5), which takes off what the model
+would say anyway. Generation writes its answer.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.config import ConfigError
+from trainers.export import Exported
+from trainers.generate import SamplingConfig, complete
+from trainers.task import TaskConfig
+from trainers.task_data import PreparedTask, choose_budget
+from trainers.task_encoding import prompt_of
+from trainers.task_metrics import bootstrap_interval, measure
+from trainers.task_model import is_causal
+from trainers.task_records import Example
+
+CONTENT_FREE = ("N/A", "...", "[MASK]")
+"""Texts without content, whose log-likelihoods are averaged."""
+WAYS = ("sum", "per_token", "calibrated")
+
+
+@dataclass(frozen=True)
+class FewShotConfig:
+    """How a task is put to a model."""
+
+    shots: int = 0
+    """Solved records before each question, drawn from train; the same for all questions."""
+    seed: int = 0
+    """Of the draw."""
+    max_rows: int = 500
+    """Records of the split, the first ones of a keyed draw; 0: all."""
+    rows_per_batch: int = 16
+    """Prompts with an answer that are scored at a time."""
+
+
+def evaluate_few_shot(exported: Exported, prepared: PreparedTask, config: FewShotConfig) -> dict[str, Any]:
+    """Metrics on the validation split, each with a 95 % bootstrap interval of the task's metric.
+
+    Raises:
+        ConfigError: a kind that has no prompt, an encoder, or prompts that are longer than the model's positions.
+    """
+    task = prepared.task
+    if task.kind not in ("classification", "pairs", "generation") or task.multi_label:
+        raise ConfigError([f"kind={task.kind} (multi_label={task.multi_label}) cannot be asked by a prompt"])
+    if not is_causal(exported.model):
+        raise ConfigError(["zero- and few-shot evaluation needs a decoder; this model is an encoder"])
+    examples = choose_budget(task, prepared.read("validation"), config.max_rows, seed=0)
+    shots = choose_shots(prepared, config)
+    if task.kind == "generation":
+        ways = {"written": written(exported, task, shots, examples)}
+    else:
+        scores = choice_scores(exported, task, shots, examples, config.rows_per_batch)
+        ways = {way: [task.labels[best] for best in found.argmax(axis=1)] for way, found in scores.items()}
+    return {
+        "task": task.name,
+        "shots": config.shots,
+        "seed": config.seed,
+        "records": len(examples),
+        **{way: judged(task, examples, answers) for way, answers in ways.items()},
+    }
+
+
+def judged(task: TaskConfig, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:
+    """All metrics, and the interval of the task's own."""
+
+    def of_rows(rows: np.ndarray) -> float:
+        return measure(task, [examples[i] for i in rows], [answers[i] for i in rows])[task.judged_by]
+
+    found = measure(task, examples, answers)
+    if task.judged_by not in found:
+        raise ConfigError([f"metric={task.judged_by} needs training; name another for few-shot evaluation"])
+    return {"metrics": found, "interval": bootstrap_interval(of_rows, len(examples), resamples=200)}
+
+
+def choose_shots(prepared: PreparedTask, config: FewShotConfig) -> list[Example]:
+    """Solved records from train, labels in turn, in random order: the last one weighs most."""
+    if not config.shots:
+        return []
+    drawn = choose_budget(prepared.task, prepared.read("train"), config.shots, config.seed)
+    random.Random(config.seed).shuffle(drawn)
+    return drawn
+
+
+def answer_text(task: TaskConfig, target: str) -> str:
+    """How an answer is written after its prompt."""
+    return task.prompt.before_answer + task.prompt.answers.get(target, target)
+
+
+def full_prompt(task: TaskConfig, shots: Sequence[Example], text: str) -> str:
+    """Solved records, and the prompt of the one that is asked."""
+    solved = [prompt_of(task, shot) + answer_text(task, shot.target) for shot in shots]
+    return task.prompt.separator.join([*solved, text])
+
+
+def choice_scores(
+    exported: Exported,
+    task: TaskConfig,
+    shots: Sequence[Example],
+    examples: Sequence[Example],
+    rows_per_batch: int,
+) -> dict[str, np.ndarray]:
+    """Scores of each label after each prompt, [records, labels], for each of `WAYS`."""
+    blank = [prompt_of(task, Example("", text, text, [], None)) for text in CONTENT_FREE]
+    prompts = [full_prompt(task, shots, text) for text in [*(prompt_of(task, e) for e in examples), *blank]]
+    answers = [answer_text(task, label) for label in task.labels]
+    sums, lengths = log_likelihoods(exported, prompts, answers, rows_per_batch)
+    asked, free = sums[: len(examples)], sums[len(examples) :]
+    return {"sum": asked, "per_token": asked / lengths, "calibrated": asked - free.mean(axis=0)}
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    exported: Exported, prompts: Sequence[str], answers: Sequence[str], rows_per_batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihood of each answer after each prompt, [prompts, answers], and the answers' tokens, [answers].
+
+    Raises:
+        ConfigError: a prompt and its answer are longer than the model's positions.
+    """
+    model, tokenizer = exported.model, exported.tokenizer
+    heads = [
+        [exported.boundary_id, *e.ids]
+        for e in tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+    ]
+    tails = [e.ids for e in tokenizer.encode_batch(list(answers), add_special_tokens=False)]
+    longest = max(map(len, heads)) + max(map(len, tails))
+    if longest > model.config.max_positions:
+        raise ConfigError(
+            [
+                f"the longest prompt takes {longest:,} tokens with its answer, the model has "
+                f"{model.config.max_positions:,} positions; ask with fewer --shots"
+            ]
+        )
+    pairs = sorted(
+        ((p, a) for p in range(len(heads)) for a in range(len(tails))),
+        key=lambda pair: len(heads[pair[0]]) + len(tails[pair[1]]),
+    )
+    found = np.zeros((len(heads), len(tails)))
+    device = model.embed_tokens.weight.device
+    for start in range(0, len(pairs), rows_per_batch):
+        some = pairs[start : start + rows_per_batch]
+        width = max(len(heads[p]) + len(tails[a]) for p, a in some)
+        tokens_BT = torch.zeros(len(some), width, dtype=torch.long)
+        weights_BT = torch.zeros(len(some), width)
+        for row, (p, a) in enumerate(some):
+            whole = heads[p] + tails[a]
+            tokens_BT[row, : len(whole)] = torch.tensor(whole)
+            weights_BT[row, len(heads[p]) : len(whole)] = 1
+        tokens_BT, weights_BT = tokens_BT.to(device), weights_BT.to(device)
+        nats_B = model(tokens_BT[:, :-1], None, None, tokens_BT[:, 1:], weights_BT[:, 1:].contiguous())[1]
+        for (p, a), nats in zip(some, nats_B.tolist(), strict=True):
+            found[p, a] = -nats
+    return found, np.array([len(tail) for tail in tails])
+
+
+def written(
+    exported: Exported, task: TaskConfig, shots: Sequence[Example], examples: Sequence[Example]
+) -> list[str]:
+    """What the model writes after each prompt, up to the separator."""
+    sampling = SamplingConfig(temperature=0, max_new_tokens=64, stop=(task.prompt.separator,))
+    prompts = [full_prompt(task, shots, prompt_of(task, example)) for example in examples]
+    found = []
+    for start in range(0, len(prompts), 16):
+        found += [one.text.strip() for one in complete(exported, prompts[start : start + 16], sampling)]
+    return found

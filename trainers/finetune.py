@@ -1,0 +1,121 @@
+"""Fine-tune a pretrained backbone on a task: a few labelled records in, a judged and exported model out.
+
+    python trainers/finetune.py --run.task trainers/tasks/movies.yaml --backbone.uri runs/NAME/export
+
+The same command goes on where an interrupted run was; --backbone.from_scratch is the control.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+try:
+    import yaml
+    from rich.console import Console
+
+    from cluster.config import ConfigError, load_config, run_entry
+    from cluster.session import ray_session
+    from cluster.storage import Store, open_store
+    from trainers.config import changed_keys
+    from trainers.finetune_config import FinetuneConfig, absolute, seed_store
+    from trainers.finetune_loop import OnValidation
+    from trainers.finetune_result import FinetuneResult
+    from trainers.finetune_worker import RESULT, FinetuneOrder, load_backbone, make_encoder, work, work_alone
+    from trainers.run_folder import CONFIG
+    from trainers.task import load_task
+    from trainers.task_data import PreparedTask, prepare_task
+    from trainers.task_metrics import seeds_interval
+    from trainers.task_report import results_table, task_tables, write_task_report
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
+
+FLAGS = {"dry-run": "check everything, print the tables of the task, train nothing"}
+
+
+def finetune(
+    config: FinetuneConfig,
+    *,
+    prepared: PreparedTask | None = None,
+    judge: bool = True,
+    keep_model: bool = True,
+    on_validation: OnValidation = lambda step, score: None,
+) -> FinetuneResult:
+    """Fine-tune once for each seed, each from where it is; seeds that are finished are not trained again.
+
+    One worker trains in this process; several on Ray, in the session that there is. With `judge=False` the test
+    split is not loaded.
+
+    Raises:
+        ConfigError: something about task, backbone or configuration cannot be right.
+    """
+    config = absolute(config)
+    task = prepared or prepare_task(load_task(config.run.task), open_store(config.run.prepared))
+    results = []
+    for seed in config.run.seeds:
+        run = seed_store(config, seed)
+        check_unchanged(run, config, task)
+        if not run.exists(RESULT):
+            order = FinetuneOrder(config, task, seed, judge, keep_model)
+            if config.cluster.num_workers == 1:
+                work_alone(order, on_validation)
+            else:
+                from trainers.run import run_group  # here: Ray reads its variables when it is imported
+
+                run_group(work, order, config.cluster, run, config.run.max_failures)
+        results.append(json.loads(run.read(RESULT)))
+    return FinetuneResult(task.task.judged_by, results)
+
+
+def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask) -> None:
+    """Refuse to go on with, or to hand out, what was learnt under another configuration or of other records.
+
+    Raises:
+        ConfigError: one line per key that differs and may not.
+    """
+    if not run.exists(CONFIG):
+        return
+    changed = changed_keys(yaml.safe_load(run.read(CONFIG)), config)
+    if run.exists(RESULT) and (learnt := json.loads(run.read(RESULT))["task"]) != task.digest:
+        changed.append(
+            f"the records or the split of {task.task.name} are others: {learnt} there, {task.digest} here"
+        )
+    if changed:
+        raise ConfigError([f"run {run.uri}: {line}" for line in changed])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fine-tune from the command line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    loaded = load_config(FinetuneConfig, arguments, description=__doc__ or "", extra_flags=FLAGS)
+    config, console = absolute(loaded.config), Console(soft_wrap=True)
+    prepared = prepare_task(load_task(config.run.task), open_store(config.run.prepared))
+    encoder = make_encoder(config, prepared.task, load_backbone(config, seed=0))
+    for table in task_tables(prepared, encoder):
+        console.print(table)
+    if "dry-run" in loaded.flags:
+        return
+
+    def tell(step: int, score: Any) -> None:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in score.metrics.items())
+        console.print(f"step {step:,}: validation {shown}", highlight=False)
+
+    if config.cluster.num_workers == 1:
+        result = finetune(config, prepared=prepared, on_validation=tell)
+    else:
+        with ray_session(config.cluster):
+            result = finetune(config, prepared=prepared)
+    pages = [write_task_report(seed_store(config, seed), prepared) for seed in config.run.seeds]
+    console.print(results_table(result))
+    mean, low, high = seeds_interval(result.values("test"))
+    if len(config.run.seeds) > 1:
+        console.print(f"test {result.metric}: {mean:.4f} (95 % interval over seeds {low:.4f} to {high:.4f})")
+    console.print(f"the run is finished; report: {pages[0].removeprefix('file://')}", highlight=False)
+
+
+if __name__ == "__main__":
+    run_entry(main)

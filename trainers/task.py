@@ -1,0 +1,180 @@
+"""A task: what is to be learnt from labelled records, as a small YAML file.
+
+name: movie-sentiment
+kind: classification
+data: {uri: corpora/tasks/movies.jsonl}
+columns: {text: text, label: label}
+metric: accuracy
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from string import Formatter
+from typing import Literal
+
+from cluster.config import load_config, nearest
+from cluster.storage import open_store
+
+Kind = Literal[
+    "classification", "pairs", "token_classification", "regression", "question_answering", "generation"
+]
+
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),
+    "pairs": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),
+    "token_classification": ("entity_f1", "token_accuracy", "loss"),
+    "regression": ("pearson", "spearman", "mse", "loss"),
+    "question_answering": ("f1", "exact_match", "loss"),
+    "generation": ("chrf", "bleu", "rouge_l", "exact_match", "loss"),
+}
+"""What may judge each kind; the first one is taken where a task names none."""
+
+LOWER_IS_BETTER = ("mse", "loss")
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFiles:
+    """Where the records lie: JSONL, CSV (first line: columns) or Parquet, by the ending; .gz and .zst too."""
+
+    uri: str = ""
+    """One file, or a folder of files, to be split by content."""
+    train: str = ""
+    """File or folder of training records, where the split is given."""
+    validation: str = ""
+    """File or folder; empty: a fraction of train, by content."""
+    test: str = ""
+    """File or folder; empty: a fraction of train, by content."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        if bool(self.uri) == bool(self.train):
+            yield f"{at}.uri={self.uri!r} and {at}.train={self.train!r}: give exactly one of them"
+        if self.uri and (self.validation or self.test):
+            yield f"{at}.uri={self.uri} is split by content; with given files, name {at}.train instead"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskColumns:
+    """Names of the columns, as the records have them."""
+
+    text: str = "text"
+    """The text; of question answering the question, of generation what the answer follows."""
+    pair: str = ""
+    """The second text of pairs and, if there is one, of regression; of question answering the context."""
+    label: str = "label"
+    """Label, list of labels, number, list of tags, or answer."""
+    tokens: str = "tokens"
+    """Words of token classification, as a list."""
+    id: str = "id"
+    """A name for the record in reports; a record without one gets its place in its file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSplit:
+    """Fractions by content, where no files are given: near-duplicates always fall on the same side."""
+
+    validation: float = 0.1
+    """Share of the records."""
+    test: float = 0.2
+    """Share of the records."""
+    seed: int = 0
+    """Another seed, another choice."""
+    similarity: float = 0.7
+    """Jaccard similarity of character 5-grams from which two texts count as near-duplicates; 1: only equal
+    ones."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        for key in ("validation", "test"):
+            share = getattr(self, key)
+            if not 0 <= share < 1:
+                yield f"{at}.{key}={share} is not a share of the records; give a number in 0 to 1, as 0.1"
+        if self.validation + self.test >= 1:
+            yield f"{at}.validation + {at}.test = {self.validation + self.test:g} leave nothing to train on"
+        if not 0.3 <= self.similarity <= 1:
+            yield f"{at}.similarity={self.similarity} must be 0.3 to 1; texts of one topic reach 0.2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPrompt:
+    """The task as a text to go on with: for generation, and for zero- and few-shot evaluation."""
+
+    template: str = "{text}"
+    """What the answer follows; {text} and {pair} are filled in."""
+    answers: dict[str, str] = field(default_factory=dict)
+    """How a label is written; one that is not named is written as it is."""
+    separator: str = "\n\n"
+    """Between two shots."""
+    before_answer: str = " "
+    """Between template and answer."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        try:
+            fields = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
+        except ValueError as error:
+            yield f"{at}.template={self.template!r}: {error}; write a brace that is meant twice: {{{{"
+            return
+        if unknown := sorted(fields - {"text", "pair"}):
+            yield f"{at}.template names {{{unknown[0]}}}; it can name {{text}} and {{pair}}"
+        if "text" not in fields:
+            yield f"{at}.template={self.template!r} has no {{text}}: each record would get the same prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What a task file holds."""
+
+    name: str
+    """Names the task in reports."""
+    kind: Kind
+    """What is learnt: a label (or several) of a text or of a pair of texts, a tag of each word, a number, a
+    span of a context, or a text."""
+    multi_label: bool = False
+    """Of classification: a record's label is a list, of any length."""
+    labels: tuple[str, ...] = ()
+    """The labels, in the order of reports; empty: those of the training records, sorted."""
+    metric: str = ""
+    """What chooses and judges; empty: the usual one of the kind."""
+    data: TaskFiles = field(default_factory=TaskFiles)
+    columns: TaskColumns = field(default_factory=TaskColumns)
+    split: TaskSplit = field(default_factory=TaskSplit)
+    prompt: TaskPrompt = field(default_factory=TaskPrompt)
+
+    def problems(self, at: str = "") -> Iterator[str]:
+        """What does not fit together."""
+        known = METRICS[self.kind]
+        if self.metric and self.metric not in known:
+            alike = nearest(self.metric, known)
+            remedy = f"nearest: {alike}" if alike else f"it has {', '.join(known)}"
+            yield f"metric={self.metric} is not a metric of kind={self.kind}; {remedy}"
+        if self.kind in ("pairs", "question_answering") and not self.columns.pair:
+            yield f"kind={self.kind} needs columns.pair, the column of the second text"
+        if self.multi_label and self.kind != "classification":
+            yield f"multi_label is for kind=classification, not {self.kind}"
+        if len(set(self.labels)) < len(self.labels):
+            yield f"labels={list(self.labels)} names one twice"
+        if self.labels and not self.has_labels:
+            yield f"labels are not used by kind={self.kind}; remove them"
+        if unknown := sorted(set(self.prompt.answers) - set(self.labels or self.prompt.answers)):
+            yield f"prompt.answers names {unknown[0]!r}, which is not among labels={list(self.labels)}"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether what is learnt is one of a list of labels."""
+        return self.kind in ("classification", "pairs", "token_classification")
+
+    @property
+    def judged_by(self) -> str:
+        """The metric that chooses and judges."""
+        return self.metric or METRICS[self.kind][0]
+
+    def oriented(self, value: float) -> float:
+        """The metric's value as a score of which more is better."""
+        return -value if self.judged_by in LOWER_IS_BETTER else value
+
+
+def load_task(path: str) -> TaskConfig:
+    """Read a task file, with absolute URIs: workers have another working directory. Raises `ConfigError`."""
+    task = load_config(TaskConfig, ["--config", path], description="").config
+    files = task.data
+    found = {key: getattr(files, key) for key in ("uri", *SPLITS)}
+    return replace(task, data=TaskFiles(**{key: uri and open_store(uri).uri for key, uri in found.items()}))

@@ -1,0 +1,237 @@
+"""The records of a task, split once and for all into one file per split.
+
+What trains reads `train.jsonl` and `validation.jsonl`; `test.jsonl` is opened by the final judgement alone (law
+L6), so that not even its rows are loaded before. The folder is named by all that it was made from.
+"""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cluster.config import ConfigError, to_dict
+from cluster.storage import Store
+from data.clean import content_hash
+from data.near_duplicates import folded, group_near_duplicates
+from data.splits import KEEPING_ORDER, keyed_points
+from trainers.task import SPLITS, TaskConfig
+from trainers.task_records import Example, from_lines, read_examples, to_lines
+
+RECORD = "task.json"
+CONTRADICTIONS = "contradictions.jsonl"
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task whose splits are made; its labels are filled in."""
+
+    task: TaskConfig
+    store: Store
+    digest: str
+    """Of the records and of how they were split."""
+    counts: Mapping[str, int]
+    """Records of each split."""
+    left_out: Mapping[str, int]
+    """Records that are in no split, by reason."""
+
+    def read(self, split: str) -> list[Example]:
+        """The examples of train or validation; the test split is refused, see `read_test`."""
+        assert split in ("train", "validation"), split
+        return from_lines(self.store.read(f"{split}.jsonl"))
+
+    def read_test(self) -> list[Example]:
+        """The examples that judge. Call `trainers.verdict.claim_test_split` first."""
+        return from_lines(self.store.read("test.jsonl"))
+
+
+def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
+    """Read, check and split the records into `prepared`, unless that was done.
+
+    Raises:
+        ConfigError: records that are no examples, an empty split, or labels that do not fit.
+    """
+    given = read_given(task)
+    digest = digest_of(task, given)
+    store = prepared.child(f"{task.name}-{digest}")
+    if store.exists(RECORD):
+        record = json.loads(store.read(RECORD))
+        task = replace(task, labels=tuple(record["labels"]))
+        return PreparedTask(task, store, digest, record["counts"], record["left_out"])
+    if task.split.similarity and not task.data.train:
+        splits, left_out = split_by_content(task, given["uri"])
+    else:
+        splits, left_out = keep_apart(task, given)
+    contradicting = left_out.pop("contradiction", [])
+    task = checked_labels(task, splits)
+    for name in SPLITS:
+        store.put(f"{name}.jsonl", to_lines(splits[name]))
+    store.put(CONTRADICTIONS, to_lines(contradicting))
+    counts = {name: len(splits[name]) for name in SPLITS}
+    reasons = {"contradiction": len(contradicting)} | {key: len(some) for key, some in left_out.items()}
+    record = {"labels": task.labels, "counts": counts, "left_out": reasons, "task": to_dict(task)}
+    store.put(RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
+    return PreparedTask(task, store, digest, counts, reasons)
+
+
+def read_given(task: TaskConfig) -> dict[str, list[Example]]:
+    """The examples of each place that the task names."""
+    uris = {key: getattr(task.data, key) for key in ("uri", *SPLITS)}
+    return {key: read_examples(task, uri) for key, uri in uris.items() if uri}
+
+
+def digest_of(task: TaskConfig, given: Mapping[str, Sequence[Example]]) -> str:
+    """Name the split: 12 hexadecimal digits of the task, without its prompt and metric, and all records."""
+    described = to_dict(task)
+    kept = {key: described[key] for key in ("kind", "multi_label", "labels", "split")}
+    digest = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=6)
+    for key, examples in given.items():
+        digest.update(key.encode() + to_lines(examples))
+    return digest.hexdigest()
+
+
+# --- who goes where ---
+
+Left = dict[str, list[Example]]
+
+
+def settled(examples: Sequence[Example]) -> tuple[list[Example], Left]:
+    """One example of each content. Contents with several targets contradict themselves: all are left out."""
+    same: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        same[folded(example.content)].append(example)
+    kept: list[Example] = []
+    left_out: Left = {"contradiction": [], "repeated": []}
+    for group in same.values():
+        if len({json.dumps(example.target, sort_keys=True) for example in group}) > 1:
+            left_out["contradiction"] += group
+        else:
+            kept.append(group[0])
+            left_out["repeated"] += group[1:]
+    return kept, left_out
+
+
+def split_by_content(task: TaskConfig, examples: Sequence[Example]) -> tuple[dict[str, list[Example]], Left]:
+    """Deal groups of near-duplicates to the splits by the smallest content hash of a group: neither the order
+    of the records nor other groups have a say."""
+    kept, left_out = settled(examples)
+    groups = group_near_duplicates([example.content for example in kept], task.split.similarity)
+    hashes = [content_hash(folded(example.content).encode()) for example in kept]
+    leader: dict[int, bytes] = {}
+    for group, content in zip(groups.tolist(), hashes, strict=True):
+        leader[group] = min(content, leader.get(group, content))
+    words = np.array([int.from_bytes(leader[group][:8], "little") for group in groups.tolist()], np.uint64)
+    points = keyed_points(words, task.split.seed)
+    splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    for example, point in zip(kept, points, strict=True):
+        in_test, in_either = point < task.split.test, point < task.split.test + task.split.validation
+        splits["test" if in_test else "validation" if in_either else "train"].append(example)
+    return splits, left_out
+
+
+def keep_apart(
+    task: TaskConfig, given: Mapping[str, Sequence[Example]]
+) -> tuple[dict[str, list[Example]], Left]:
+    """Given splits, without the records whose near-duplicate is in a split that matters more (test, then
+    validation); splits that are not given are taken from train by content."""
+    fractions = replace(
+        task.split,
+        validation=0.0 if "validation" in given else task.split.validation,
+        test=0.0 if "test" in given else task.split.test,
+    )
+    splits, left_out = split_by_content(replace(task, split=fractions), given["train"])
+    for name in ("validation", "test"):
+        if name in given:
+            splits[name], others = settled(given[name])
+            left_out = {reason: some + others[reason] for reason, some in left_out.items()}
+    owners = [(name, example) for name in KEEPING_ORDER for example in splits[name]]
+    groups = group_near_duplicates([example.content for _, example in owners], task.split.similarity)
+    owner_of: dict[int, str] = {}
+    apart: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    for (name, example), group in zip(owners, groups.tolist(), strict=True):
+        if owner_of.setdefault(group, name) == name:
+            apart[name].append(example)
+        else:
+            left_out.setdefault(f"near-duplicate across splits, in {name}", []).append(example)
+    return apart, left_out
+
+
+# --- labels ---
+
+
+def labels_in(task: TaskConfig, examples: Sequence[Example]) -> Counter[str]:
+    """How often each label (or tag) stands in the examples."""
+    several = task.multi_label or task.kind == "token_classification"
+    return Counter(
+        label for example in examples for label in (example.target if several else [example.target])
+    )
+
+
+def checked_labels(task: TaskConfig, splits: Mapping[str, Sequence[Example]]) -> TaskConfig:
+    """The task with its labels filled in; `ConfigError` for an empty split or labels that do not fit."""
+    problems = [
+        f"the {name} split of {task.name} is empty; {_remedy(task, name)}"
+        for name in SPLITS
+        if not splits[name]
+    ]
+    if task.has_labels and not problems:
+        counts = {name: labels_in(task, splits[name]) for name in SPLITS}
+        labels = task.labels or tuple(sorted(counts["train"]))
+        task = replace(task, labels=labels)
+        problems += list(_label_problems(task, counts))
+    if problems:
+        raise ConfigError(problems)
+    return task
+
+
+def _remedy(task: TaskConfig, name: str) -> str:
+    if getattr(task.data, name):
+        return (
+            f"all records of data.{name} were left out as contradictions or near-duplicates of another split"
+        )
+    return "raise its fraction under split, or give more records"
+
+
+def _label_problems(task: TaskConfig, counts: Mapping[str, Counter[str]]) -> Iterator[str]:
+    for name in SPLITS:
+        for label in sorted(set(counts[name]) - set(task.labels)):
+            where = f"{counts[name][label]:,} records of {name} have the label {label!r}"
+            yield f"{where}, which is not among {list(task.labels)}; correct labels or the records"
+    for label in task.labels:
+        if not counts["train"][label]:
+            yield f"no record of train has the label {label!r}; remove it from labels, or add records"
+        elif not counts["validation"][label] and not task.multi_label and task.kind != "token_classification":
+            yield (
+                f"no record of validation has the label {label!r}, so nothing could choose by it; raise "
+                "split.validation, or change split.seed"
+            )
+
+
+def choose_budget(task: TaskConfig, examples: Sequence[Example], budget: int, seed: int) -> list[Example]:
+    """That many examples, a keyed draw: a larger budget of the same seed holds every smaller one.
+
+    Labels take turns where an example has one label, as long as there are any, so that even ten labels show all of two
+    or three classes. 0 keeps all.
+    """
+    if not budget or budget >= len(examples):
+        return list(examples)
+    words = [int.from_bytes(content_hash(example.content.encode())[:8], "little") for example in examples]
+    order = np.argsort(keyed_points(np.array(words, np.uint64), seed + 1), kind="stable").tolist()
+    if task.has_labels and task.kind != "token_classification" and not task.multi_label:
+        turn: Counter[str] = Counter()
+        rank = {}
+        for index in order:
+            rank[index] = turn[examples[index].target]
+            turn[examples[index].target] += 1
+        order.sort(key=lambda index: rank[index])
+    return [examples[index] for index in order[:budget]]
+
+
+def target_text(target: Any) -> str:
+    """A target as people read it."""
+    if isinstance(target, dict):
+        return target["text"]
+    return ", ".join(map(str, target)) if isinstance(target, list) else str(target)

@@ -1,0 +1,132 @@
+"""A task model's answers to records, and what they are worth; by one worker, or shared by all."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainers.collectives import Workers
+from trainers.generate import SamplingConfig, generate
+from trainers.task import TaskConfig
+from trainers.task_batches import by_length
+from trainers.task_encoding import Encoded, Encoder, collate
+from trainers.task_metrics import Answer, measure, read_scores
+from trainers.task_model import TaskModel, loss_sum, target_weight
+from trainers.task_records import Example
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How good a model is on a set of records."""
+
+    score: float
+    """The task's metric, turned so that more is better."""
+    metrics: dict[str, float]
+    records: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def answers_to(
+    model: TaskModel,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    *,
+    rows_per_batch: int,
+    device: torch.device,
+    max_new_tokens: int = 64,
+) -> tuple[list[Answer], float, float]:
+    """Answer each example, in the order given; also the sum of the losses and what it is to be divided by (0
+    without targets). The model is in evaluation mode, gradients off."""
+    found: list[Answer] = [Answer(None, math.nan)] * len(examples)
+    losses = weights = 0.0
+    for rows in by_length([len(row.ids) for row in encoded], rows_per_batch):
+        batch = collate(encoder.task, [encoded[row] for row in rows], encoder.pad_id).to(device)
+        if encoder.task.kind == "generation":
+            if examples[rows[0]].target is not None:
+                losses += float(model(batch.tokens_BT, batch.mask_BT, batch.types_BT, batch.targets))
+        else:
+            scores = model(batch.tokens_BT, batch.mask_BT, batch.types_BT)
+            if batch.targets is not None:
+                losses += float(loss_sum(encoder.task.kind, scores, batch.targets, batch.mask_BT, None))
+            for row, of_row in zip(rows, scores.float().cpu().numpy(), strict=True):
+                whole = of_row[: len(encoded[row].ids)] if of_row.ndim == 2 else of_row
+                found[row] = read_scores(
+                    encoder.task, examples[row], encoded[row], whole, encoder.scale, encoder.causal
+                )
+        if batch.targets is not None and examples[rows[0]].target is not None:
+            weights += target_weight(encoder.task.kind, batch, None)
+    if encoder.task.kind == "generation" and max_new_tokens:
+        found = written_answers(model, encoder, encoded, rows_per_batch, max_new_tokens)
+    return found, losses, weights
+
+
+def written_answers(
+    model: TaskModel, encoder: Encoder, encoded: Sequence[Encoded], rows_per_batch: int, max_new_tokens: int
+) -> list[Answer]:
+    """What the model writes after each prompt, the likeliest token at a time."""
+    backbone: Any = model.backbone
+    prompts = [row.ids[: row.target] for row in encoded]
+    closing = prompts[0][0]  # the boundary, which opens each prompt, also ends an answer
+    texts = [""] * len(prompts)
+    for rows in by_length([len(prompt) for prompt in prompts], rows_per_batch):
+        room = backbone.config.max_positions - max(len(prompts[row]) for row in rows)
+        if room < 1:
+            continue
+        sampling = SamplingConfig(temperature=0, max_new_tokens=min(room, max_new_tokens))
+        written = generate(backbone, [prompts[row] for row in rows], sampling, lambda new: new[-1] == closing)
+        for row, tokens in zip(rows, written, strict=True):
+            texts[row] = encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return [Answer(text, math.nan) for text in texts]
+
+
+def score_of(
+    task: TaskConfig, examples: Sequence[Example], answers: Sequence[Answer], losses: float, weights: float
+) -> TaskScore:
+    """Judge answers. Generated answers that were not written (metric: loss) have no other metrics."""
+    written = [answer.value for answer in answers]
+    metrics = {} if written and written[0] is None else measure(task, examples, written)
+    metrics["loss"] = losses / weights if weights else math.nan
+    return TaskScore(task.oriented(metrics[task.judged_by]), metrics, len(examples))
+
+
+def evaluate_together(
+    model: TaskModel,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    workers: Workers,
+    *,
+    rows_per_batch: int,
+    device: torch.device,
+    max_new_tokens: int,
+) -> TaskScore:
+    """Each worker answers its share of the records; all get the score of the whole."""
+    mine = range(workers.rank, len(examples), workers.world_size)
+    share = answers_to(
+        model,
+        encoder,
+        [examples[i] for i in mine],
+        [encoded[i] for i in mine],
+        rows_per_batch=rows_per_batch,
+        device=device,
+        max_new_tokens=max_new_tokens,
+    )
+    answers: list[Answer] = [Answer(None, math.nan)] * len(examples)
+    losses = weights = 0.0
+    for rank, (found, loss, weight) in enumerate(workers.gather(share)):
+        answers[rank :: workers.world_size] = found
+        losses, weights = losses + loss, weights + weight
+    return score_of(encoder.task, examples, answers, losses, weights)
+
+
+def class_weights(task: TaskConfig, examples: Sequence[Example], count: Callable[..., Any]) -> Tensor:
+    """Weight of each label, [C]: inverse to its frequency, 1 on average over the examples' labels."""
+    counts = count(task, examples)
+    total = sum(counts[label] for label in task.labels)
+    return torch.tensor([total / (len(task.labels) * max(1, counts[label])) for label in task.labels])

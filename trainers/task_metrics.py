@@ -1,0 +1,208 @@
+"""What a model's scores say about a record, and how good a set of such answers is.
+
+Metrics are those of scikit-learn, scipy, seqeval, sacrebleu and rouge-score; F1 and exact match of answers are SQuAD's
+(Rajpurkar et al. 2016, section 6.1).
+"""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainers.task import TaskConfig
+from trainers.task_encoding import Encoded, word_positions
+from trainers.task_records import Example
+
+LONGEST_ANSWER = 30
+"""Tokens of an extracted answer at most, as in BERT's SQuAD code."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says about one record."""
+
+    value: Any
+    """As the record's target: label, list of labels or tags, number, or text."""
+    confidence: float
+    """Probability that the model gives it; of tags the least of a record; NaN for numbers and free texts."""
+
+
+def read_scores(
+    task: TaskConfig,
+    example: Example,
+    encoded: Encoded,
+    scores: np.ndarray,
+    scale: tuple[float, float],
+    causal: bool,
+) -> Answer:
+    """The answer in one row of scores ([C], [], [T, C] or [T, 2], without padding)."""
+    if task.kind == "regression":
+        return Answer(float(scores) * scale[1] + scale[0], math.nan)
+    if task.kind == "question_answering":
+        return _span(example, encoded, scores)
+    if task.kind == "token_classification":
+        return _tags(task, example, encoded, scores, causal)
+    if task.multi_label:
+        probabilities = 1 / (1 + np.exp(-scores))
+        chosen = [label for label, p in zip(task.labels, probabilities, strict=True) if p > 0.5]
+        return Answer(chosen, float(np.maximum(probabilities, 1 - probabilities).min()))
+    probabilities = _softmax(scores)
+    best = int(probabilities.argmax())
+    return Answer(task.labels[best], float(probabilities[best]))
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def _tags(task: TaskConfig, example: Example, encoded: Encoded, scores: np.ndarray, causal: bool) -> Answer:
+    """One tag a word; a word that was cut off gets the outside tag, or the first label."""
+    probabilities = _softmax(scores)
+    outside = "O" if "O" in task.labels else task.labels[0]
+    positions = word_positions(example.words, encoded.spans, causal)
+    tags = [outside if p is None else task.labels[int(probabilities[p].argmax())] for p in positions]
+    sure = [float(probabilities[p].max()) for p in positions if p is not None]
+    return Answer(tags, min(sure, default=0.0))
+
+
+def _span(example: Example, encoded: Encoded, scores: np.ndarray) -> Answer:
+    """The likeliest span of the context: first before last, and not longer than LONGEST_ANSWER."""
+    inside = np.array([start >= 0 for start, _ in encoded.spans])
+    if not inside.any():
+        return Answer("", 0.0)
+    first, last = (np.where(inside, scores[:, i], -np.inf) for i in (0, 1))
+    joint = _softmax(first)[:, None] * _softmax(last)[None, :]
+    joint = np.tril(np.triu(joint), LONGEST_ANSWER - 1)
+    begin, end = np.unravel_index(int(joint.argmax()), joint.shape)
+    text = example.pair[encoded.spans[begin][0] : encoded.spans[end][1]].strip()
+    return Answer(text, float(joint[begin, end]))
+
+
+def measure(task: TaskConfig, examples: Sequence[Example], answers: Sequence[Any]) -> dict[str, float]:
+    """Every metric of the kind but the loss, over the values of answers; 0 to 1, but mse and correlations."""
+    targets = [example.target for example in examples]
+    if task.kind == "regression":
+        return _regression(targets, answers)
+    if task.kind == "token_classification":
+        return _tagging(targets, answers)
+    if task.kind == "question_answering":
+        return mean_of([squad_scores(t["text"], a) for t, a in zip(targets, answers, strict=True)])
+    if task.kind == "generation":
+        return _texts(targets, answers)
+    return _labels(task, targets, answers)
+
+
+def _labels(task: TaskConfig, targets: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
+    from sklearn import (
+        metrics,
+    )  # here and below: these packages take a second to load, and workers start often
+
+    truth: Any = targets
+    found: Any = answers
+    index: dict[str, Any] = {"labels": list(task.labels)}
+    if task.multi_label:
+        truth, found = (
+            np.array([[label in chosen for label in task.labels] for chosen in each])
+            for each in (targets, answers)
+        )
+        index = {}
+    scores = {
+        "accuracy": metrics.accuracy_score(truth, found),
+        "macro_f1": metrics.f1_score(truth, found, average="macro", zero_division=0, **index),
+        "micro_f1": metrics.f1_score(truth, found, average="micro", zero_division=0, **index),
+    }
+    if not task.multi_label:
+        scores["matthews"] = metrics.matthews_corrcoef(truth, found)
+    return {name: float(score) for name, score in scores.items()}
+
+
+def _regression(targets: Sequence[float], answers: Sequence[float]) -> dict[str, float]:
+    from scipy import stats
+
+    truth, found = np.array(targets), np.array(answers)
+    constant = (
+        np.ptp(truth) == 0 or np.ptp(found) == 0
+    )  # then a correlation is not defined: nothing was learnt
+    return {
+        "pearson": 0.0 if constant else float(stats.pearsonr(truth, found).statistic),
+        "spearman": 0.0 if constant else float(stats.spearmanr(truth, found).statistic),
+        "mse": float(np.mean((truth - found) ** 2)),
+    }
+
+
+def _tagging(targets: Sequence[list[str]], answers: Sequence[list[str]]) -> dict[str, float]:
+    from seqeval.metrics import accuracy_score, f1_score
+
+    return {
+        "entity_f1": float(f1_score(list(targets), list(answers), zero_division=0)),
+        "token_accuracy": float(accuracy_score(list(targets), list(answers))),
+    }
+
+
+def _texts(targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    # Its own tokenizer keeps Latin letters and digits alone; characters are the words of other scripts.
+    rouge = RougeScorer(["rougeL"], tokenizer=_WordsOrCharacters())
+    recall = [rouge.score(t, a)["rougeL"].fmeasure for t, a in zip(targets, answers, strict=True)]
+    tokenize = "zh" if any("\u4e00" <= char <= "\u9fff" for target in targets for char in target) else "13a"
+    return {
+        "chrf": sacrebleu.corpus_chrf(list(answers), [list(targets)]).score / 100,
+        "bleu": sacrebleu.corpus_bleu(list(answers), [list(targets)], tokenize=tokenize).score / 100,
+        "rouge_l": float(np.mean(recall)),
+        "exact_match": float(
+            np.mean([t.strip() == a.strip() for t, a in zip(targets, answers, strict=True)])
+        ),
+    }
+
+
+class _WordsOrCharacters:
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def squad_scores(target: str, answer: str) -> dict[str, float]:
+    """F1 of shared words, and exact match, without case, punctuation and articles."""
+    truth, found = ([*_squad_words(text)] for text in (target, answer))
+    shared = sum((Counter(truth) & Counter(found)).values())
+    f1 = 2 * shared / (len(truth) + len(found)) if shared else float(truth == found)
+    return {"f1": f1, "exact_match": float(truth == found)}
+
+
+def _squad_words(text: str) -> list[str]:
+    plain = "".join(char for char in text.lower() if char not in string.punctuation)
+    return ARTICLES.sub(" ", plain).split()
+
+
+def mean_of(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float], num_rows: int, *, resamples: int = 1_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval (Efron 1979) of a statistic of row indices, over resamples of the rows."""
+    generator = np.random.default_rng(seed)
+    found = [statistic(generator.integers(num_rows, size=num_rows)) for _ in range(resamples)]
+    return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
+
+
+def seeds_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval over runs with different seeds, by Student's t; without width for one run."""
+    from scipy import stats
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean, mean
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return mean, mean - half, mean + half

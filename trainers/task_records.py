@@ -1,0 +1,210 @@
+"""Labelled records as they come: files of JSONL, CSV or Parquet become checked examples, or one clear error."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from cluster.config import ConfigError, nearest
+from cluster.storage import Store, open_store
+from data.clean import normalise
+from trainers.task import TaskConfig
+
+FORMATS = (".jsonl", ".csv", ".parquet")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+SHOWN = 3
+"""Wrong records that an error names."""
+
+Target = Any
+"""str (a label, or an answer), list[str] (labels or tags), float, or {"text": str, "start": int} of a span."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One record, checked."""
+
+    id: str
+    text: str
+    """Of token classification the words, joined by blanks."""
+    pair: str
+    """Second text; empty where the task has none."""
+    words: list[str]
+    """Of token classification; else empty."""
+    target: Target
+    """None in records that are to be predicted."""
+
+    @property
+    def content(self) -> str:
+        """What makes two records the same question."""
+        return f"{self.text}\n{self.pair}" if self.pair else self.text
+
+
+def read_examples(task: TaskConfig, uri: str, *, labelled: bool = True) -> list[Example]:
+    """Read and check all records of a file or folder.
+
+    Raises:
+        ConfigError: no files, a column that is missing, or records that are no examples; each with the first
+            few places.
+    """
+    examples, problems = [], []
+    store, paths = find_files(uri)
+    for path in paths:
+        rows = read_rows(store, path)
+        if rows and (missing := _missing_columns(task, rows[0], labelled)):
+            raise ConfigError([f"{store.uri}/{path}: {line}" for line in missing])
+        for number, row in enumerate(rows, start=1):
+            try:
+                examples.append(example_of(task, row, f"{path}:{number}", labelled))
+            except ValueError as error:
+                problems.append(f"{store.uri}/{path}: record {number}: {error}")
+    if problems:
+        more = [f"… and {len(problems) - SHOWN:,} more such records"] if len(problems) > SHOWN else []
+        raise ConfigError([*problems[:SHOWN], *more])
+    if not examples:
+        raise ConfigError([f"{uri} holds no records; a task needs some in every split"])
+    return examples
+
+
+def find_files(uri: str) -> tuple[Store, list[str]]:
+    """The store and the paths of all files of records at a URI. Raises `ConfigError` where there are none."""
+    parent, _, name = uri.rstrip("/").rpartition("/")
+    if _format(name):
+        store = open_store(parent)
+        if not store.exists(name):
+            raise ConfigError([f"{uri}: no such file; correct the data.* of the task"])
+        return store, [name]
+    store = open_store(uri)
+    paths = [info.path for info in store.list() if _format(info.path)]
+    if not paths:
+        raise ConfigError([f"{uri} holds no {', '.join(FORMATS)} files (also .gz, .zst); correct the URI"])
+    return store, paths
+
+
+def _format(path: str) -> str | None:
+    for ending in COMPRESSIONS:
+        path = path.removesuffix(ending)
+    return next((ending for ending in FORMATS if path.endswith(ending)), None)
+
+
+def read_rows(store: Store, path: str) -> list[dict[str, Any]]:
+    """The records of one file as dictionaries. Raises `ConfigError` for a file that cannot be read."""
+    compression = next((codec for ending, codec in COMPRESSIONS.items() if path.endswith(ending)), None)
+    try:
+        with store.open(path) as file:
+            stream: Any = pa.CompressedInputStream(file, compression) if compression else file
+            if _format(path) == ".parquet":
+                return pq.read_table(file).to_pylist()
+            if _format(path) == ".csv":
+                return pa.csv.read_csv(
+                    stream, parse_options=pa.csv.ParseOptions(newlines_in_values=True)
+                ).to_pylist()
+            lines = stream.read().decode().splitlines()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise ConfigError([f"{store.uri}/{path} cannot be read: {error}"]) from None
+    return [_parsed(line, f"{store.uri}/{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parsed(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"{place} is not JSON: {error}"]) from None
+    if not isinstance(row, dict):
+        raise ConfigError([f"{place} holds a {type(row).__name__}, not a record with columns"])
+    return row
+
+
+def _missing_columns(task: TaskConfig, row: Mapping[str, Any], labelled: bool) -> list[str]:
+    wanted = (
+        {"tokens": task.columns.tokens}
+        if task.kind == "token_classification"
+        else {"text": task.columns.text}
+    )
+    wanted |= {"pair": task.columns.pair} if task.columns.pair else {}
+    wanted |= {"label": task.columns.label} if labelled else {}
+    return [
+        f"there is no column {name!r} (columns.{key}); nearest: {nearest(name, list(row)) or sorted(row)}"
+        for key, name in wanted.items()
+        if name not in row
+    ]
+
+
+def example_of(task: TaskConfig, row: Mapping[str, Any], place: str, labelled: bool = True) -> Example:
+    """Check one record. Raises ValueError with what is wrong."""
+    columns = task.columns
+    words: Any = []
+    if task.kind == "token_classification":
+        words = row.get(columns.tokens)
+        if not _texts(words) or not words or not all(word.strip() for word in words):
+            raise ValueError(f"{columns.tokens}={words!r} is not a list of words")
+        text = " ".join(words)
+    else:
+        text = _text(row, columns.text)
+    pair = _text(row, columns.pair) if columns.pair else ""
+    name = row.get(columns.id)
+    target = _target(task, row, words, pair) if labelled else None
+    return Example(place if name in (None, "") else str(name), text, pair, words, target)
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    text = row.get(column)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{column}={text!r} is not a text")
+    return normalise(text)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _target(task: TaskConfig, row: Mapping[str, Any], words: Sequence[str], pair: str) -> Target:
+    column = task.columns.label
+    value: Any = row.get(column)
+    if task.kind == "token_classification":
+        if not _texts(value) or len(value) != len(words):
+            raise ValueError(f"{column} has not one tag for each of the {len(words)} words: {value!r}")
+        return value
+    if task.kind == "regression":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{column}={value!r} is not a number")
+        return float(value)
+    if task.kind == "question_answering":
+        return _span(column, value, pair)
+    if task.multi_label:
+        if not _texts(value):
+            raise ValueError(f"{column}={value!r} is not a list of labels")
+        return sorted(set(value))
+    if isinstance(value, bool | int | float):  # as a CSV has them; the label is how it is written
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{column}={value!r} is not a {'text' if task.kind == 'generation' else 'label'}")
+    return value
+
+
+def _span(column: str, value: Any, context: str) -> dict[str, Any]:
+    """An answer is a text, or {"text", "start"}; as SQuAD's, lists of one or more take the first."""
+    start = None
+    if isinstance(value, dict):
+        start = value.get("start", value.get("answer_start"))
+        value = value.get("text")
+        value, start = (part[0] if isinstance(part, list) and part else part for part in (value, start))
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{column}={value!r} is not an answer: a text, or its text and start")
+    start = context.find(value) if start is None else start
+    if start < 0 or context[start : start + len(value)] != value:
+        raise ValueError(f"{column}={value!r} does not stand in the context at {start}")
+    return {"text": value, "start": start}
+
+
+def to_lines(examples: Sequence[Example]) -> bytes:
+    """JSON lines that `from_lines` reads back."""
+    return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples).encode()
+
+
+def from_lines(data: bytes) -> list[Example]:
+    return [Example(**json.loads(line)) for line in data.decode().split("\n") if line]

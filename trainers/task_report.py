@@ -1,0 +1,151 @@
+"""What a task holds before training, and what a fine-tuning run came to: tables and one page."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from cluster.storage import Store
+from trainers.charts import ORANGE, Chart, draw_plain
+from trainers.finetune_result import FinetuneResult
+from trainers.metrics import read_metrics, validations_of
+from trainers.report import REPORT, page_environment
+from trainers.task import TaskConfig
+from trainers.task_data import PreparedTask, labels_in, target_text
+from trainers.task_encoding import Encoder
+from trainers.task_metrics import seeds_interval
+
+ERRORS_SHOWN = 30
+"""Wrong answers on the page, the surest first."""
+MOST_LABELS = 30
+"""Labels of a confusion matrix; of more, the page shows the commonest confusions alone."""
+
+
+# --- before training ---
+
+
+def task_tables(prepared: PreparedTask, encoder: Encoder) -> list[Table]:
+    """Balance of the classes and lengths in tokens, of train and validation; of test the count alone."""
+    task = prepared.task
+    splits = {name: prepared.read(name) for name in ("train", "validation")}
+    left_out = ", ".join(f"{number:,} {reason}" for reason, number in prepared.left_out.items() if number)
+    counts = Table(title=f"{task.name}: {task.kind}, judged by {task.judged_by}")
+    for column in ("split", "records", "median tokens", "longest", f"over {encoder.max_tokens:,}"):
+        counts.add_column(column, justify="left" if column == "split" else "right")
+    tables = [counts]
+    for name, examples in splits.items():
+        # Only measured here: what is too long is refused when the run is put together.
+        lengths = [
+            len(encoding.ids) for encoding in encoder.tokenizer.encode_batch([e.content for e in examples])
+        ]
+        over = sum(length > encoder.max_tokens for length in lengths)
+        counts.add_row(
+            name, f"{len(examples):,}", f"{np.median(lengths):.0f}", f"{max(lengths):,}", f"{over:,}"
+        )
+    counts.add_row("test", f"{prepared.counts['test']:,}", "", "", "")
+    if left_out:
+        counts.caption = f"left out: {left_out}"
+    if task.has_labels:
+        balance = Table("label", *(f"{name} (share)" for name in splits))
+        counted = {name: labels_in(task, examples) for name, examples in splits.items()}
+        for label in task.labels:
+            cells = [f"{c[label]:,} ({c[label] / max(1, sum(c.values())):.1%})" for c in counted.values()]
+            balance.add_row(label, *cells)
+        tables.append(balance)
+    return tables
+
+
+# --- after it ---
+
+
+def results_table(result: FinetuneResult) -> Table:
+    """One row a seed, and their mean with its interval."""
+    table = Table(
+        "seed", "best step", f"validation {result.metric}", f"test {result.metric}", "95 % interval"
+    )
+    for seed in result.seeds:
+        test = seed.get("test")
+        interval = test.get("interval") if test else None
+        table.add_row(
+            str(seed["seed"]),
+            f"{seed['best_step']:,} of {seed['steps']:,}",
+            f"{seed['validation'][result.metric]:.4f}",
+            f"{test['metrics'][result.metric]:.4f}" if test else "not read",
+            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+        )
+    if len(result.seeds) > 1:
+        means = [
+            seeds_interval(values) for split in ("validation", "test") if (values := result.values(split))
+        ]
+        cells = [f"{mean:.4f} ({low:.4f} to {high:.4f})" for mean, low, high in means]
+        table.add_row("mean", "", *cells)
+    return table
+
+
+def write_task_report(run: Store, prepared: PreparedTask) -> str:
+    """Make the page of one seed's run and put it there; returns its URI."""
+    task = prepared.task
+    result = json.loads(run.read("result.json"))
+    answers = [json.loads(line) for line in run.read("answers.jsonl").decode().splitlines()]
+    curve = [(r["step"], r["validation"][task.judged_by]) for r in validations_of(read_metrics(run))]
+    page = {
+        "name": run.uri.rstrip("/").rpartition("/runs/")[2] or run.uri,
+        "task": task,
+        "result": result,
+        "charts": [validation_chart(task, curve)] if curve else [],
+        "confusion": confusion(task, answers),
+        "errors": list(errors(task, answers)),
+        "wrong": sum(not is_right(task, answer) for answer in answers),
+        "prepared": prepared,
+        "config": run.read("config.yaml").decode(),
+        "text": target_text,
+    }
+    run.put(REPORT, page_environment().get_template("task_report.html").render(page).encode())
+    return f"{run.uri.rstrip('/')}/{REPORT}"
+
+
+def validation_chart(task: TaskConfig, curve: Sequence[tuple[int, float]]) -> Chart:
+    steps, values = zip(*sorted(dict(curve).items()), strict=True)
+
+    def draw(axes: Any) -> None:
+        axes.plot(steps, values, color=ORANGE, linewidth=1.4, marker="o", markersize=3)
+        axes.set_xlim(0, None)
+
+    return draw_plain(
+        f"Validation {task.judged_by}", task.judged_by, "step", "After each validation of the run.", draw
+    )
+
+
+def is_right(task: TaskConfig, answer: dict[str, Any]) -> bool:
+    """Whether an answer is the target; a number is never wrong, only off."""
+    if task.kind == "regression":
+        return True
+    target = answer["target"]
+    return answer["answer"] == (target["text"] if isinstance(target, dict) else target)
+
+
+def confusion(task: TaskConfig, answers: Sequence[dict[str, Any]]) -> list[tuple[str, list[int]]]:
+    """Rows of the confusion matrix: a target, and how often each label was answered; empty where there is none."""
+    if task.multi_label or not task.has_labels or len(task.labels) > MOST_LABELS:
+        return []
+    pairs: Counter[tuple[str, str]] = Counter()
+    for answer in answers:
+        several = task.kind == "token_classification"
+        targets, found = (
+            (answer["target"], answer["answer"]) if several else ([answer["target"]], [answer["answer"]])
+        )
+        pairs.update(zip(targets, found, strict=True))
+    return [(target, [pairs[target, found] for found in task.labels]) for target in task.labels]
+
+
+def errors(task: TaskConfig, answers: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The wrong answers that the model was surest of; of numbers those furthest off."""
+    if task.kind == "regression":
+        ranked = sorted(answers, key=lambda answer: -abs(answer["answer"] - answer["target"]))
+    else:
+        wrong = [answer for answer in answers if not is_right(task, answer)]
+        ranked = sorted(wrong, key=lambda answer: -(answer["confidence"] or 0))
+    yield from ranked[:ERRORS_SHOWN]
