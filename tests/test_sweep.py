@@ -1,0 +1,101 @@
+"""A sweep on real Ray Tune: no test record in a trial, failures recorded, kill -9 of the driver survived."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from task_files import put_backbone, put_lines, put_task, sentences
+
+from cluster.config import load_config
+from cluster.session import PROJECT
+from cluster.storage import open_store
+from trainers.finetune_config import FinetuneConfig
+from tune.sweep_config import SweepConfig, room_for_trials
+from tune.trial_records import read_trials
+
+pytestmark = pytest.mark.cluster
+TRIALS = 5
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    uri = put_lines(folder / "records.jsonl", sentences(300))
+    put_task(folder / "task.yaml", name="t", kind="classification", data={"uri": uri})
+    put_backbone(folder / "model")
+    content = {
+        "sweep": {"name": "s", "storage": str(folder / "sweeps"), "trials": TRIALS, "best": 2,
+            "seeds": 2, "search": "random"},
+        "base": {
+            "run": {"task": str(folder / "task.yaml"), "prepared": str(folder / "prepared")},
+            "backbone": {"uri": str(folder / "model")},
+            "batch": {"rows_per_step": 16, "min_steps": 40, "epochs": 1.0},
+            "engine": {"precision": "fp32", "zero_stage": 0, "micro_batch_rows": 16},
+            "validation": {"times": 4},
+            "cluster": {"address": "local"},
+        },
+        # A rate of 1e30 gives no finite gradient: that trial fails, and the sweep goes on.
+        "space": {"optimizer.learning_rate": {"choice": [0.001, 0.003, 0.01, 0.02, 1.0e30]}},
+    }  # fmt: skip
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def start(place):
+    command = [sys.executable, str(PROJECT / "tune" / "sweep.py"), "--config", str(place / "sweep.yaml")]
+    log = open(place / "log", "ab")  # noqa: SIM115  (the process has it)
+    return subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=place, start_new_session=True,
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+    )  # fmt: skip
+
+
+def test_a_killed_sweep_goes_on_from_what_is_finished_and_judges_its_winner_once(place):
+    store = open_store(str(place / "sweeps" / "s"))
+    process = start(place)
+    ends = time.monotonic() + 200
+    while len(ended := [t for t in read_trials(store) if t.status != "unfinished"]) < 2:
+        assert process.poll() is None and time.monotonic() < ends, (place / "log").read_text()[-3000:]
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not store.exists("best.yaml")
+    assert start(place).wait(400) == 0, (place / "log").read_text()[-3000:]
+    trials = {trial.name: trial for trial in read_trials(store)}
+    assert all(trials[t.name] == t for t in ended)
+    assert len([t for t in trials.values() if t.seed == 0]) == TRIALS
+    failed = [t for t in trials.values() if t.point["optimizer.learning_rate"] == 1e30]
+    assert failed[0].status == "failed" and store.exists(f"trials/{failed[0].name}/error.txt")
+    assert not [info.path for info in store.list("trials/") if info.path.endswith("test.json")]
+    assert json.loads(store.read("test.json"))["metrics"]["accuracy"] > 0.6
+    best = load_config(
+        FinetuneConfig, ["--config", str(place / "sweeps" / "s" / "best.yaml")], description=""
+    ).config
+    assert best.optimizer.learning_rate in (0.001, 0.003, 0.01, 0.02)
+    page = store.read("report.html").decode()
+    assert page.count("<svg") >= 4 and all(trial.name in page for trial in trials.values())
+
+
+def test_a_trial_that_needs_more_than_the_cluster_is_refused(place):
+    arguments = ["--config", str(place / "sweep.yaml"), "--base.cluster.cpus_per_worker", "64"]
+    config = load_config(SweepConfig, arguments, description="").config
+    concurrent, problem = room_for_trials(config, {"CPU": 4.0})
+    assert concurrent == 0 and problem is not None and "64 CPUs" in problem and "has 4" in problem
+
+
+def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(place):
+    arguments = [
+        "--config",
+        str(place / "sweep.yaml"),
+        "--base.cluster.cpus_per_worker",
+        "2",
+        "--base.cluster.num_workers",
+        "3",
+    ]
+    config = load_config(SweepConfig, arguments, description="").config
+    assert room_for_trials(config, {"CPU": 20.0}) == (3, None)

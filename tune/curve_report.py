@@ -1,0 +1,65 @@
+"""A label-efficiency curve as a page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from matplotlib.axes import Axes
+
+from cluster.storage import Store
+from trainers.charts import BLUE, GREY, INK, ORANGE, Chart, draw_plain
+from trainers.report import REPORT, page_environment
+from trainers.task import TaskConfig
+from tune.curve import CurvePoint
+
+COLORS = {"pretrained": BLUE, "scratch": ORANGE, "linear": INK, "majority": GREY}
+
+
+def tune_pages() -> jinja2.Environment:
+    """As the pages of trainers/, with the templates of this folder before theirs."""
+    environment = page_environment()
+    assert environment.loader is not None
+    environment.loader = jinja2.ChoiceLoader([jinja2.PackageLoader("tune", "."), environment.loader])
+    return environment
+
+
+def write_curve_report(
+    store: Store, task: TaskConfig, points: Sequence[CurvePoint], factors: Mapping[str, Any]
+) -> str:
+    """Make the page and put it there; returns its URI."""
+    page = {
+        "name": store.uri.rstrip("/").rpartition("/")[2],
+        "task": task,
+        "chart": curve_chart(task, points),
+        "points": sorted(points, key=lambda point: (point.budget, list(COLORS).index(point.arm))),
+        "factors": factors,
+    }
+    store.put(REPORT, tune_pages().get_template("curve_report.html").render(page).encode())
+    return f"{store.uri.removeprefix('file://')}/{REPORT}"
+
+
+def curve_chart(task: TaskConfig, points: Sequence[CurvePoint]) -> Chart:
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("log")
+        for arm, color in COLORS.items():
+            ours = sorted((point for point in points if point.arm == arm), key=lambda point: point.budget)
+            if not ours:
+                continue
+            x = [point.budget for point in ours]
+            axes.fill_between(
+                x, [p.low for p in ours], [p.high for p in ours], color=color, alpha=0.12, linewidth=0
+            )
+            axes.plot(x, [p.mean for p in ours], color=color, linewidth=1.4, marker="o", markersize=3)
+            axes.annotate(
+                arm,
+                (x[-1], ours[-1].mean),
+                (4, 0),
+                textcoords="offset points",
+                color=color,
+                fontsize=8,
+                va="center",
+            )
+        axes.margins(x=0.18)
+
+    caption = "Mean over seeds on the test split; the band is the 95 % interval of Student's t."
+    return draw_plain("Labels and accuracy", task.judged_by, "training labels", caption, draw)

@@ -1,0 +1,67 @@
+"""The training texts of a task as a raw corpus, for pretraining on the domain; what validates and tests stays out.
+
+python tune/domain_text.py --task trainers/tasks/movies.yaml --output corpora/movies-text
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cluster.config import ConfigError
+from cluster.storage import open_store
+from data.overlap import Runs
+from trainers.task import load_task
+from trainers.task_data import PreparedTask, prepare_task
+from trainers.task_records import Example
+
+TEXTS_PER_DOCUMENT = 32
+"""Short texts fill a row together; a boundary between each two would be a tenth of the tokens."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the corpus of a task from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", required=True, metavar="FILE", help="task file")
+    parser.add_argument("--output", required=True, metavar="URI", help="folder for the raw corpus")
+    parser.add_argument(
+        "--prepared", default="corpora/tasks/prepared", metavar="URI", help="folder of split tasks"
+    )
+    options = parser.parse_args(argv)
+    try:
+        prepared = prepare_task(load_task(options.task), open_store(options.prepared))
+    except ConfigError as error:
+        raise SystemExit(f"domain_text: {error}") from None
+    texts = [example.content for example in prepared.read("train")]
+    random.Random(0).shuffle(texts)
+    judging = [example.content for split in ("validation", "test") for example in read_split(prepared, split)]
+    # Texts that are no near-duplicates may still share a long quotation: those are left out.
+    runs = Runs(judging)
+    kept = [text for text in texts if not runs.found_in(text)]
+    documents = ["\n".join(kept[i : i + TEXTS_PER_DOCUMENT]) for i in range(0, len(kept), TEXTS_PER_DOCUMENT)]
+    name = prepared.task.name
+    lines = [
+        json.dumps({"id": f"{name}/{n}", "text": text}, ensure_ascii=False)
+        for n, text in enumerate(documents)
+    ]
+    open_store(options.output).put(f"{name}.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    print(
+        f"put {len(kept):,} training texts as {len(documents):,} documents into {options.output}; left out "
+        f"{len(texts) - len(kept):,} that share a run of characters with a validation or test text"
+    )
+
+
+def read_split(prepared: PreparedTask, split: str) -> list[Example]:
+    """Validation or test; of the test split the texts are compared, its labels are not looked at."""
+    return prepared.read_test() if split == "test" else prepared.read(split)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""How many labels pretraining saves: accuracy over label budgets, pretrained against from scratch and a linear model.
+
+    python tune/label_efficiency.py --base.run.task trainers/tasks/movies.yaml --base.backbone.uri runs/NAME/export
+
+Each point is a run of its own, judged on the test split once and used for no choice. The same command goes on where an
+interrupted one was.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+try:
+    from rich.console import Console
+    from rich.table import Table
+
+    from cluster.config import ConfigError, load_config, run_entry
+    from cluster.storage import Store, open_store
+    from data.overlap import texts_within
+    from trainers.finetune import finetune
+    from trainers.finetune_config import FinetuneConfig, absolute
+    from trainers.task import load_task
+    from trainers.task_data import PreparedTask, choose_budget, prepare_task
+    from trainers.task_metrics import seeds_interval
+    from tune.baselines import linear, majority
+    from tune.curve import CurvePoint, saved, told
+    from tune.curve_report import write_curve_report
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
+
+NEURAL = ("pretrained", "scratch")
+ARMS = (*NEURAL, "linear", "majority")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveConfig:
+    """Which points a curve has."""
+
+    name: str = "labels"
+    """The curve's folder under `curve.storage`; the same name goes on where it was."""
+    storage: str = "curves"
+    """URI of the folder of curves."""
+    budgets: tuple[int, ...] = (10, 30, 100, 300, 1_000, 0)
+    """Training records; 0: all. As many records validate, at most `base.validation.max_rows`."""
+    seeds: int = 3
+    """Runs of each point: other records, another order, another head."""
+    scratch_learning_rate: float = 0.0
+    """Rate of the control; 0: that of `base.optimizer`. The control deserves a rate of its own."""
+    pretraining_text: str = ""
+    """Folder of the raw text that the backbone was pretrained on: checked not to contain the test split."""
+
+    def problems(self, at: str) -> Iterator[str]:
+        if self.seeds < 1:
+            yield f"{at}.seeds={self.seeds} must be at least 1"
+        if not self.budgets or any(budget < 0 for budget in self.budgets):
+            yield f"{at}.budgets={list(self.budgets)} must be one or more numbers of records, 0 for all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelEfficiencyConfig:
+    """A curve of accuracy over label budgets."""
+
+    curve: CurveConfig = field(default_factory=CurveConfig)
+    base: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure a curve from the command line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    config = load_config(LabelEfficiencyConfig, arguments, description=__doc__ or "").config
+    config = replace(config, base=absolute(config.base))
+    console = Console(soft_wrap=True)
+    task = load_task(config.base.run.task)
+    if task.kind not in ("classification", "pairs") or task.multi_label:
+        raise ConfigError([f"kind={task.kind}: a curve needs one label per record, for the linear model"])
+    prepared = prepare_task(task, open_store(config.base.run.prepared))
+    store = open_store(config.curve.storage).child(config.curve.name)
+    check_overlap(config, prepared, console)
+    points = measure_points(config, prepared, store, console)
+    factors = {arm: saved(points, arm) for arm in ("scratch", "linear")}
+    content = {
+        "metric": prepared.task.judged_by,
+        "points": [vars(point) for point in points],
+        "factors": factors,
+    }
+    store.put("curve.json", json.dumps(content, indent=2).encode())
+    console.print(curve_table(points, prepared.task.judged_by))
+    for arm, factor in factors.items():
+        console.print(f"labels saved against {arm}: {told(factor)}", highlight=False)
+    console.print(f"page: {write_curve_report(store, prepared.task, points, factors)}", highlight=False)
+
+
+def check_overlap(config: LabelEfficiencyConfig, prepared: PreparedTask, console: Console) -> None:
+    """Print whether pretraining has seen the test split; refuse to go on if it has. Reads texts, not labels."""
+    uri = config.curve.pretraining_text
+    if not uri:
+        console.print(
+            "pretraining text: not named (curve.pretraining_text), so not checked for the test split"
+        )
+        return
+    texts = [example.content for example in prepared.read_test()]
+    if found := texts_within(texts, uri):
+        raise ConfigError(
+            [
+                f"curve.pretraining_text={uri} contains {len(found):,} of {len(texts):,} test texts, the first: "
+                f"{texts[min(found)][:80]!r}; pretrain without them"
+            ]
+        )
+    console.print(f"pretraining text: contains none of {len(texts):,} test texts")
+
+
+def measure_points(
+    config: LabelEfficiencyConfig, prepared: PreparedTask, store: Store, console: Console
+) -> list[CurvePoint]:
+    """Every arm at every budget, the small budgets first; what is done is read."""
+    points = []
+    for budget in config.curve.budgets:
+        for arm in ARMS:
+            seeds = [config.base.run.seeds[0] + number for number in range(config.curve.seeds)]
+            values = tuple(value_of(config, prepared, store, arm, budget, seed) for seed in seeds)
+            number = min(budget or prepared.counts["train"], prepared.counts["train"])
+            points.append(CurvePoint(arm, number, values, *seeds_interval(values)))
+            console.print(
+                f"{number:,} labels, {arm}: {points[-1].mean:.4f} ({', '.join(f'{v:.4f}' for v in values)})",
+                highlight=False,
+            )
+    return points
+
+
+def value_of(
+    config: LabelEfficiencyConfig, prepared: PreparedTask, store: Store, arm: str, budget: int, seed: int
+) -> float:
+    """The test metric of one run."""
+    metric = prepared.task.judged_by
+    if arm in NEURAL:
+        found = finetune(arm_config(config, store, arm, budget, seed), prepared=prepared, keep_model=False)
+        return found.seeds[0]["test"]["metrics"][metric]
+    path = f"{arm}-{budget}-{seed}.json"
+    if not store.exists(path):
+        train = choose_budget(prepared.task, prepared.read("train"), budget, seed)
+        rows = validation_rows(config, budget)
+        validation = choose_budget(prepared.task, prepared.read("validation"), rows, seed=0)
+        test = prepared.read_test()
+        answers = (
+            linear(prepared.task, train, validation, test)
+            if arm == "linear"
+            else majority(prepared.task, train, test)
+        )
+        store.put(path, json.dumps(answers).encode())
+    return json.loads(store.read(path))[metric]
+
+
+def validation_rows(config: LabelEfficiencyConfig, budget: int) -> int:
+    """Who has ten labels has not a thousand to validate with."""
+    limit = config.base.validation.max_rows
+    return min(budget, limit) if budget and limit else budget or limit
+
+
+def arm_config(
+    config: LabelEfficiencyConfig, store: Store, arm: str, budget: int, seed: int
+) -> FinetuneConfig:
+    """The fine-tuning run of one point."""
+    base, rate = config.base, config.curve.scratch_learning_rate
+    scratch = arm == "scratch"
+    optimizer = replace(base.optimizer, learning_rate=rate) if scratch and rate else base.optimizer
+    return replace(
+        base,
+        run=replace(base.run, storage=store.uri, name=f"{arm}-{budget}", seeds=(seed,)),
+        backbone=replace(base.backbone, from_scratch=scratch),
+        # Adapters on initial weights would train next to nothing: the control always trains all.
+        adapt=replace(base.adapt, train="full", layer_decay=1.0) if scratch else base.adapt,
+        batch=replace(base.batch, label_budget=budget),
+        validation=replace(base.validation, max_rows=validation_rows(config, budget)),
+        optimizer=optimizer,
+    )
+
+
+def curve_table(points: Sequence[CurvePoint], metric: str) -> Table:
+    """Budgets down, arms across."""
+    table = Table("labels", *ARMS, title=f"test {metric}, mean over seeds and 95 % interval")
+    for budget in sorted({point.budget for point in points}):
+        of_budget = {point.arm: point for point in points if point.budget == budget}
+        cells = [f"{p.mean:.3f} ({p.low:.3f} to {p.high:.3f})" for p in map(of_budget.__getitem__, ARMS)]
+        table.add_row(f"{budget:,}", *cells)
+    return table
+
+
+if __name__ == "__main__":
+    run_entry(main)

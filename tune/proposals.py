@@ -1,0 +1,108 @@
+"""Which points a sweep tries: drawn at random, from a grid, or by Optuna's TPE from what is known so far.
+
+All three are remade from the records of finished trials, so that a sweep whose driver died goes on as it was.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import TrialState, create_trial
+
+from tune.search_space import Dimension, Point, SearchSpace
+
+Search = Literal["random", "grid", "tpe"]
+
+
+class Proposals:
+    """Up to `number` points, each another one; `learn` tells what a point came to."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        search: Search,
+        number: int,
+        seed: int,
+        known: Sequence[tuple[Point, float | None]],
+    ) -> None:
+        """`known`: points of an earlier start with their scores (None: failed); they count towards `number`."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._space = space
+        sampler = (
+            optuna.samplers.TPESampler(
+                seed=seed + len(known), multivariate=True, group=True, constant_liar=True
+            )
+            if search == "tpe"
+            else optuna.samplers.RandomSampler(seed=seed)
+        )
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._grid = space.grid() if search == "grid" else None
+        self._asked: dict[str, optuna.trial.Trial | None] = {}
+        self._left = number
+        for point, score in known:
+            self._asked[key_of(point)] = None
+            self._left -= 1
+            self._study.add_trial(as_trial(space, point, score))
+
+    def propose(self) -> Point | None:
+        """The next point; None when there is none left."""
+        if self._left <= 0:
+            return None
+        if self._grid is not None:
+            point = next((point for point in self._grid if key_of(point) not in self._asked), None)
+            if point is not None:
+                self._asked[key_of(point)] = None
+                self._left -= 1
+            return point
+        for _ in range(100):  # a small space of choices soon repeats itself
+            trial = self._study.ask()
+            point = self._space.point(partial(suggest, trial))
+            if key_of(point) not in self._asked:
+                self._asked[key_of(point)] = trial
+                self._left -= 1
+                return point
+            self._study.tell(trial, state=TrialState.FAIL)
+        return None
+
+    @property
+    def left(self) -> int:
+        """How many are still to be proposed, at most."""
+        if self._grid is None:
+            return max(0, self._left)
+        return min(max(0, self._left), sum(key_of(point) not in self._asked for point in self._grid))
+
+    def adopt(self, point: Point) -> Point:
+        """Count a point that was begun by an earlier start as proposed now."""
+        self._left -= 1
+        self._asked[key_of(point)] = None
+        return point
+
+    def learn(self, point: Point, score: float | None) -> None:
+        """Take in the score of a point; None if it failed."""
+        trial = self._asked.get(key_of(point))
+        if trial is not None:
+            state = TrialState.FAIL if score is None else TrialState.COMPLETE
+            self._study.tell(trial, score, state=state)
+
+
+def suggest(trial: optuna.trial.Trial, dimension: Dimension) -> Any:
+    """Optuna's value for a key."""
+    if dimension.kind == "choice":
+        return trial.suggest_categorical(dimension.key, dimension.values)
+    low, high = dimension.values
+    if dimension.kind == "int":
+        return trial.suggest_int(dimension.key, low, high)
+    return trial.suggest_float(dimension.key, low, high, log=dimension.kind == "loguniform")
+
+
+def as_trial(space: SearchSpace, point: Point, score: float | None) -> optuna.trial.FrozenTrial:
+    """What Optuna knows of a point that was tried."""
+    distributions = {d.key: d.distribution for d in space.dimensions if d.key in point}
+    state = TrialState.FAIL if score is None else TrialState.COMPLETE
+    return create_trial(params=dict(point), distributions=distributions, value=score, state=state)
+
+
+def key_of(point: Point) -> str:
+    """The same for equal points."""
+    return repr(sorted(point.items()))

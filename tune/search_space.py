@@ -1,0 +1,151 @@
+"""What a sweep may vary: keys of the fine-tuning configuration, each with where its values come from.
+
+optimizer.learning_rate: {loguniform: [1e-5, 3e-3]}
+adapt.train: {choice: [full, lora]}
+adapt.lora_rank: {choice: [4, 16], if: {adapt.train: lora}}     # only where that holds
+batch.rows_per_step: {int: [8, 64]}                             # both ends included
+adapt.dropout: {uniform: [0.0, 0.3]}
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+
+from cluster.config import ConfigError, from_dict, nearest, to_dict
+from cluster.keys import keys_of
+from trainers.finetune_config import FinetuneConfig
+
+KINDS = ("choice", "uniform", "loguniform", "int")
+GRID_VALUES = 3
+"""Values that a grid takes of a range: its ends and the middle."""
+
+Point = dict[str, Any]
+"""A value for each key that is varied; keys whose condition does not hold are absent."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One key, and its values."""
+
+    key: str
+    kind: str
+    values: tuple[Any, ...]
+    """All choices, or the two ends of a range."""
+    condition: Mapping[str, Any]
+    """Values that other keys must have."""
+
+    def applies(self, point: Point) -> bool:
+        return all(point.get(key) == value for key, value in self.condition.items())
+
+    @property
+    def distribution(self) -> optuna.distributions.BaseDistribution:
+        """The same for Optuna."""
+        if self.kind == "choice":
+            return optuna.distributions.CategoricalDistribution(self.values)
+        if self.kind == "int":
+            return optuna.distributions.IntDistribution(*self.values)
+        low, high = self.values
+        return optuna.distributions.FloatDistribution(low, high, log=self.kind == "loguniform")
+
+    def grid(self) -> Sequence[Any]:
+        """All choices; of a range GRID_VALUES evenly spaced ones."""
+        if self.kind == "choice":
+            return self.values
+        low, high = self.values
+        shares = [number / (GRID_VALUES - 1) for number in range(GRID_VALUES)]
+        if self.kind == "loguniform":
+            return [math.exp(math.log(low) + share * (math.log(high) - math.log(low))) for share in shares]
+        values = [low + share * (high - low) for share in shares]
+        return sorted({round(value) for value in values}) if self.kind == "int" else values
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Dimensions; a condition names only keys that stand before it."""
+
+    dimensions: tuple[Dimension, ...]
+
+    def point(self, suggest: Callable[[Dimension], Any]) -> Point:
+        """Fill the keys in turn; those whose condition does not hold stay out."""
+        point: Point = {}
+        for dimension in self.dimensions:
+            if dimension.applies(point):
+                point[dimension.key] = suggest(dimension)
+        return point
+
+    def grid(self) -> list[Point]:
+        """Every combination once."""
+        points: dict[str, Point] = {}
+        for values in itertools.product(*(dimension.grid() for dimension in self.dimensions)):
+            chosen = dict(zip((d.key for d in self.dimensions), values, strict=True))
+            point = self.point(lambda dimension, chosen=chosen: chosen[dimension.key])  # type: ignore[misc]
+            points.setdefault(repr(sorted(point.items())), point)
+        return list(points.values())
+
+
+def parse_space(space: Mapping[str, Any], base: FinetuneConfig) -> SearchSpace:
+    """Read and check the YAML form against the configuration that it varies.
+
+    Raises:
+        ConfigError: one line for each mistake.
+    """
+    problems: list[str] = []
+    if not space:
+        problems.append("space is empty: name at least one key to vary, as optimizer.learning_rate")
+    dimensions: list[Dimension] = []
+    for key, described in space.items():
+        found = list(_problems(key, described, [d.key for d in dimensions]))
+        problems += found
+        if not found:
+            kind = next(kind for kind in KINDS if kind in described)
+            dimensions.append(Dimension(key, kind, tuple(described[kind]), described.get("if") or {}))
+    for dimension in dimensions:
+        for value in dimension.values:
+            try:
+                with_point(base, {dimension.key: value})
+            except ConfigError as error:
+                problems += [f"space.{dimension.key}: {line}" for line in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return SearchSpace(tuple(dimensions))
+
+
+def _problems(key: str, described: Any, before: Sequence[str]) -> Iterator[str]:
+    known = list(keys_of(FinetuneConfig))
+    if key not in known:
+        yield f"space.{key} is not a key of the configuration; nearest: {nearest(key, known) or 'see --help'}"
+    elif key.startswith(("run.", "cluster.", "checkpoint.")):
+        yield f"space.{key} cannot be varied: {key.partition('.')[0]}.* says where a trial runs, not what it learns"
+    kinds = [name for name in described if name != "if"] if isinstance(described, dict) else []
+    if len(kinds) != 1 or kinds[0] not in KINDS:
+        yield f"space.{key}={described!r} must be one of {', '.join(f'{{{kind}: […]}}' for kind in KINDS)}"
+        return
+    kind, values = kinds[0], described[kinds[0]]
+    if not isinstance(values, list) or not values:
+        yield f"space.{key}.{kind}={values!r} must be a list"
+    elif kind != "choice":
+        if len(values) != 2 or not all(isinstance(v, int | float) for v in values) or values[0] >= values[1]:
+            yield f"space.{key}.{kind}={values!r} must be the two ends of a range, the lower first"
+        elif kind == "loguniform" and values[0] <= 0:
+            yield f"space.{key}.loguniform={values!r} must be above 0"
+        elif kind == "int" and not all(isinstance(v, int) for v in values):
+            yield f"space.{key}.int={values!r} must be whole numbers"
+    for other in described.get("if") or {}:
+        if other not in before:
+            yield f"space.{key}.if names {other}, which does not stand before it in space"
+
+
+def with_point(base: FinetuneConfig, point: Point) -> FinetuneConfig:
+    """The configuration with a point's values. Raises `ConfigError` where they do not fit."""
+    merged = to_dict(base)
+    for key, value in point.items():
+        *sections, name = key.split(".")
+        section = merged
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return from_dict(FinetuneConfig, merged)

@@ -1,0 +1,189 @@
+"""A sweep as a table and as one page with plots."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from matplotlib.axes import Axes
+from rich.table import Table
+
+from cluster.storage import Store
+from trainers.charts import BLUE, GREY, ORANGE, Chart, draw_plain
+from trainers.report import REPORT
+from trainers.task import TaskConfig
+from trainers.units import duration
+from tune.curve_report import tune_pages
+from tune.finalists import Finalist
+from tune.proposals import as_trial
+from tune.search_space import Dimension, SearchSpace
+from tune.trial_records import TrialRecord, read_trials
+
+TEMPLATE = "sweep_report.html"
+
+
+def sweep_table(trials: Sequence[TrialRecord], finalists: Sequence[Finalist], task: TaskConfig) -> Table:
+    """The best points with their intervals, and how many trials ended how."""
+    counts = {status: sum(r.status == status for r in trials) for status in ("finished", "stopped", "failed")}
+    table = Table(
+        "point", f"validation {task.judged_by}", "95 % interval over seeds", "seeds",
+        title=", ".join(f"{number} {status}" for status, number in counts.items()),
+    )  # fmt: skip
+    for finalist in finalists:
+        # A score is turned so that more is better; people want the metric itself.
+        mean, ends = (
+            task.oriented(finalist.mean),
+            sorted((task.oriented(finalist.low), task.oriented(finalist.high))),
+        )
+        table.add_row(
+            described(finalist.point),
+            f"{mean:.4f}",
+            f"{ends[0]:.4f} to {ends[1]:.4f}",
+            str(len(finalist.scores)),
+        )
+    return table
+
+
+def described(point: dict[str, Any]) -> str:
+    """A point on one line."""
+    return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in point.items())
+
+
+def write_sweep_report(
+    sweep: Store,
+    space: SearchSpace,
+    finalists: Sequence[Finalist],
+    judged: dict[str, Any] | None,
+    task: TaskConfig,
+) -> str:
+    """Make the page of a sweep and put it there; returns its URI."""
+    trials = read_trials(sweep)
+    first_seed = trials[0].seed
+    searched = [trial for trial in trials if trial.seed == first_seed]
+    environment = tune_pages()
+    environment.filters |= {"duration": duration, "described": described}
+    page = {
+        "name": sweep.uri.rstrip("/").rpartition("/")[2],
+        "task": task,
+        "trials": trials,
+        "finalists": finalists,
+        "judged": judged,
+        "charts": list(sweep_charts(searched, space)),
+    }
+    sweep.put(REPORT, environment.get_template(TEMPLATE).render(page).encode())
+    return f"{sweep.uri.rstrip('/').removeprefix('file://')}/{REPORT}"
+
+
+def sweep_charts(trials: Sequence[TrialRecord], space: SearchSpace) -> list[Chart]:
+    """Best so far against trials and cost, parallel coordinates, a slice for each key, and importance."""
+    scored = [trial for trial in trials if trial.score is not None]
+    if not scored:
+        return []
+    charts = [
+        best_chart("Best so far, by trials", "trial", scored, lambda seen: [trial.number for trial in seen]),
+        best_chart(
+            "Best so far, by cost",
+            "trial seconds",
+            scored,
+            lambda seen: np.cumsum([t.seconds for t in seen]).tolist(),
+        ),
+        parallel_chart(scored, space),
+        *(slice_chart(scored, dimension) for dimension in space.dimensions),
+    ]
+    importance = importances(scored, space)
+    return [*charts, importance_chart(importance)] if importance else charts
+
+
+def best_chart(title: str, across: str, trials: Sequence[TrialRecord], places: Any) -> Chart:
+    scores = [trial.score or 0.0 for trial in trials]
+    x = places(trials)
+
+    def draw(axes: Axes) -> None:
+        axes.plot(x, scores, color=GREY, linestyle="", marker="o", markersize=3)
+        axes.step(x, np.maximum.accumulate(scores), color=BLUE, linewidth=1.4, where="post")
+
+    return draw_plain(
+        title, "validation score", across, "Dots are trials, the line is the best so far.", draw
+    )
+
+
+def coordinate(dimension: Dimension, value: Any) -> float:
+    """Where a value lies between the ends of its dimension, 0 to 1; on a logarithmic scale if it is searched on one."""
+    if dimension.kind == "choice":
+        return dimension.values.index(value) / max(1, len(dimension.values) - 1)
+    low, high = dimension.values
+    if dimension.kind == "loguniform":
+        low, high, value = np.log([low, high, value]).tolist()
+    return (value - low) / (high - low)
+
+
+def parallel_chart(trials: Sequence[TrialRecord], space: SearchSpace) -> Chart:
+    scores = np.array([trial.score for trial in trials], float)
+    shares = (scores - scores.min()) / (np.ptp(scores) or 1.0)
+    keys = [dimension.key.rpartition(".")[2] for dimension in space.dimensions]
+
+    def draw(axes: Axes) -> None:
+        for trial, share in sorted(zip(trials, shares, strict=True), key=lambda pair: pair[1]):
+            heights = [
+                coordinate(d, trial.point[d.key]) if d.key in trial.point else np.nan
+                for d in space.dimensions
+            ]
+            color = ORANGE if share == 1 else BLUE
+            axes.plot(
+                [*heights, share], color=color, alpha=1.0 if share == 1 else 0.15 + 0.5 * share, linewidth=1.2
+            )
+        axes.set_xticks(range(len(keys) + 1), [*keys, "score"], fontsize=7)
+        axes.set_yticks([0, 1], ["low", "high"])
+
+    caption = (
+        "Each line is a trial; the darker, the better; orange is the best. A gap: the key did not apply."
+    )
+    return draw_plain("Parallel coordinates", "", "", caption, draw)
+
+
+def slice_chart(trials: Sequence[TrialRecord], dimension: Dimension) -> Chart:
+    pairs = [
+        (trial.point[dimension.key], trial.score or 0.0) for trial in trials if dimension.key in trial.point
+    ]
+
+    def draw(axes: Axes) -> None:
+        if dimension.kind == "choice":
+            axes.set_xticks(range(len(dimension.values)), [str(value) for value in dimension.values])
+        elif dimension.kind == "loguniform":
+            axes.set_xscale("log")
+        at = [dimension.values.index(v) if dimension.kind == "choice" else v for v, _ in pairs]
+        axes.plot(at, [score for _, score in pairs], color=BLUE, linestyle="", marker="o", markersize=3)
+
+    key = dimension.key
+    return draw_plain(
+        key, "validation score", key.rpartition(".")[2], f"Each trial's score over its {key}.", draw
+    )
+
+
+def importances(trials: Sequence[TrialRecord], space: SearchSpace) -> dict[str, float]:
+    """Share of the scores' variance that each key explains, by PED-ANOVA (Watanabe et al. 2023); empty where
+    trials are few."""
+    study = optuna.create_study(direction="maximize")
+    for trial in trials:
+        study.add_trial(as_trial(space, trial.point, trial.score))
+    if len(trials) < 8 or len({trial.score for trial in trials}) < 2:
+        return {}
+    everywhere = [d.key for d in space.dimensions if not d.condition]
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, params=everywhere)
+
+
+def importance_chart(importance: dict[str, float]) -> Chart:
+    keys = list(importance)[::-1]
+
+    def draw(axes: Axes) -> None:
+        axes.barh(
+            [key.rpartition(".")[2] for key in keys],
+            [importance[key] for key in keys],
+            color=BLUE,
+            height=0.6,
+        )
+        axes.tick_params("y", labelsize=7)
+
+    caption = "How far the best quarter of the trials differs from all in each key (PED-ANOVA), as a share."
+    return draw_plain("Importance", "", "share", caption, draw)

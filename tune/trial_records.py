@@ -1,0 +1,68 @@
+"""What a sweep keeps of each trial: `trials/NAME/trial.json` when it starts, `outcome.json` when it ends.
+
+A trial is named by what it is: the digest of its point and seed. So a sweep that was killed finds what is finished, and
+starts what was running under its old name, where it goes on from its checkpoints.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from cluster.storage import Store
+from tune.search_space import Point
+
+FOLDER, STARTED, OUTCOME = "trials", "trial.json", "outcome.json"
+Status = Literal["finished", "stopped", "failed", "unfinished"]
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial, as far as it is known."""
+
+    name: str
+    point: Point
+    seed: int
+    number: int
+    """Order of starting, from 1."""
+    status: Status = "unfinished"
+    score: float | None = None
+    """Best validation score, more is better; None if there was none."""
+    seconds: float = 0.0
+    """From start to end, of the last start."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the last validation that was reported."""
+    error: str = ""
+    """Why it failed."""
+
+
+def trial_name(point: Point, seed: int) -> str:
+    """12 hexadecimal digits of what is tried."""
+    return hashlib.blake2b(json.dumps([sorted(point.items()), seed]).encode(), digest_size=6).hexdigest()
+
+
+def record_start(sweep: Store, record: TrialRecord) -> None:
+    """Write down what is tried; that of an earlier start stays."""
+    sweep.put_if_absent(f"{FOLDER}/{record.name}/{STARTED}", json.dumps(asdict(record)).encode())
+
+
+def record_outcome(sweep: Store, record: TrialRecord) -> None:
+    """Write down how a trial ended; the first ending counts."""
+    score = record.score if record.score is not None and math.isfinite(record.score) else None
+    sweep.put_if_absent(
+        f"{FOLDER}/{record.name}/{OUTCOME}", json.dumps(asdict(record) | {"score": score}, indent=2).encode()
+    )
+
+
+def read_trials(sweep: Store) -> list[TrialRecord]:
+    """All trials of the sweep, in the order of starting."""
+    found: dict[str, dict[str, Any]] = {}
+    for info in sweep.list(f"{FOLDER}/"):
+        _, name, *file = info.path.split("/")
+        if file in ([STARTED], [OUTCOME]):
+            content = json.loads(sweep.read(info.path))
+            if file == [OUTCOME] or name not in found:
+                found[name] = content
+    return sorted((TrialRecord(**content) for content in found.values()), key=lambda record: record.number)
