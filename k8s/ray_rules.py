@@ -1,0 +1,232 @@
+"""Rules for what KubeRay, Kueue and the run itself make of the manifests.
+
+The limits are KubeRay's (controllers/ray/utils/validation.go of 1.7), those of Kueue's webhooks, or ours. A rule is a
+pure function from a render to a line per fault. Its docstring says what happens where it is broken.
+"""
+
+import shlex
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster.config import ConfigError, load_config
+from k8s.manifests import Object, Render, groups, name_of, of_kind, ray_clusters
+from trainers.config import PretrainConfig
+
+SUBMISSION_MODES = {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"}
+OWNED_BY_OPERATOR = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_USE_TLS", "RAY_AUTH_TOKEN"}
+ALPHA_FIELDS = {
+    "networkPolicy": "RayClusterNetworkPolicy",
+    "tlsOptions": "RayClusterMTLS",
+    "historyServerOptions": "RayClusterHistoryServer",
+}
+MAX_KUEUE_PODSETS = 18  # the head and 17 groups
+IMAGE_ROOT = "/opt/pretraining/"
+"""Where the Dockerfile puts the project."""
+
+
+def submission(render: Render) -> Iterator[str]:
+    for job in of_kind(render.objects, "RayJob"):
+        spec, mode = job["spec"], job["spec"].get("submissionMode", "K8sJobMode")
+        if mode not in SUBMISSION_MODES:
+            yield f"{name_of(job)}: submissionMode={mode} is none of {', '.join(sorted(SUBMISSION_MODES))}"
+        if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
+            yield f"{name_of(job)}: ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
+        if spec.get("backoffLimit") and spec.get("clusterSelector"):
+            yield f"{name_of(job)}: backoffLimit makes new clusters, which clusterSelector excludes"
+
+
+def versions(render: Render) -> Iterator[str]:
+    """KubeRay chooses the probes by rayVersion; another Ray in the image fails them, or answers another protocol."""
+    for thing, spec in ray_clusters(render.objects):
+        images = {group.ray["image"] for group in groups([thing])}
+        if len(images) > 1:
+            yield f"{name_of(thing)} has more than one image: {', '.join(sorted(images))}"
+        if spec.get("rayVersion") != render.ray_version:
+            yield f"{name_of(thing)}: rayVersion={spec.get('rayVersion')}, but pyproject.toml pins {render.ray_version}"
+        for image in images:
+            tag = image.partition("@")[0].rpartition(":")[2]
+            if tag.split("-")[0] != render.ray_version:
+                yield f"{name_of(thing)}: the tag of {image} must begin with Ray's version, {render.ray_version}"
+
+
+def kueue(render: Render) -> Iterator[str]:
+    """Kueue's webhook refuses the first four; what a queue does not cover waits for ever."""
+    queues = {name_of(q): q["spec"]["clusterQueue"] for q in of_kind(render.objects, "LocalQueue")}
+    covered = {
+        name_of(queue): {r for group in queue["spec"]["resourceGroups"] for r in group["coveredResources"]}
+        for queue in of_kind(render.objects, "ClusterQueue")
+    }
+    for thing in of_kind(render.objects, "RayJob", "RayCluster"):
+        queue = thing["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
+        if queue is None:
+            continue
+        at, spec = f"{name_of(thing)} in queue {queue}", thing["spec"]
+        cluster = spec.get("rayClusterSpec", spec)
+        if thing["kind"] == "RayJob" and not spec.get("shutdownAfterJobFinishes"):
+            yield f"{at} needs shutdownAfterJobFinishes"
+        if spec.get("clusterSelector"):
+            yield f"{at} must not have a clusterSelector"
+        if cluster.get("enableInTreeAutoscaling"):
+            yield f"{at} must not have enableInTreeAutoscaling"
+        workers = [group.name for group in groups([thing]) if not group.is_head]
+        if "head" in workers or len(workers) + 1 > MAX_KUEUE_PODSETS:
+            yield f"{at}: at most {MAX_KUEUE_PODSETS - 1} groups, none of them named head"
+        asked = {r for g in groups([thing]) for r in g.ray.get("resources", {}).get("requests", {})}
+        if missing := asked - covered.get(queues.get(queue, ""), set()):
+            yield f"{at}: no ClusterQueue behind it covers {', '.join(sorted(missing))}"
+
+
+def kueue_flavors(render: Render) -> Iterator[str]:
+    flavors = {name_of(flavor) for flavor in of_kind(render.objects, "ResourceFlavor")}
+    for queue in of_kind(render.objects, "ClusterQueue"):
+        for group in queue["spec"]["resourceGroups"]:
+            for flavor in group["flavors"]:
+                if flavor["name"] not in flavors:
+                    yield f"ClusterQueue {name_of(queue)} names ResourceFlavor {flavor['name']}, which is not rendered"
+                if [each["name"] for each in flavor["resources"]] != group["coveredResources"]:
+                    yield f"ClusterQueue {name_of(queue)}: {flavor['name']} must list coveredResources in their order"
+
+
+def autoscaler(render: Render) -> Iterator[str]:
+    for thing, spec in ray_clusters(render.objects):
+        options, is_on = spec.get("autoscalerOptions", {}), bool(spec.get("enableInTreeAutoscaling"))
+        is_v2 = is_on and options.get("version") == "v2"
+        for group in groups([thing]):
+            if is_v2 and group.pod.get("restartPolicy", "Never") != "Never":
+                yield f"{group.at}: autoscaler v2 needs restartPolicy Never or none"
+            if "RAY_enable_autoscaler_v2" in group.environment and ("version" in options or not is_on):
+                yield f"{group.at}: RAY_enable_autoscaler_v2 beside autoscalerOptions.version, or without an autoscaler"
+            if not is_v2 and ("idleTimeoutSeconds" in group.spec or group.spec.get("priority")):
+                yield f"{group.at}: idleTimeoutSeconds and priority of a group need autoscaler v2"
+            if is_on and group.is_head and group.pod.get("automountServiceAccountToken") is not True:
+                yield f"{group.at}: the autoscaler in the head's pod needs automountServiceAccountToken: true"
+
+
+def start_parameters(render: Render) -> Iterator[str]:
+    for group in render.groups:
+        given = {"num-cpus", "num-gpus", "memory", "resources"} & group.spec.get("rayStartParams", {}).keys()
+        if given and group.spec.get("resources"):
+            yield f"{group.at}: resources stand both in rayStartParams ({', '.join(sorted(given))}) and in the group"
+        if group.is_head and group.spec.get("rayStartParams", {}).get("num-cpus") != "0":
+            yield f'{group.at}: rayStartParams.num-cpus must be "0", so that no work is placed on the head'
+
+
+def owned_variables(render: Render) -> Iterator[str]:
+    for group in render.groups:
+        for name in OWNED_BY_OPERATOR & group.environment.keys():
+            yield f"{group.at}: {name} is the operator's to set"
+
+
+def authentication(render: Render) -> Iterator[str]:
+    for thing, spec in ray_clusters(render.objects):
+        if spec.get("authOptions", {}).get("mode") != "token":
+            yield f"{name_of(thing)}: authOptions.mode must be token: who reaches the head runs code"
+
+
+def feature_gates(render: Render) -> Iterator[str]:
+    for thing, spec in ray_clusters(render.objects):
+        wanted = [gate for field, gate in ALPHA_FIELDS.items() if field in spec]
+        if spec.get("gcsFaultToleranceOptions", {}).get("backend") == "rocksdb":
+            wanted.append("GCSFaultToleranceEmbeddedStorage")
+        for gate in set(wanted) - render.gates:
+            yield f"{name_of(thing)} needs the operator's feature gate {gate}, which its values leave off"
+
+
+def entrypoint(render: Render) -> Iterator[str]:
+    """The scripts are in the project, the files that --config names where the head mounts the ConfigMap."""
+    for job in of_kind(render.objects, "RayJob"):
+        mounted = set(mounted_files(job, render.objects))
+        words = shlex.split(job["spec"].get("entrypoint", ""))
+        for script in (word for word in words if word.endswith(".py")):
+            inside = script.removeprefix(IMAGE_ROOT)
+            if inside == script or not (render.project / inside).is_file():
+                yield f"{name_of(job)}: the entrypoint runs {script}, which is not in the project at /opt/pretraining"
+        for option, path in zip(words, words[1:], strict=False):
+            if (
+                option == "--config"
+                and path not in mounted
+                and not (render.project / path.removeprefix(IMAGE_ROOT)).is_file()
+            ):
+                yield f"{name_of(job)}: --config {path} is not mounted on the head"
+
+
+def entrypoint_resources(render: Render) -> Iterator[str]:
+    """An entrypoint that asks for more than a pod has is never started; without asking it runs on the head."""
+    for job in of_kind(render.objects, "RayJob"):
+        wanted = job["spec"].get("entrypointNumGpus", 0)
+        largest = max((group.asked("nvidia.com/gpu") for group in groups([job])), default=0)
+        if wanted > largest:
+            yield f"{name_of(job)}: entrypointNumGpus={wanted:g}, but no pod has more than {largest:g} GPUs"
+
+
+def run_configuration(render: Render) -> Iterator[str]:
+    """The run asks for the workers, GPUs and CPUs that the groups have, or it waits for ever, or GPUs idle."""
+    for job in of_kind(render.objects, "RayJob"):
+        if "trainers/pretrain.py" not in job["spec"].get("entrypoint", ""):
+            continue
+        try:
+            cluster = mounted_config(job, render.objects).cluster
+        except ConfigError as error:
+            yield f"{name_of(job)}: {error}"
+            continue
+        workers = [group for group in groups([job]) if not group.is_head]
+        gpus = sum(group.replicas * group.asked("nvidia.com/gpu") for group in workers)
+        cpus = sum(group.replicas * group.asked("cpu") for group in workers)
+        on_gpu_nodes = sum(g.replicas * g.asked("cpu") for g in workers if g.asked("nvidia.com/gpu"))
+        wanted, wanted_cpus = (
+            cluster.num_workers * cluster.gpus_per_worker,
+            cluster.num_workers * cluster.cpus_per_worker,
+        )
+        if wanted != gpus:
+            yield f"{name_of(job)}: cluster.num_workers={cluster.num_workers} takes {wanted:g} GPUs of {gpus:g}"
+        if wanted_cpus >= cpus or (gpus and wanted_cpus > on_gpu_nodes):
+            yield f"{name_of(job)}: {wanted_cpus:g} CPUs for workers leave none of the groups' {on_gpu_nodes or cpus:g}"
+
+
+def mounted_files(job: Object, objects: list[Object]) -> dict[str, str]:
+    """Path on the head -> content, of the ConfigMaps that a RayJob's head mounts."""
+    maps = {name_of(each): each.get("data", {}) for each in of_kind(objects, "ConfigMap")}
+    head = next(group for group in groups([job]) if group.is_head)
+    sources = {
+        v["name"]: maps.get(v["configMap"]["name"], {})
+        for v in head.pod.get("volumes", [])
+        if "configMap" in v
+    }
+    return {
+        f"{mount['mountPath']}/{key}": text
+        for mount in head.ray.get("volumeMounts", [])
+        for key, text in sources.get(mount["name"], {}).items()
+    }
+
+
+def mounted_config(job: Object, objects: list[Object]) -> PretrainConfig:
+    """The configuration that a RayJob's entrypoint reads from its mounted files.
+
+    Raises:
+        ConfigError: a wrong key or value, as the run itself would raise it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = []
+        for path, text in mounted_files(job, objects).items():
+            if path in job["spec"]["entrypoint"]:
+                file = Path(folder) / Path(path).name
+                file.write_text(text)
+                arguments += ["--config", str(file)]
+        return load_config(PretrainConfig, arguments, description="").config
+
+
+RULES = (
+    submission,
+    versions,
+    kueue,
+    kueue_flavors,
+    autoscaler,
+    start_parameters,
+    owned_variables,
+    authentication,
+    feature_gates,
+    entrypoint,
+    entrypoint_resources,
+    run_configuration,
+)
