@@ -9,10 +9,10 @@ PY := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain test test-fast bench check constraints clean
+.PHONY: help setup pretrain pretrain-mlm pretrain-zh finetune sweep test test-fast bench check k8s-check constraints clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## the virtual environment, made anew only when its inputs change
 
@@ -38,16 +38,40 @@ pretrain: $(SETUP)  ## the main job on the sample corpus; STORE=s3 uses a real S
 	@$(WITH_STORE) sh -c '$(PY) data/sample.py --output $(RAW) && exec $(PY) trainers/pretrain.py \
 	  --config trainers/configs/sample.yaml --run.name $(RUN) $(URIS) $(ARGS)'
 
-test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (about 20 minutes on 2 cores)
+finetune: $(SETUP)  ## adapt the sample run's model to sentences of movie reviews, and judge it
+	@$(PY) data/sample_tasks.py --output corpora/tasks movies
+	@$(PY) trainers/finetune.py --run.task trainers/tasks/movies.yaml --run.name movies --backbone.uri runs/$(RUN)/export $(ARGS)
+
+sweep: $(SETUP)  ## 20 trials of that task by Ray Tune
+	@$(PY) data/sample_tasks.py --output corpora/tasks movies
+	@$(PY) tune/sweep.py --config tune/configs/movies.yaml --base.backbone.uri runs/$(RUN)/export $(ARGS)
+
+pretrain-mlm: $(SETUP)  ## masked words and next sentences on the same corpus: an encoder as BERT
+	@$(PY) data/sample.py --output corpora/shakespeare
+	@$(PY) trainers/pretrain.py --config trainers/configs/sample-mlm.yaml $(ARGS)
+
+pretrain-zh: $(SETUP)  ## the same on Chinese text: whole words, by a segmenter
+	@$(PY) data/sample.py --corpus chinese --output corpora/chinese
+	@$(PY) trainers/pretrain.py --config trainers/configs/sample-zh.yaml $(ARGS)
+	@$(PY) trainers/fill_mask.py --model runs/sample-zh/export --text '今天天气真[MASK]，我们去公园吧。' \
+	  --word 好 --word 棒 --word 美
+	@$(PY) trainers/next_sentence.py --model runs/sample-zh/export --first 猫在沙发上睡觉。 \
+	  --second 它看起来很舒服。 --second 太阳从东方升起。
+
+test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (more than half an hour on 2 cores)
 	@$(PY) -m pytest $(ARGS)
 
-test-fast: $(SETUP)  ## the tests that need no cluster (about four minutes)
+test-fast: $(SETUP)  ## the tests that need no cluster (some minutes)
 	@$(PY) -m pytest -m "not cluster" $(ARGS)
 
 check: $(SETUP)  ## lint, format and types
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+k8s-check: $(SETUP)  ## render every manifest and hold it against schemas and rules; tests each rule
+	@$(PY) k8s/check.py
+	@$(PY) -m pytest -q -m "not cluster" tests/test_k8s.py tests/test_k8s_rules.py
 
 bench: $(SETUP)  ## the table of speeds, each as a ratio within one run
 	@$(PY) benchmarks/run.py $(ARGS)
