@@ -24,7 +24,7 @@ from data.manifest import Manifest
 from data.masking import row_keys
 from data.permutation import below, combine
 from data.sentences import Sentences
-from data.tokens import special_ids, tokenizer_path
+from data.tokens import read_tokenizer, special_ids
 
 NO_LABEL, GOES_ON, OTHER = -1, 0, 1
 """Of a row without a pair; of the true order; of a B from elsewhere, or of swapped texts: as BERT's labels."""
@@ -173,7 +173,7 @@ def stored_framing(
     config: FramingConfig, prepared: str, tokenizer: str, boundary_id: int, seq_len: int
 ) -> Framing:
     """The framing for a prepared corpus (its URI and tokenizer's fingerprint), kept by each process."""
-    serialised = open_store(prepared).read(tokenizer_path(tokenizer))
+    serialised = read_tokenizer(open_store(prepared), tokenizer)
     return Framing(config, serialised, boundary_id=boundary_id, seq_len=seq_len)
 
 

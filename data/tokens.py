@@ -240,6 +240,22 @@ def _wordpiece(model: models.WordPiece, normalizer: normalizers.Normalizer) -> T
     return tokenizer
 
 
+def read_tokenizer(store: Store, fingerprint: str) -> bytes:
+    """The tokenizer.json of a prepared corpus, as it was when it got its fingerprint.
+
+    Raises:
+        TokenizerError: the file was altered.
+    """
+    path = tokenizer_path(fingerprint)
+    serialised = store.read(path)
+    if (found := fingerprint_of(serialised)) != fingerprint:
+        raise TokenizerError(
+            f"{store.uri}/{path} was altered: its fingerprint is {found}; put the original back, "
+            f"or prepare the corpus anew under another corpus.prepared"
+        )
+    return serialised
+
+
 def load_tokenizer(store: Store, fingerprint: str, boundary: str) -> FixedTokenizer:
     """Read a prepared corpus's tokenizer.
 
@@ -247,10 +263,7 @@ def load_tokenizer(store: Store, fingerprint: str, boundary: str) -> FixedTokeni
         TokenizerError: the file does not have this fingerprint any more.
     """
     path = tokenizer_path(fingerprint)
-    fixed = fix_tokenizer(store.read(path).decode(), f"{store.uri}/{path}", boundary)
-    if fixed.fingerprint != fingerprint:
-        raise TokenizerError(f"{store.uri}/{path} was altered: its fingerprint is {fixed.fingerprint}")
-    return fixed
+    return fix_tokenizer(read_tokenizer(store, fingerprint).decode(), f"{store.uri}/{path}", boundary)
 
 
 class Encoder:

@@ -1,6 +1,7 @@
 """Laws of the tokenizer: nothing is lost, text yields no special token, equal samples give equal tokenizers."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ from data.tokens import (
     cut,
     fix_tokenizer,
     load_tokenizer,
+    read_tokenizer,
     special_ids,
     tokenizer_path,
     train_tokenizer,
@@ -162,6 +164,15 @@ def test_an_altered_tokenizer_is_refused(tmp_path: Path, bpe: FixedTokenizer) ->
     )
     with pytest.raises(TokenizerError, match=bpe.fingerprint):
         load_tokenizer(store, bpe.fingerprint, BPE.boundary)
+    with pytest.raises(TokenizerError, match=f"{bpe.fingerprint}.*altered"):
+        read_tokenizer(store, bpe.fingerprint)
+
+
+def test_no_module_reads_a_tokenizer_past_its_check() -> None:
+    sources = [path for top in ("data", "trainers", "tune") for path in (PROJECT / top).rglob("*.py")]
+    unchecked = re.compile(r"\.read\(\s*tokenizer_path\(")
+    found = [str(path) for path in sources if unchecked.search(path.read_text())]
+    assert found == [], f"use data.tokens.read_tokenizer in {found}"
 
 
 @pytest.mark.parametrize("config", [BPE, WORDPIECE], ids=["bpe", "wordpiece"])

@@ -15,7 +15,7 @@ from data.evaluation_rows import evaluation_batches
 from data.manifest import Manifest
 from data.permutation import permute
 from data.shards import read_fragment
-from data.tokens import tokenizer_path
+from data.tokens import read_tokenizer
 from trainers.config import PretrainConfig, evaluation_framing
 from trainers.objective import Inputs
 from trainers.objectives import Masks, objective_of
@@ -33,7 +33,7 @@ def write_baselines(run: Store, config: PretrainConfig, manifest: Manifest) -> N
     corpus = open_store(config.corpus.prepared)
     objective = objective_of(
         config.objective,
-        corpus.read(tokenizer_path(manifest.tokenizer)),
+        read_tokenizer(corpus, manifest.tokenizer),
         boundary_id=manifest.boundary_id,
         document_mask=config.model.document_mask,
     )

@@ -13,7 +13,7 @@ from data.manifest import Manifest
 from data.ngram import fit
 from data.permutation import permute
 from data.shards import read_fragment
-from data.tokens import tokenizer_path
+from data.tokens import read_tokenizer
 from trainers.config import PretrainConfig
 from trainers.export import load_exported
 from trainers.generate import SamplingConfig, complete
@@ -66,7 +66,7 @@ def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
 
 def _texts(corpus: Store, manifest: Manifest, split: str) -> Iterator[bytes]:
     """The text of each fragment of a split, decoded from its tokens."""
-    tokenizer = Tokenizer.from_str(corpus.read(tokenizer_path(manifest.tokenizer)).decode())
+    tokenizer = Tokenizer.from_str(read_tokenizer(corpus, manifest.tokenizer).decode())
     fragments = manifest.select(split)
     for fragment in fragments[permute(np.arange(len(fragments)), len(fragments), key=0)]:
         tokens = read_fragment(corpus, manifest, int(fragment))

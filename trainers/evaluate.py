@@ -24,7 +24,7 @@ from cluster.storage import Store, open_store
 from data.evaluation_rows import evaluation_batches
 from data.framing import framing_of
 from data.manifest import Manifest, read_manifest
-from data.tokens import fingerprint_of, fix_tokenizer, tokenizer_path
+from data.tokens import fingerprint_of, fix_tokenizer, read_tokenizer
 from data.words import WordKind
 from trainers.evaluation import Evaluation, evaluation_of, sums_over
 from trainers.export import load_exported
@@ -127,7 +127,7 @@ def score(options: argparse.Namespace) -> Evaluation:
     config = ObjectiveConfig() if causal else ObjectiveConfig(kind="masked", words=options.words)
     objective = objective_of(
         config,
-        store.read(tokenizer_path(manifest.tokenizer)),
+        read_tokenizer(store, manifest.tokenizer),
         boundary_id=manifest.boundary_id,
         document_mask=model.config.document_mask,
     )
@@ -155,7 +155,7 @@ def check_tokenizer(folder: Store, corpus: Store, manifest: Manifest) -> None:
 
     One without the corpus's boundary of documents is the same, since preparing adds it.
     """
-    prepared = Tokenizer.from_buffer(corpus.read(tokenizer_path(manifest.tokenizer)))
+    prepared = Tokenizer.from_buffer(read_tokenizer(corpus, manifest.tokenizer))
     serialised = folder.read("tokenizer.json").decode()
     boundary = prepared.id_to_token(manifest.boundary_id)
     assert boundary is not None, "preparing puts the boundary into the tokenizer"

@@ -23,7 +23,7 @@ from torch import Tensor
 from cluster.config import from_dict
 from cluster.storage import Store, open_store
 from data.manifest import read_manifest
-from data.tokens import SpecialIds, special_ids, tokenizer_path
+from data.tokens import SpecialIds, read_tokenizer, special_ids
 from trainers.checkpoint import checkpoint_at
 from trainers.checkpoint_commit import CheckpointError
 from trainers.checkpoint_reader import CheckpointReader
@@ -180,7 +180,7 @@ def export_run(run: Store, which: int | Literal["best", "last"], target: Store) 
     config = from_dict(ModelConfig, sections["model"])
     config = replace(config, vocab_size=config.vocab_size or manifest.vocab_size)
     record = checkpoint_at(run, which)
-    tokenizer = corpus.read(tokenizer_path(manifest.tokenizer))
+    tokenizer = read_tokenizer(corpus, manifest.tokenizer)
     export(CheckpointReader(run, record).values(), config, tokenizer, manifest.boundary_id, target)
     return record.name
 

@@ -15,7 +15,7 @@ from data.framing import NO_LABEL, Framing, framing_of
 from data.manifest import Manifest
 from data.permutation import permute
 from data.shards import read_fragment
-from data.tokens import tokenizer_path
+from data.tokens import read_tokenizer
 from data.window import READ_CPUS
 from trainers.config import PretrainConfig, model_of, run_store
 from trainers.objectives import objective_of
@@ -53,7 +53,7 @@ def tokenizer_problems(config: PretrainConfig, tokenizer_json: bytes, boundary_i
 def objective_problems(config: PretrainConfig, manifest: Manifest) -> Iterator[str]:
     """Whether the objective can be trained on a prepared corpus; reads some fragments of it for pairs."""
     corpus = open_store(config.corpus.prepared)
-    tokenizer_json = corpus.read(tokenizer_path(manifest.tokenizer))
+    tokenizer_json = read_tokenizer(corpus, manifest.tokenizer)
     problems = list(tokenizer_problems(config, tokenizer_json, manifest.boundary_id))
     yield from problems
     framing = config.objective.framing

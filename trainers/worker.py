@@ -15,7 +15,7 @@ from data.evaluation_rows import evaluation_batches
 from data.manifest import Manifest, read_manifest
 from data.order import Order, largest_divisor
 from data.stream import TokenStream
-from data.tokens import tokenizer_path
+from data.tokens import read_tokenizer
 from trainers.checkpoint import checkpoint_at, claim_attempt, latest_checkpoint
 from trainers.checkpoint_commit import CheckpointRecord
 from trainers.checkpoint_reader import CheckpointReader
@@ -130,7 +130,7 @@ def assemble(
     leads = workers.leads
     objective = objective_of(
         config.objective,
-        corpus.read(tokenizer_path(manifest.tokenizer)),
+        read_tokenizer(corpus, manifest.tokenizer),
         boundary_id=manifest.boundary_id,
         document_mask=config.model.document_mask,
     )
@@ -249,7 +249,7 @@ def conclude(parts: Parts, data: Data) -> None:
             record_verdict(run, {"step": best.step, "checkpoint": record.name, **found.as_json()})
     if workers.leads:
         parts.heartbeat.beat(best.step, "export")
-        tokenizer = data.corpus.read(tokenizer_path(data.manifest.tokenizer))
+        tokenizer = read_tokenizer(data.corpus, data.manifest.tokenizer)
         export(
             best.values(),  # one at a time: the whole need not fit into this worker
             model_of(config, data.manifest),
