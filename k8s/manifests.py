@@ -96,6 +96,11 @@ def name_of(thing: Object) -> str:
     return thing["metadata"]["name"]
 
 
+def namespace_of(thing: Object) -> str:
+    """`default` is where kubectl puts what names none."""
+    return thing["metadata"].get("namespace", "default")
+
+
 def ray_clusters(objects: list[Object]) -> Iterator[tuple[Object, Object]]:
     """(RayJob or RayCluster, spec of its cluster) of each that brings a cluster of its own."""
     for thing in of_kind(objects, "RayJob", "RayCluster"):

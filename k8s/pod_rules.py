@@ -6,12 +6,22 @@ A rule is a pure function from a render to a line per fault. Its docstring says 
 import re
 from collections.abc import Iterator
 
-from k8s.manifests import Render, name_of, of_kind, pod_specs, quantity
+from k8s.manifests import Render, name_of, namespace_of, of_kind, pod_specs, quantity
 
 NAME_LENGTHS = {"RayJob": 47, "RayCluster": 53, "RayCronJob": 36}
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 WHOLE = ("nvidia.com/gpu", "amd.com/gpu", "vpc.amazonaws.com/efa", "rdma/", "hugepages-", "memory")
 """Request equal to limit: devices cannot be shared, and a pod above its requested memory is killed first."""
+WITHOUT_NAMESPACE = {
+    "Namespace",
+    "PriorityClass",
+    "ResourceFlavor",
+    "Topology",
+    "ClusterQueue",
+    "WorkloadPriorityClass",
+    "Queue",
+}
+"""Kinds that belong to the cluster: Kubernetes' own, Kueue's, Volcano's."""
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY|API_KEY|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(
@@ -25,6 +35,18 @@ def names(render: Render) -> Iterator[str]:
         name, longest = name_of(thing), NAME_LENGTHS[thing["kind"]]
         if len(name) > longest or not DNS_1035.fullmatch(name):
             yield f"{thing['kind']} {name} must be a DNS-1035 label of at most {longest} characters"
+
+
+def namespaces(render: Render) -> Iterator[str]:
+    """A component's object that names no namespace lands in `default`, where the run does not see it."""
+    of_runs = {namespace_of(thing) for thing in of_kind(render.objects, "RayJob", "RayCluster")}
+    for thing in render.objects:
+        at = f"{thing['kind']} {name_of(thing)}"
+        if thing["kind"] in WITHOUT_NAMESPACE:
+            if "namespace" in thing["metadata"]:
+                yield f"{at} has no namespace, so metadata.namespace must not be set"
+        elif {namespace_of(thing)} != of_runs:
+            yield f"{at} is in namespace {namespace_of(thing)}, the run in {', '.join(sorted(of_runs))}"
 
 
 def replicas(render: Render) -> Iterator[str]:
@@ -217,6 +239,7 @@ def network(render: Render) -> Iterator[str]:
 
 RULES = (
     names,
+    namespaces,
     replicas,
     requests_and_limits,
     volume_mounts,

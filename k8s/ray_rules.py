@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.config import ConfigError, load_config
-from k8s.manifests import Object, Render, groups, name_of, of_kind, ray_clusters
+from k8s.manifests import Object, Render, groups, name_of, namespace_of, of_kind, ray_clusters
 from trainers.config import PretrainConfig
 
 SUBMISSION_MODES = {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"}
@@ -52,7 +52,10 @@ def versions(render: Render) -> Iterator[str]:
 
 def kueue(render: Render) -> Iterator[str]:
     """Kueue's webhook refuses the first four; what a queue does not cover waits for ever."""
-    queues = {name_of(q): q["spec"]["clusterQueue"] for q in of_kind(render.objects, "LocalQueue")}
+    queues = {
+        (namespace_of(q), name_of(q)): q["spec"]["clusterQueue"]
+        for q in of_kind(render.objects, "LocalQueue")
+    }
     covered = {
         name_of(queue): {r for group in queue["spec"]["resourceGroups"] for r in group["coveredResources"]}
         for queue in of_kind(render.objects, "ClusterQueue")
@@ -73,7 +76,7 @@ def kueue(render: Render) -> Iterator[str]:
         if "head" in workers or len(workers) + 1 > MAX_KUEUE_PODSETS:
             yield f"{at}: at most {MAX_KUEUE_PODSETS - 1} groups, none of them named head"
         asked = {r for g in groups([thing]) for r in g.ray.get("resources", {}).get("requests", {})}
-        if missing := asked - covered.get(queues.get(queue, ""), set()):
+        if missing := asked - covered.get(queues.get((namespace_of(thing), queue), ""), set()):
             yield f"{at}: no ClusterQueue behind it covers {', '.join(sorted(missing))}"
 
 

@@ -40,6 +40,16 @@ Fault = tuple[str, str, Callable[[list[dict[str, Any]]], object]]
 FAULTS: dict[str, Fault] = {  # what was done wrong -> the rule that finds it, the render, the deed
     "name-too-long": ("names", "base", lambda o: put(one(o, "RayJob"), "metadata", "name", "p" * 48)),
     "name-with-a-dot": ("names", "base", lambda o: put(one(o, "RayJob"), "metadata", "name", "pre.train")),
+    "queue-in-default": (
+        "namespaces",
+        "overlays/eks",
+        lambda o: one(o, "LocalQueue")["metadata"].pop("namespace"),
+    ),
+    "namespaced-flavor": (
+        "namespaces",
+        "overlays/eks",
+        lambda o: put(one(o, "ResourceFlavor"), "metadata", "namespace", "pretraining"),
+    ),
     "half-grown-gpu-group": ("replicas", "base", lambda o: put(group(o), "minReplicas", 1)),
     "more-than-max": ("replicas", "base", lambda o: put(group(o, 1), "replicas", 9)),
     "gpu-request-below-limit": (
@@ -140,6 +150,11 @@ FAULTS: dict[str, Fault] = {  # what was done wrong -> the rule that finds it, t
         "kueue",
         "overlays/eks",
         lambda o: put(one(o, "RayJob"), "metadata", "labels", "kueue.x-k8s.io/queue-name", "x"),
+    ),
+    "queue-of-another-namespace": (
+        "kueue",
+        "overlays/eks",
+        lambda o: put(one(o, "LocalQueue"), "metadata", "namespace", "default"),
     ),
     "unknown-flavor": ("kueue_flavors", "overlays/eks", lambda o: o.remove(one(o, "ResourceFlavor"))),
     "restarted-under-v2": (
