@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -18,6 +19,22 @@ from trainers.shape import ModelConfig
 SHAPE = ModelConfig(
     vocab_size=512, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=128
 )
+BERT = replace(
+    SHAPE,
+    num_token_types=2,
+    norm_eps=1e-12,
+    pair_head=True,
+    tie_embeddings=True,
+    attention="bidirectional",
+    positions="learned",
+    norm="layernorm",
+    norm_place="post",
+    activation="gelu",
+    biases=True,
+    head="transform",
+)
+BACKBONES = {"causal": SHAPE, "bert": BERT, "rotary": replace(SHAPE, attention="bidirectional")}
+"""Decoder, encoder as transformers has it, and encoder that transformers lacks."""
 GOOD = ["fine", "bright", "warm", "clever", "lovely", "tender", "funny", "rich", "vivid", "graceful"]
 BAD = ["dull", "flat", "cold", "stupid", "ugly", "harsh", "boring", "poor", "pale", "clumsy"]
 REST = [
@@ -38,11 +55,11 @@ REST = [
 ]
 
 
-def put_backbone(folder: Path) -> str:
-    """Export a small decoder with initial weights and a tokenizer trained on Python's documentation; its URI."""
-    tokenizer, model, target = small_tokenizer(), build(SHAPE, seed=1), open_store(str(folder))
+def put_backbone(folder: Path, shape: ModelConfig = SHAPE) -> str:
+    """Export a small model with initial weights and a tokenizer trained on Python's documentation; its URI."""
+    tokenizer, model, target = small_tokenizer(), build(shape, seed=1), open_store(str(folder))
     state = dict(model.named_parameters())
-    export(state, SHAPE, tokenizer.json.encode(), tokenizer.boundary_id, target)
+    export(state, shape, tokenizer.json.encode(), tokenizer.boundary_id, target)
     return target.uri
 
 

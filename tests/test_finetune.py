@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from task_files import put_backbone, put_lines, put_task, sentences
+from task_files import BACKBONES, put_backbone, put_lines, put_task, sentences, small_tokenizer
 
 from cluster.config import ConfigError, from_dict
 from cluster.session import PROJECT
@@ -19,7 +19,9 @@ from trainers.finetune_config import FinetuneConfig
 from trainers.metrics import read_metrics, steps_of
 from trainers.task import load_task
 from trainers.task_data import prepare_task
+from trainers.task_evaluation import answers_to
 from trainers.task_export import load_task_model
+from trainers.task_records import Example
 from trainers.task_report import write_task_report
 from trainers.verdict import VERDICT, TestSplitError, claim_test_split
 
@@ -29,6 +31,9 @@ QUICK = {
     "optimizer": {"learning_rate": 0.01},
     "validation": {"times": 3},
 }
+
+
+SHORT = {"rows_per_step": 16, "min_steps": 6, "max_steps": 6, "epochs": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +112,62 @@ def test_the_exported_model_gives_the_same_scores_in_transformers(place, learnt)
     assert encoder.tokenizer.encode(texts[0]).ids == tokenizer(texts[0])["input_ids"]
 
 
+def put_huggingface_bert(folder) -> str:
+    """A BERT as Hugging Face's folders have it: no token of its own opens a document."""
+    from transformers import BertConfig, BertForPreTraining
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    shape |= {"vocab_size": 512, "max_position_embeddings": 128}
+    BertForPreTraining(BertConfig(**shape)).save_pretrained(folder)
+    tokenizer = json.loads(small_tokenizer().json)
+    tokenizer["added_tokens"] = [each for each in tokenizer["added_tokens"] if each["id"] != 0]
+    tokenizer["model"]["vocab"] = {
+        "<unused>" if name == "<|endoftext|>" else name: number
+        for name, number in tokenizer["model"]["vocab"].items()
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return str(folder)
+
+
+def answers_again(export, answers):
+    """What the exported model answers to records that were judged."""
+    model, encoder = load_task_model(export)
+    examples = [
+        Example(a["id"], a["text"], a["pair"], a["text"].split(" ") if "token" in model.kind else [], None)
+        for a in answers
+    ]
+    with torch.inference_mode():
+        return answers_to(
+            model, encoder, examples, encoder.encode(examples), rows_per_batch=7, device=torch.device("cpu")
+        )[0]
+
+
+@pytest.mark.parametrize("backbone", ["bert", "rotary", "huggingface"])
+def test_an_encoder_is_trained_judged_and_exported_with_the_answers_that_were_judged(place, backbone):
+    folder = place / backbone
+    uri = (
+        put_huggingface_bert(folder)
+        if backbone == "huggingface"
+        else put_backbone(folder, BACKBONES[backbone])
+    )
+    finetune(config(place, f"on-{backbone}", backbone={"uri": uri}, batch=SHORT))
+    run = run_of(place, f"on-{backbone}")
+    answers = judged_answers(run)
+    for judged, found in zip(answers, answers_again(run.child("export"), answers), strict=True):
+        assert found.value == judged["answer"]
+        assert found.confidence == pytest.approx(judged["confidence"], abs=1e-5)
+
+
+def judged_answers(run):
+    return [json.loads(line) for line in run.read("answers.jsonl").decode().split("\n") if line]
+
+
 def test_the_report_holds_the_confusion_and_every_error(place, learnt):
     task = prepare_task(load_task(str(place / "task.yaml")), open_store(str(place / "prepared")))
     write_task_report(run_of(place, "learnt"), task)
     page = run_of(place, "learnt").read("report.html").decode()
-    answers = [
-        json.loads(line) for line in run_of(place, "learnt").read("answers.jsonl").decode().splitlines()
-    ]
+    answers = judged_answers(run_of(place, "learnt"))
     wrong = [a for a in answers if a["answer"] != a["target"]]
     assert len(answers) == task.counts["test"] and all(a["text"] in page for a in wrong[:30])
     assert "Confusion" in page

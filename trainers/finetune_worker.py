@@ -270,7 +270,7 @@ def conclude(
     """Write down what was found; judge and export the chosen model where that is wanted. Worker 0 alone."""
     if at.weights is None:
         raise RuntimeError(f"no validation of {run.uri} gave a number; lower optimizer.learning_rate")
-    model = chosen_model(order, at)
+    model, boundary_id = chosen_model(order, at)
     result = {
         "seed": order.seed,
         "task": order.prepared.digest,
@@ -291,7 +291,7 @@ def conclude(
     if run.exists(VERDICT):
         result["test"] = json.loads(run.read(VERDICT))
     if order.keep_model:
-        export_task_model(model, parts.encoder, load_boundary(order), run.child(EXPORT))
+        export_task_model(model, parts.encoder, boundary_id, run.child(EXPORT))
     run.put(RESULT, json.dumps(result, indent=2).encode())
     for info in [
         *run.list(f"{CHECKPOINTS}/"),
@@ -300,13 +300,9 @@ def conclude(
         run.delete(info.path)
 
 
-def load_boundary(order: FinetuneOrder) -> int:
-    """Id of the token that frames a document, as the backbone's folder names it."""
-    return json.loads(open_store(order.config.backbone.uri).read("config.json"))["bos_token_id"]
-
-
-def chosen_model(order: FinetuneOrder, at: Progress) -> TaskModel:
-    """The model with the weights that validation chose, adapters merged, float32 on the CPU."""
+def chosen_model(order: FinetuneOrder, at: Progress) -> tuple[TaskModel, int]:
+    """The model with the weights that validation chose, adapters merged, float32 on the CPU; and the id of the token
+    that frames a document."""
     exported = load_backbone(order.config, order.seed)
     model = TaskModel(exported.model, order.prepared.task, order.config.adapt, order.seed)
     parameters = dict(model.named_parameters())
@@ -315,7 +311,7 @@ def chosen_model(order: FinetuneOrder, at: Progress) -> TaskModel:
         for name, tensor in at.weights.items():
             parameters[name].copy_(tensor)
     merge_lora(model)
-    return model.eval()
+    return model.eval(), exported.boundary_id
 
 
 @torch.inference_mode()

@@ -23,7 +23,8 @@ from trainers.task_records import Example
 
 IGNORED = -100
 """Target of a position that carries no loss, as in torch and transformers."""
-PADS = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>")
+PADS = ("[PAD]", "<pad>", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+UNKNOWNS, ENDS = ("[UNK]", "<unk>"), ("[CLS]", "[SEP]", "<s>", "</s>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,7 @@ def framed(tokenizer: Tokenizer, boundary_id: int, causal: bool) -> tuple[Tokeni
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a record that spells out a special token does not get it
-    pad = next((found for name in PADS if (found := tokenizer.token_to_id(name)) is not None), boundary_id)
+    pad = pad_of(tokenizer, boundary_id)
     separators = [name for name in ("[CLS]", "[SEP]") if tokenizer.token_to_id(name) is not None]
     if causal or len(separators) < 2:
         boundary = tokenizer.id_to_token(boundary_id)
@@ -200,6 +201,20 @@ def framed(tokenizer: Tokenizer, boundary_id: int, causal: bool) -> tuple[Tokeni
         special_tokens=[(name, tokenizer.token_to_id(name)) for name in {opening, closing}],
     )
     return tokenizer, pad
+
+
+def pad_of(tokenizer: Tokenizer, boundary_id: int) -> int:
+    """Id of the padding: a token for it, else a special one that no text ends with, else the boundary."""
+    special = {
+        added.content: number
+        for number, added in tokenizer.get_added_tokens_decoder().items()
+        if added.special
+    }
+    for name in (*PADS, *UNKNOWNS, *special):
+        found = tokenizer.token_to_id(name)
+        if found is not None and found != boundary_id and name not in ENDS:
+            return found
+    return boundary_id
 
 
 def collate(task: TaskConfig, rows: Sequence[Encoded], pad_id: int) -> Batch:

@@ -1,13 +1,15 @@
 """A task model as a folder that transformers loads, and that this project reads back for `predict`.
 
-Decoders become LlamaForSequenceClassification, …ForTokenClassification, …ForQuestionAnswering or …ForCausalLM, with
-equal logits. The tokenizer frames texts itself. What transformers has no place for (the task, a regression's scale)
-stands in task.json.
+A backbone that is Llama or BERT becomes …ForSequenceClassification, …ForTokenClassification, …ForQuestionAnswering or
+LlamaForCausalLM, with equal logits. Shapes that transformers lacks, and poolings that those classes do not know, are
+written under our own names and load in this project alone. The tokenizer frames texts itself. What transformers has no
+place for (the task, a regression's scale) stands in task.json.
 """
 
 import copy
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import safetensors.torch
@@ -18,22 +20,25 @@ from torch import Tensor
 
 from cluster.config import from_dict, to_dict
 from cluster.storage import Store
-from trainers.export import export, load_exported, put_json, tokenizer_config, write_weights
-from trainers.formats import weight_files
-from trainers.llama import config_from_llama, from_llama, llama_config, to_llama
+from data.tokens import SpecialIds, special_ids
+from trainers.export import (
+    encoder_tokenizer_config,
+    export,
+    load_exported,
+    put_json,
+    tokenizer_config,
+    write_weights,
+)
+from trainers.formats import FORMATS, OWN, Format, format_of, weight_files
 from trainers.model import build_empty
+from trainers.shape import ModelConfig
 from trainers.task import TaskConfig
 from trainers.task_encoding import Encoder, framed
-from trainers.task_model import AdaptConfig, TaskModel
+from trainers.task_model import PER_TEXT, AdaptConfig, TaskModel, natural_pooling
 
 TASK = "task.json"
-ARCHITECTURES = {
-    "classification": "LlamaForSequenceClassification",
-    "pairs": "LlamaForSequenceClassification",
-    "regression": "LlamaForSequenceClassification",
-    "token_classification": "LlamaForTokenClassification",
-    "question_answering": "LlamaForQuestionAnswering",
-}
+FAMILIES = {"llama": "Llama", "bert": "Bert"}
+"""How transformers' classes for a `model_type` begin."""
 
 
 def export_task_model(model: TaskModel, encoder: Encoder, boundary_id: int, target: Store) -> None:
@@ -45,26 +50,22 @@ def export_task_model(model: TaskModel, encoder: Encoder, boundary_id: int, targ
         "max_tokens": encoder.max_tokens,
         "pooling": model.pooling,
     }
+    shape: Any = model.backbone.config
     if model.kind == "generation":
         state: Iterable[tuple[str, Tensor]] = model.backbone.named_parameters()
         opening = opening_alone(encoder.tokenizer, boundary_id).to_str().encode()
-        export(state, model.backbone.config, opening, boundary_id, target)  # type: ignore[arg-type]
+        export(state, shape, opening, boundary_id, target)
         put_json(target, TASK, described)
         return
+    ids = replace(special_ids(tokenizer_json), boundary=boundary_id)
+    fields = task_config(model, encoder, ids)
     target.delete("config.json")
-    write_weights(((name, tensor.detach().cpu()) for name, tensor in named_as_llama(model)), target)
+    named = named_parameters(model, fields["model_type"])
+    write_weights(((name, tensor.detach().cpu()) for name, tensor in named), target)
     target.put("tokenizer.json", tokenizer_json)
-    boundary = encoder.tokenizer.id_to_token(boundary_id)
-    assert boundary is not None, f"{boundary_id} is not in the tokenizer"
-    config: Any = model.backbone.config
-    put_json(
-        target,
-        "tokenizer_config.json",
-        tokenizer_config(config, boundary)
-        | {"pad_token": encoder.tokenizer.id_to_token(encoder.pad_id), "padding_side": "right"},
-    )
+    put_json(target, "tokenizer_config.json", task_tokenizer_config(model, encoder, ids))
     put_json(target, TASK, described)
-    put_json(target, "config.json", task_config(model, encoder, boundary_id))
+    put_json(target, "config.json", fields)
 
 
 def opening_alone(tokenizer: Tokenizer, boundary_id: int) -> Tokenizer:
@@ -76,31 +77,78 @@ def opening_alone(tokenizer: Tokenizer, boundary_id: int) -> Tokenizer:
     return tokenizer
 
 
-def named_as_llama(model: TaskModel) -> Iterator[tuple[str, Tensor]]:
-    """The parameters under the names of transformers' classes."""
+def task_format(model: TaskModel) -> Format:
+    """How the model is written; under our own names where transformers' class would answer otherwise."""
+    if model.kind in PER_TEXT and model.pooling != natural_pooling(model.causal):
+        return FORMATS[OWN]
+    return format_of(model.backbone.config)  # type: ignore[arg-type]
+
+
+def head_names(model_type: str, kind: str) -> dict[str, str]:
+    """Modules of the head: what transformers calls each of ours."""
+    answering = kind == "question_answering"
+    if model_type == "llama":
+        return {"head.out": "qa_outputs" if answering else "score"}
+    if model_type == "bert":
+        return {"head.out": "qa_outputs" if answering else "classifier", "head.pooler": "bert.pooler.dense"}
+    return {"head.out": "head.out", "head.pooler": "head.pooler"}
+
+
+def named_parameters(model: TaskModel, model_type: str) -> Iterator[tuple[str, Tensor]]:
+    """The parameters under the names of the folder."""
     assert model.head is not None
-    answering = model.kind == "question_answering"
+    inner = model_type == "llama" and model.kind == "question_answering"
     body = model.backbone.named_parameters()
-    for name, tensor in to_llama(body, model.backbone.config):  # type: ignore[arg-type]
-        yield name.replace("model.", "transformer.", 1) if answering else name, tensor
-    for name, tensor in model.head.out.named_parameters():
-        yield f"{'qa_outputs' if answering else 'score'}.{name}", tensor
+    for name, tensor in FORMATS[model_type].to(body, model.backbone.config):  # type: ignore[arg-type]
+        yield name.replace("model.", "transformer.", 1) if inner else name, tensor
+    theirs = head_names(model_type, model.kind)
+    for name, tensor in model.head.named_parameters():
+        module, _, part = f"head.{name}".rpartition(".")
+        yield f"{theirs[module]}.{part}", tensor
 
 
-def task_config(model: TaskModel, encoder: Encoder, boundary_id: int) -> dict[str, Any]:
+def task_config(model: TaskModel, encoder: Encoder, ids: SpecialIds) -> dict[str, Any]:
     """config.json of the class for this kind."""
     shape: Any = model.backbone.config
+    fields = task_format(model).fields(shape, ids, torch.float32)
     labels = encoder.task.labels or (("value",) if model.kind == "regression" else ("first", "last"))
     problem = {"regression": "regression"}.get(
         model.kind, "multi_label_classification" if model.multi_label else "single_label_classification"
     )
-    return llama_config(shape, boundary_id, torch.float32) | {
-        "architectures": [ARCHITECTURES[model.kind]],
+    task = {"token_classification": "TokenClassification", "question_answering": "QuestionAnswering"}.get(
+        model.kind, "SequenceClassification"
+    )
+    family = FAMILIES.get(fields["model_type"])
+    return fields | {
+        **({"architectures": [f"{family}For{task}"]} if family else {}),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
         "problem_type": problem,
-        "pad_token_id": encoder.pad_id,
+        "pad_token_id": pad_beside(encoder, ids),
         "classifier_dropout": 0.0,
+    }
+
+
+def pad_beside(encoder: Encoder, ids: SpecialIds) -> int | None:
+    """The padding's id; None where the tokenizer has none but the boundary. transformers' Llama finds the end of a text
+    by it, and would take the closing boundary for padding: without one it refuses to pad."""
+    return None if encoder.pad_id == ids.boundary else encoder.pad_id
+
+
+def task_tokenizer_config(model: TaskModel, encoder: Encoder, ids: SpecialIds) -> dict[str, Any]:
+    shape: Any = model.backbone.config
+    if model.causal:
+        assert ids.boundary is not None
+        boundary = encoder.tokenizer.id_to_token(ids.boundary)
+        assert boundary is not None, f"{ids.boundary} is not in the tokenizer"
+        found = tokenizer_config(shape, boundary)
+    else:
+        found = encoder_tokenizer_config(shape, encoder.tokenizer, ids)
+    pad = pad_beside(encoder, ids)
+    named = {} if pad is None else {"pad_token": encoder.tokenizer.id_to_token(pad)}
+    return {key: value for key, value in found.items() if key != "pad_token"} | {
+        **named,
+        "padding_side": "right",
     }
 
 
@@ -109,11 +157,11 @@ def load_task_model(source: Store) -> tuple[TaskModel, Encoder]:
 
     Raises:
         FileNotFoundError: the folder holds none.
+        ValueError: it holds one of another kind of model, or not all of its weights.
     """
     described = json.loads(source.read(TASK))
     task = from_dict(TaskConfig, described["task"])
     fields = json.loads(source.read("config.json"))
-    config = config_from_llama(fields, source.uri)
     adapt = AdaptConfig(pooling=described["pooling"])
     boundary_id = fields["bos_token_id"]
     if task.kind == "generation":
@@ -121,8 +169,8 @@ def load_task_model(source: Store) -> tuple[TaskModel, Encoder]:
         model, tokenizer = TaskModel(exported.model, task, adapt, seed=0), exported.tokenizer
     else:
         tokenizer = Tokenizer.from_buffer(source.read("tokenizer.json"))
-        model = TaskModel(build_empty(config), task, adapt, seed=0)
-        fill(model, source)
+        model = TaskModel(build_empty(stored_shape(fields, source.uri)), task, adapt, seed=0)
+        fill(model, fields["model_type"], source)
     tokenizer, pad_id = framed(tokenizer, boundary_id, model.causal)
     encoder = Encoder(
         task, tokenizer, pad_id, described["max_tokens"], True, model.causal, tuple(described["scale"])
@@ -130,16 +178,35 @@ def load_task_model(source: Store) -> tuple[TaskModel, Encoder]:
     return model.eval(), encoder
 
 
-def fill(model: TaskModel, source: Store) -> None:
-    """Copy the stored weights into the model; KeyError for one that it does not have."""
+def stored_shape(fields: dict[str, Any], uri: str) -> ModelConfig:
+    """The backbone's shape by config.json."""
+    kind = fields.get("model_type")
+    if kind not in FORMATS:
+        raise ValueError(f"{uri}/config.json: model_type={kind!r} cannot be loaded, only {[*FORMATS]} can")
+    if (
+        kind == "bert"
+    ):  # its reader knows the classes of pretraining; without a pair head, for ours takes its place
+        fields = fields | {"architectures": ["BertForMaskedLM"]}
+    return replace(FORMATS[kind].config(fields, uri), pair_head=False)
+
+
+def fill(model: TaskModel, model_type: str, source: Store) -> None:
+    """Copy the stored weights into the model; ValueError unless they are all that it has."""
     found: dict[str, Tensor] = {}
     for file in weight_files(source):
         found |= safetensors.torch.load(source.read(file))
-    head = {name: found.pop(name) for name in list(found) if name.startswith(("score.", "qa_outputs."))}
+    ours = {theirs: name for name, theirs in head_names(model_type, model.kind).items()}
+    weights = {}
+    for name in list(found):
+        module, _, part = name.rpartition(".")
+        if module in ours:
+            weights[f"{ours[module]}.{part}"] = found.pop(name)
     body = {name.replace("transformer.", "model.", 1): tensor for name, tensor in found.items()}
+    back = FORMATS[model_type].back(body, model.backbone.config)  # type: ignore[arg-type]
+    weights |= {f"backbone.{name}": tensor for name, tensor in back}
     parameters = dict(model.named_parameters())
+    if other := sorted(parameters.keys() ^ weights.keys()):
+        raise ValueError(f"{source.uri}: {other[0]} is missing, or is no weight of kind={model.kind}")
     with torch.no_grad():
-        for name, tensor in from_llama(body, model.backbone.config):  # type: ignore[arg-type]
-            parameters[f"backbone.{name}"].copy_(tensor)
-        for name, tensor in head.items():
-            parameters[f"head.out.{name.partition('.')[2]}"].copy_(tensor)
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)

@@ -24,6 +24,8 @@ from trainers.task_encoding import IGNORED, Batch
 SHORT_TOKENS = 64
 """Rows up to this length count as short."""
 LAYER = re.compile(r"\blayers\.(\d+)\.")
+PER_TEXT = ("classification", "pairs", "regression")
+"""Kinds that score a text as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,11 @@ def is_causal(backbone: nn.Module) -> bool:
     return getattr(config, "attention", "causal") == "causal"
 
 
+def natural_pooling(causal: bool) -> Literal["last", "first"]:
+    """The hidden state that stands for a text in transformers' classes."""
+    return "last" if causal else "first"
+
+
 class TaskHead(nn.Module):
     """From hidden states to scores. An encoder's text is pooled through a dense layer and tanh, as in BERT
     (Devlin et al. 2018); a decoder's is not, as in GPT (Radford et al. 2018, section 3.2)."""
@@ -91,7 +98,7 @@ class TaskModel(nn.Module):
         self.causal = is_causal(backbone)
         self.pooling = adapt.pooling
         if self.pooling == "auto":
-            self.pooling = "last" if self.causal else "first"
+            self.pooling = natural_pooling(self.causal)
         self.backbone = backbone
         self.head: TaskHead | None = None
         if adapt.train == "head":
@@ -99,11 +106,12 @@ class TaskModel(nn.Module):
         elif adapt.train == "lora":
             add_lora(backbone, adapt.lora_targets, adapt.lora_rank, adapt.lora_alpha, seed)
         if task.kind != "generation":
+            pretrained: Any = getattr(backbone, "pair_head", None)
             for name in ("lm_head", "pair_head"):  # they would be trained for nothing
                 if getattr(backbone, name, None) is not None:
                     setattr(backbone, name, None)
             config: Any = backbone.config
-            per_text = task.kind in ("classification", "pairs", "regression")
+            per_text = task.kind in PER_TEXT
             self.head = TaskHead(
                 config.hidden_size,
                 {"regression": 1, "question_answering": 2}.get(task.kind, len(task.labels)),
@@ -112,6 +120,8 @@ class TaskModel(nn.Module):
                 bias=not (per_text and self.causal),
             )
             initialize_head(self.head, seed)
+            if pretrained is not None and self.head.pooler is not None:
+                self.head.pooler.load_state_dict(pretrained.pooler.state_dict())
 
     def forward(
         self,
@@ -128,7 +138,7 @@ class TaskModel(nn.Module):
             return self.answer_losses(tokens_BT, targets)[0]
         assert self.head is not None
         hidden_BTD = self.hidden(tokens_BT, mask_BT, types_BT)
-        if self.kind in ("classification", "pairs", "regression"):
+        if self.kind in PER_TEXT:
             scores = self.head(self.pool(hidden_BTD, mask_BT)).float()
             scores = scores.squeeze(-1) if self.kind == "regression" else scores
         else:
