@@ -8,9 +8,10 @@ from cluster.config import ConfigError, load_config
 from cluster.storage import open_store
 from data.tokens import fix_tokenizer
 from tests.test_framing import PROSE, tokenizer
-from tests.token_corpus import put_text_corpus
-from trainers.config import PretrainConfig
-from trainers.planning import objective_problems, problems_before_start
+from tests.token_corpus import put_text_corpus, put_token_corpus
+from trainers.config import PretrainConfig, run_store
+from trainers.planning import manifest_problems, objective_problems, place_problems, problems_before_start
+from trainers.run_folder import MANIFEST
 
 ENCODER = ("--model.attention", "bidirectional", "--batch.seq_len", "32")
 PAIRS = (*ENCODER, "--model.pair_head", "true", "--model.num_token_types", "2")
@@ -89,3 +90,55 @@ def test_objective_and_shape_that_do_not_go_together_are_named(kind, arguments, 
         load(tmp_path, kind, *arguments)
     assert len(error.value.problems) == len(named)
     assert all(part in str(error.value) for part in named), str(error.value)
+
+
+def corpus_of(folder, **num_fragments: int):
+    sizes = {(split, "web"): number for split, number in num_fragments.items()}
+    return put_token_corpus(open_store(f"{folder}/prepared"), sizes, fragment_tokens=400)
+
+
+DECODER = ("--batch.seq_len", "16", "--batch.rows_per_step", "8", "--order.lanes", "4")
+
+
+@pytest.mark.parametrize("missing", ["validation", "test"])
+def test_an_empty_split_is_named_before_a_worker_needs_it(missing, tmp_path):
+    splits = {"train": 8, "validation": 1, "test": 1} | {missing: 0}
+    [problem] = manifest_problems(load(tmp_path, "causal", *DECODER), corpus_of(tmp_path, **splits))
+    assert f"{missing} split" in problem and f"corpus.splits.{missing}" in problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--order.weights", "{books: 1}"), "books"),
+        (("--model.vocab_size", "3"), "model.vocab_size=3"),
+    ],
+)
+def test_what_does_not_fit_the_prepared_corpus_is_named_before_a_worker_is_started(
+    arguments, named, tmp_path
+):
+    manifest = corpus_of(tmp_path, train=8, validation=1, test=1)
+    assert list(manifest_problems(load(tmp_path, "causal", *DECODER), manifest)) == []
+    [problem] = manifest_problems(load(tmp_path, "causal", *DECODER, *arguments), manifest)
+    assert named in problem
+
+
+def test_a_relative_path_is_refused_on_a_cluster_and_a_place_of_no_store_anywhere(tmp_path):
+    config = load(tmp_path, "causal")
+    shared = replace(config, run=replace(config.run, storage=f"{tmp_path}/runs"))
+    elsewhere = replace(shared, run=replace(shared.run, storage="runs"))
+    on_cluster = replace(elsewhere.cluster, address="10.0.0.1:6379")
+    assert list(place_problems(elsewhere)) == []
+    assert list(place_problems(replace(shared, cluster=on_cluster))) == []
+    [problem] = place_problems(replace(elsewhere, cluster=on_cluster))
+    assert "run.storage=runs" in problem
+    [problem] = place_problems(replace(shared, run=replace(shared.run, storage="http://host/runs")))
+    assert "run.storage" in problem
+
+
+def test_a_run_that_was_started_needs_no_raw_corpus_any_more(tmp_path):
+    config = load(tmp_path, "causal")
+    config = replace(config, run=replace(config.run, storage=f"{tmp_path}/runs"))
+    assert any("corpus.uri" in problem for problem in problems_before_start(config))
+    run_store(config).put(MANIFEST, b'{"digest": "d"}')
+    assert list(problems_before_start(config)) == []

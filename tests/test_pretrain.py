@@ -20,7 +20,7 @@ from tests.small_run import (
     wait_for_step,
 )
 from trainers import evaluate
-from trainers.metrics import events_of, read_attempts
+from trainers.metrics import events_of, read_attempts, read_metrics, validations_of
 from trainers.verdict import TestSplitError, claim_test_split
 
 OUTAGE_SECONDS = 4.0
@@ -141,6 +141,22 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(unbroken, tmp_pa
     ]
     starts = events_of(read_attempts(store), "start")
     assert [start["step"] for start in starts] == [0, stopped_at], "a step was done twice"
+    # A stop validates nothing by itself: what validation sees and chooses is that of the unbroken run.
+    validated = [[r["step"] for r in validations_of(read_metrics(each))] for each in (store, reference)]
+    assert validated[0] == validated[1]
+    best = [json.loads(each.read("best.json"))["step"] for each in (store, reference)]
+    assert best[0] == best[1]
+
+
+def test_an_error_that_no_restart_cures_ends_the_run_with_its_reason(unbroken, tmp_path):
+    run = SmallRun(str(tmp_path), tmp_path / "log.txt")
+    put_corpus(open_store(f"{run.root}/raw"))
+    store = open_store(f"{run.root}/runs/pretrain")
+    # No loss is finite after the first update: every step is refused.
+    changes = {"optimizer__learning_rate": 1e30, "guard__max_skipped_in_a_row": 2, "run__max_failures": -1}
+    assert run.finish(run.start(**changes)) == 1, run.output()
+    assert "the run cannot go on: 3 steps refused, guard.max_skipped_in_a_row=2" in run.output()
+    assert len(store.list("attempts/")) == 1, "it was tried again"
 
 
 def test_a_worker_that_hangs_is_found_leaves_stacks_and_the_run_goes_on(unbroken, tmp_path):

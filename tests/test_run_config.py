@@ -39,6 +39,8 @@ def test_three_mistakes_of_three_kinds_are_one_message_of_three_lines():
         (["--batch.seq_len", "4096", "--model.max_positions", "2048"], ["batch.seq_len=4,096", "4,096"]),
         (["--validation.every_steps", "0"], ["validation.every_steps=0"]),
         (["--batch.seq_len", "0"], ["batch.seq_len=0"]),
+        (["--run.steps", "0"], ["run.steps=0"]),
+        (["--run.name", "../other"], ["run.name='../other'"]),
     ],
 )
 def test_sizes_that_do_not_fit_name_key_value_and_remedy(arguments, named):

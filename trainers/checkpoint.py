@@ -70,10 +70,10 @@ def alone(value: Any) -> list[Any]:
     return [value]
 
 
-def claim_attempt(store: Store) -> int:
+def claim_attempt(store: Store, world_size: int = 1) -> int:
     """A number that no other start of this run has, above all former ones. One worker calls it per start."""
     attempt = latest_attempt(store) + 1
-    while not store.put_if_absent(f"{ATTEMPTS}/{attempt:05d}", b""):
+    while not store.put_if_absent(f"{ATTEMPTS}/{attempt:05d}", str(world_size).encode()):
         attempt += 1
     return attempt
 
@@ -81,6 +81,12 @@ def claim_attempt(store: Store) -> int:
 def latest_attempt(store: Store) -> int:
     """The number claimed last; 0 if none was."""
     return max((int(info.path.rpartition("/")[2]) for info in store.list(f"{ATTEMPTS}/")), default=0)
+
+
+def latest_world_size(store: Store) -> int:
+    """Workers of the newest start; 0 before the first."""
+    attempt = latest_attempt(store)
+    return int(store.read(f"{ATTEMPTS}/{attempt:05d}") or 1) if attempt else 0
 
 
 def committed(store: Store) -> list[str]:

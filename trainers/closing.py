@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import psutil
 from tokenizers import Tokenizer
 
 from cluster.storage import Store, open_store
@@ -50,8 +51,10 @@ def write_floor(run: Store, config: PretrainConfig, manifest: Manifest) -> None:
 
 def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
     """Let the exported model continue the prompts of the configuration; kept as `samples.json`. An encoder
-    continues nothing."""
-    if config.objective.is_encoder:
+    continues nothing, and a model too large for this host's memory is left alone."""
+    if run.exists(SAMPLES):
+        return json.loads(run.read(SAMPLES))
+    if config.objective.is_encoder or not fits_here(run.child(EXPORT)):
         return []
     exported = load_exported(run.child(EXPORT))
     samples = []
@@ -62,6 +65,12 @@ def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
         samples.append({"prompt": prompt, "continuation": completion.text, "settings": asdict(settings)})
     run.put(SAMPLES, json.dumps(samples, indent=2, ensure_ascii=False).encode())
     return samples
+
+
+def fits_here(export: Store) -> bool:
+    """Whether a model can be loaded, of which the bytes and the tensors are held at once."""
+    num_bytes = sum(info.num_bytes for info in export.list() if info.path.endswith(".safetensors"))
+    return 2 * num_bytes < psutil.virtual_memory().available
 
 
 def _texts(corpus: Store, manifest: Manifest, split: str) -> Iterator[bytes]:

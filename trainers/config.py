@@ -48,6 +48,18 @@ class RunConfig:
     floor_bytes: int = 8_000_000
     """Bytes of training text for the byte 6-gram that the report compares with; 0 leaves it out."""
 
+    def problems(self, at: str) -> Iterator[str]:
+        if not self.name or "/" in self.name or self.name in (".", ".."):
+            yield f"{at}.name={self.name!r} must be the name of one folder under {at}.storage"
+        if self.steps < 1:
+            yield f"{at}.steps={self.steps} must be at least 1"
+        if self.max_failures < -1:
+            yield f"{at}.max_failures={self.max_failures} must be 0 or more, or -1 for no limit"
+        if self.log_every_seconds <= 0:
+            yield f"{at}.log_every_seconds={self.log_every_seconds} must be positive"
+        if self.floor_bytes < 0:
+            yield f"{at}.floor_bytes={self.floor_bytes} must not be negative; 0 leaves the floor out"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:

@@ -88,9 +88,8 @@ def train(parts: Parts) -> Ending:
         step += 1
         parts.meter.waited(told[2] / workers.world_size)
         record_step(parts, step, numbers, outcome, refusal, joined(told[0], told[1]))
-        ended = stopped or step == config.run.steps
-        selection = validate_and_save(parts, step, selection, last=ended)
-        ended |= selection.gives_up(config.validation)
+        selection = validate_and_save(parts, step, selection, stopped)
+        ended = stopped or step == config.run.steps or selection.gives_up(config.validation)
     parts.heartbeat.beat(step, "save")
     parts.writer.finish()
     return Ending(step, selection, stopped)
@@ -119,6 +118,10 @@ def restore(parts: Parts) -> tuple[int, Selection]:
         parts.engine.load_state(CheckpointReader(parts.run, record))
         parts.guard.load(record.run["guard"])
         step, selection = record.step, Selection.from_json(record.run["selection"])
+        if parts.workers.leads and selection.best_step == step:
+            record_best(
+                parts.run, selection, record.name
+            )  # cut off between the commit and this, it may be missing
     name = record.name if record else None
     world_size = parts.workers.world_size
     note(parts, step, "start", world_size=world_size, checkpoint=name, began=parts.began)
@@ -168,9 +171,14 @@ def apply(parts: Parts, step: int, loss: float) -> tuple[StepOutcome, Refusal | 
     return outcome, judged[0]
 
 
-def validate_and_save(parts: Parts, step: int, selection: Selection, last: bool) -> Selection:
-    """Validate and save where either is due after `step` steps; a better validation is always saved."""
+def validate_and_save(parts: Parts, step: int, selection: Selection, stopped: bool) -> Selection:
+    """Validate and save where either is due after `step` steps; a better validation is always saved.
+
+    A run that is stopped only saves: a validation that no schedule asked for could change what is chosen, and whoever
+    stops a run may not wait for it.
+    """
     config, better = parts.config, False
+    last = step == config.run.steps
     if last or step % config.validation.every_steps == 0:
         with parts.meter.apart():
             parts.heartbeat.beat(step, "validate")
@@ -179,7 +187,7 @@ def validate_and_save(parts: Parts, step: int, selection: Selection, last: bool)
         better = selection.best_step == step
         if parts.metrics:
             parts.metrics.write({"step": step, "validation": found.as_json()})
-    if last or better or step % config.checkpoint.every_steps == 0:
+    if last or better or stopped or step % config.checkpoint.every_steps == 0:
         parts.heartbeat.beat(step, "save")
         run = {"identity": parts.identity, "guard": parts.guard.state(), "selection": selection.as_json()}
         seconds = parts.writer.save(

@@ -13,10 +13,12 @@ from data.documents import corpus_problems
 from data.epochs import Rows
 from data.framing import NO_LABEL, Framing, framing_of
 from data.manifest import Manifest
+from data.order import Order
 from data.permutation import permute
 from data.shards import read_fragment
 from data.tokens import read_tokenizer
 from data.window import READ_CPUS
+from trainers import run_folder
 from trainers.config import PretrainConfig, model_of, run_store
 from trainers.objectives import objective_of
 from trainers.plan import Job, make_plan
@@ -25,8 +27,35 @@ FRAGMENTS_TRIED, ROWS_TRIED = 16, 256
 """Looked through for a first pair, before a run is refused for having none."""
 
 
+def place_problems(config: PretrainConfig) -> Iterator[str]:
+    """What is wrong with the URIs as they were given, before relative ones are made absolute on this machine."""
+    places = {
+        "run.storage": config.run.storage,
+        "run.init_from": config.run.init_from,
+        "corpus.prepared": config.corpus.prepared,
+        "corpus.uri": config.corpus.uri,
+        **{f"corpus.sources.{name}": uri for name, uri in config.corpus.sources.items()},
+    }
+    for key, uri in places.items():
+        try:
+            given = bool(uri) and bool(open_store(uri))
+        except ValueError as unusable:
+            yield f"{key}: {unusable}"
+            continue
+        if given and not config.cluster.is_local and "://" not in uri and not uri.startswith("/"):
+            yield (
+                f"{key}={uri} is a relative path, which each node of a cluster would take for another folder; give "
+                f"a URI that all nodes reach, as s3://bucket/prefix"
+            )
+
+
 def problems_before_start(config: PretrainConfig) -> Iterator[str]:
     """What stands in the way of a run whose sections are right in themselves; speaks to the object store."""
+    run = run_store(config)
+    if problem := run.problem_writing():
+        yield f"run.storage: {problem}"
+    elif run_folder.pinned_manifest(run):
+        return  # it goes on from what was prepared: the raw corpus may be gone
     yield from corpus_problems(config.corpus)
     try:
         tokenizer = given_tokenizer(config.corpus)
@@ -35,8 +64,6 @@ def problems_before_start(config: PretrainConfig) -> Iterator[str]:
     else:
         if tokenizer:
             yield from tokenizer_problems(config, tokenizer.json.encode(), tokenizer.boundary_id)
-    if problem := run_store(config).problem_writing():
-        yield f"run.storage: {problem}"
 
 
 def tokenizer_problems(config: PretrainConfig, tokenizer_json: bytes, boundary_id: int) -> Iterator[str]:
@@ -74,6 +101,21 @@ def objective_problems(config: PretrainConfig, manifest: Manifest) -> Iterator[s
         "fragment; raise corpus.fragment_tokens, give longer documents, or set objective.kind=masked and "
         "model.pair_head=false"
     )
+
+
+def manifest_problems(config: PretrainConfig, manifest: Manifest) -> Iterator[str]:
+    """What a prepared corpus lacks for this run: found here, and not by the workers, days later."""
+    for split in ("validation", "test"):
+        if not len(manifest.select(split)):
+            yield (
+                f"corpus.splits: no document fell into the {split} split, which every run needs; raise "
+                f"corpus.splits.{split}, or name shards or documents for it"
+            )
+    try:
+        model_of(config, manifest)
+        Order(manifest, config.order, seq_len=config.batch.seq_len, rows_per_step=config.batch.rows_per_step)
+    except ValueError as unusable:
+        yield str(unusable)
 
 
 def resource_problems(config: PretrainConfig, resources: Mapping[str, float]) -> Iterator[str]:

@@ -22,7 +22,7 @@ try:
     from cluster.session import ray_session
     from cluster.storage import open_store
     from data.manifest import Manifest, read_manifest
-    from data.prepare import corpus_table, prepare
+    from data.prepare import EXPECTED, corpus_table, prepare
     from data.progress import progress_line
     from trainers import closing, run_folder
     from trainers.baselines import write_baselines
@@ -31,7 +31,9 @@ try:
     from trainers.lease import lease
     from trainers.metrics import merge_metrics
     from trainers.planning import (
+        manifest_problems,
         objective_problems,
+        place_problems,
         plan_of,
         problems_before_start,
         resource_problems,
@@ -40,6 +42,7 @@ try:
     from trainers.progress import Progress
     from trainers.report import write_report
     from trainers.results import read_run, results_table
+    from trainers.stopping import STOP
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
@@ -50,9 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the main job from the command line."""
     arguments = sys.argv[1:] if argv is None else argv
     loaded = load_config(PretrainConfig, arguments, description=__doc__ or "", extra_flags=FLAGS)
+    if misplaced := list(place_problems(loaded.config)):
+        raise ConfigError(misplaced)
     config, console = with_initial(absolute(loaded.config)), Console(soft_wrap=True)
     run = run_store(config)
     problems = list(problems_before_start(config))
+    if not problems:
+        run_folder.check_unchanged(run, config)
     too_large = list(resource_problems(config, resources_here())) if config.cluster.is_local else []
     if "dry-run" in loaded.flags and not problems:
         console.print(plan_of(config, manifest=None), highlight=False)
@@ -61,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if problems or too_large:
         raise ConfigError([*problems, *too_large])
-    run_folder.check_unchanged(run, config)
     with lease(run, console.print):
         if not run_folder.is_finished(run):
             train(config, console)
@@ -71,22 +77,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(config: PretrainConfig, console: Console) -> None:
     """Prepare the corpus and train, both from where they are, on Ray."""
-    from trainers.run import (
-        run_workers,
-    )  # here, because the session sets variables that Ray reads when imported
-
     run = run_store(config)
+    run.delete(STOP)  # an earlier driver was asked
     with ray_session(config.cluster) as resources:
+        from trainers.run import RunFailed, run_workers  # here: the session sets what Ray reads when imported
+
         if problems := [*resource_problems(config, resources), *node_problems(config)]:
             raise ConfigError(problems)
         manifest = pinned_or_prepared(config, console)
-        if problems := list(objective_problems(config, manifest)):
+        if problems := [*manifest_problems(config, manifest), *objective_problems(config, manifest)]:
             raise ConfigError(problems)
         plan = plan_of(config, manifest)
         run_folder.write_start(run, config, manifest, plan)
         console.print(plan, highlight=False)
         with Progress(run, config.run.steps, console=console, line_seconds=config.run.log_every_seconds):
-            run_workers(config, manifest.digest)
+            try:
+                run_workers(config, manifest.digest)
+            except RunFailed as failed:
+                raise SystemExit(f"the run cannot go on: {failed}") from None
 
 
 def node_problems(config: PretrainConfig) -> list[str]:
@@ -101,8 +109,11 @@ def pinned_or_prepared(config: PretrainConfig, console: Console) -> Manifest:
     pinned = run_folder.pinned_manifest(run_store(config))
     if pinned:
         return read_manifest(open_store(config.corpus.prepared), pinned)
-    with progress_line(console) as on_progress:
-        manifest = prepare(config.corpus, on_progress)
+    try:
+        with progress_line(console) as on_progress:
+            manifest = prepare(config.corpus, on_progress)
+    except EXPECTED as unusable:
+        raise ConfigError([str(unusable)]) from None
     console.print(corpus_table(manifest))
     return manifest
 

@@ -1,5 +1,6 @@
 """A run on Ray Train: start the workers, start them anew when one fails, stop them when asked."""
 
+import logging
 import math
 import signal
 import threading
@@ -12,14 +13,19 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.session import ClusterConfig
 from cluster.storage import Store
+from cluster.store import StorageError
+from trainers.checkpoint import latest_attempt, latest_world_size
 from trainers.config import PretrainConfig, run_store
-from trainers.stopping import STOP
+from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP
 from trainers.worker import Task, work
+
+logger = logging.getLogger(__name__)
 
 # For workers on CPUs. By default glibc returns each large activation to the kernel, and the kernel zeroes its pages
 # at the next allocation: a fourth of a step. Here freed memory stays with the process, in huge pages where it can.
@@ -27,33 +33,67 @@ CPU_ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0x1000000000:glibc.malloc.hugetlb=1"
 }
 
-# What the object STOP holds where the run is to go on with more workers.
-GROW = b"grow"
-GROW_POLL_SECONDS = 5.0
+# Ray leaves the devices of a node visible to workers that asked for none.
+CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+POLL_SECONDS = 5.0
+EXIT_HEAD_DRAINS = 75
+"""Exit status where the driver's own node is going away: EX_TEMPFAIL of sysexits.h, "try again later"."""
+# Between a group whose processes did not find each other and the next try.
+RENDEZVOUS_PAUSE_SECONDS = 5.0
+RENDEZVOUS_TIMEOUT_SECONDS = 300
+
+
+class RunFailed(RuntimeError):
+    """What ended the run would end it again: restarting was not tried."""
 
 
 def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
     """Train, judge and export on Ray's workers; returns when they are done or have saved and stopped.
 
-    A failed worker group is started anew from the newest checkpoint, `run.max_failures` times. An elastic one is
-    then as large as the nodes that are left allow; when nodes come, it saves, ends, and starts anew with more
-    workers, so that no step is done twice for it.
+    A failed worker group is started anew from the newest checkpoint, `run.max_failures` times. When a node with
+    workers is about to go, or an elastic run could have more of them, the group saves, ends, and starts anew on the
+    nodes that are left or have come, so that no step is done twice for it.
 
     Raises:
-        ray.train.TrainingFailedError: it failed once more than that.
+        RunFailed: an error that no restart cures.
+        ray.train.TrainingFailedError: it failed once more than `run.max_failures`.
+        SystemExit: with `EXIT_HEAD_DRAINS`, where the driver's own node goes away.
     """
-    store = run_store(config)
+    store, failures_left = run_store(config), config.run.max_failures
+    store.delete(FAILURE)
     group = partial(
         trainer, work, Task(config, manifest_digest), config.cluster, store, config.run.max_failures
     )
+    nodes = NodeWatch(config.cluster, store)
     # In a thread of its own, for in the main thread Ray Train would take Ctrl-C for itself.
     with stop_on_signal(config), ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
         while True:
-            with grow(config.cluster, store):
-                thread.submit(group().fit).result()
-            if not store.exists(STOP) or store.read(STOP) != GROW:
+            try:
+                with nodes:
+                    thread.submit(group().fit).result()
+            except TrainingFailedError as error:
+                raise_final(store)
+                # Ray Train restarts workers that die, but no group whose processes did not find each other.
+                if not isinstance(error, ControllerError) or failures_left == 0:
+                    raise
+                failures_left -= 1
+                print(f"the workers did not come together, trying again: {error}", flush=True)
+                threading.Event().wait(RENDEZVOUS_PAUSE_SECONDS)
+                continue
+            raise_final(store)
+            reason = store.read(STOP) if store.exists(STOP) else b""
+            if reason == HEAD_DRAINS:
+                raise SystemExit(EXIT_HEAD_DRAINS)
+            if reason not in (GROW, DRAIN):
                 return
             store.delete(STOP)
+
+
+def raise_final(store: Store) -> None:
+    """RunFailed if a worker wrote down that no restart would help."""
+    if store.exists(FAILURE):
+        raise RunFailed(store.read(FAILURE).decode())
 
 
 def run_group(
@@ -88,7 +128,7 @@ def trainer(
     return TorchTrainer(
         work,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=RENDEZVOUS_TIMEOUT_SECONDS),
         scaling_config=ScalingConfig(
             num_workers=size,  # type: ignore[arg-type]  # Ray annotates its first version of this class
             use_gpu=use_gpu,
@@ -100,7 +140,7 @@ def trainer(
             name=uuid.uuid4().hex[:12],
             storage_path=run.child("ray").uri.removeprefix("file://"),
             failure_config=FailureConfig(max_failures=max_failures),
-            worker_runtime_env={} if use_gpu else {"env_vars": CPU_ALLOCATOR},  # type: ignore[call-arg]
+            worker_runtime_env={} if use_gpu else {"env_vars": CPU_ONLY | CPU_ALLOCATOR},  # type: ignore[call-arg]
         ),
     )
 
@@ -121,35 +161,57 @@ def fitting_workers(cluster: ClusterConfig, nodes: Iterable[Mapping[str, Any]]) 
     return min(fitting, cluster.num_workers)
 
 
-@contextmanager
-def grow(cluster: ClusterConfig, store: Store) -> Iterator[None]:
-    """Meanwhile, ask the workers of an elastic run to save and end once there is room for more of them."""
-    ended = threading.Event()
+class NodeWatch:
+    """Looks at the nodes while a worker group runs, and asks it to save and end when it should start anew: a node
+    that workers fit on drains, or an elastic run could have more workers. A context manager, entered once per group.
+    """
 
-    def watch() -> None:
-        fewest = fitting_workers(cluster, ray.nodes())
-        while not ended.wait(GROW_POLL_SECONDS):
-            found = fitting_workers(cluster, ray.nodes())
-            if found > fewest and store.put_if_absent(STOP, GROW):
-                return
-            fewest = min(fewest, found)
+    def __init__(self, cluster: ClusterConfig, store: Store) -> None:
+        self._cluster, self._store = cluster, store
+        self._driver_node = ray.get_runtime_context().get_node_id()
+        self._draining: set[str] = set()
+        """Nodes that a group has been asked to leave already."""
 
-    watcher = threading.Thread(target=watch, name="growth", daemon=True)
-    if cluster.min_workers:
-        watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if cluster.min_workers:
-            watcher.join()
+    def __enter__(self) -> None:
+        self._ended, self._former = threading.Event(), latest_attempt(self._store)
+        self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(POLL_SECONDS):
+            try:
+                reason = self._reason()
+                if reason and self._store.put_if_absent(STOP, reason):
+                    return
+            except (StorageError, RayError) as error:
+                logger.warning("cannot look at the nodes, training goes on: %s", error)
+
+    def _reason(self) -> bytes | None:
+        """Why the group should start anew, or None."""
+        nodes = ray.nodes()
+        # The one way to ask; Ray Train and Ray Data ask so too (ray 2.60).
+        draining = ray._private.state.state.get_draining_nodes().keys()
+        leaving = [node for node in nodes if node["NodeID"] in draining - self._draining]
+        self._draining |= {node["NodeID"] for node in leaving}
+        if any(node["NodeID"] == self._driver_node for node in leaving):
+            return HEAD_DRAINS
+        if fitting_workers(self._cluster, leaving):
+            return DRAIN
+        if not self._cluster.min_workers or latest_attempt(self._store) == self._former:
+            return None  # of a fixed size, or not started yet
+        staying = [node for node in nodes if node["NodeID"] not in draining]
+        more = fitting_workers(self._cluster, staying) > latest_world_size(self._store)
+        return GROW if more else None
 
 
 @contextmanager
 def stop_on_signal(config: PretrainConfig) -> Iterator[None]:
     """Turn SIGTERM and Ctrl-C into a request to save and end; the second one ends at once."""
     store = run_store(config)
-    store.delete(STOP)
 
     def request(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)

@@ -13,6 +13,10 @@ from cluster.storage import Store
 from cluster.store import StorageError
 
 STOP = "stop"
+# What it holds where the driver put it for the nodes' sake: more workers fit, a node of theirs drains, or the driver's.
+GROW, DRAIN, HEAD_DRAINS = b"grow", b"drain", b"head drains"
+FAILURE = "failure.txt"
+"""Why a run cannot go on, if no restart would help: written by the worker that found it."""
 # `ray job stop` sends SIGKILL 3 s after SIGTERM unless told otherwise; looking costs one small request.
 POLL_SECONDS = 0.5
 

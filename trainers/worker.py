@@ -1,8 +1,8 @@
 """One worker's life: put the parts together, train, and let the test split judge what validation chose."""
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from cluster.hardware import peak_of
 from cluster.storage import Store, open_store
-from data.evaluation_rows import evaluation_batches
+from data.evaluation_rows import EvaluationBatch, evaluation_batches
 from data.manifest import Manifest, read_manifest
 from data.order import Order, largest_divisor
 from data.stream import TokenStream
@@ -26,7 +26,7 @@ from trainers.engine import Engine
 from trainers.evaluation import Evaluation, evaluate
 from trainers.export import export
 from trainers.formats import read_stored
-from trainers.guard import Guard, name_documents
+from trainers.guard import Guard, TrainingDiverged, name_documents
 from trainers.heartbeat import Heartbeat
 from trainers.initial import load_initial
 from trainers.live_metrics import LiveMetrics, event_log
@@ -38,7 +38,7 @@ from trainers.objective import Objective
 from trainers.objectives import objective_of
 from trainers.schedule import rate_factor
 from trainers.shape import flops_per_token
-from trainers.stopping import StopRequest
+from trainers.stopping import FAILURE, StopRequest
 from trainers.verdict import EXPORT, VERDICT, claim_test_split, record_verdict
 
 
@@ -57,8 +57,10 @@ def work(arguments: dict[str, Any]) -> None:
     config = task.config
     torch.set_num_threads(config.cluster.threads)
     workers, run = Workers(), run_store(config)
-    attempt = workers.broadcast(claim_attempt(run) if workers.leads else 0)
-    with ExitStack() as stack:
+    if run.exists(FAILURE):
+        return
+    attempt = workers.broadcast(claim_attempt(run, workers.world_size) if workers.leads else 0)
+    with telling_final_errors(run), ExitStack() as stack:
         heartbeat = stack.enter_context(Heartbeat(config.heartbeat, run, rank=workers.rank, attempt=attempt))
         data = open_data(task)
         heartbeat.beat(0, "restore")
@@ -72,6 +74,16 @@ def work(arguments: dict[str, Any]) -> None:
         stream.close()
         if not ending.stopped:
             conclude(parts, data)
+
+
+@contextmanager
+def telling_final_errors(run: Store) -> Iterator[None]:
+    """Write down an error that every further attempt would end with; the driver raises it, and starts none."""
+    try:
+        yield
+    except (TrainingDiverged, ValueError) as error:
+        run.put(FAILURE, str(error).encode())
+        raise
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,7 @@ def assemble(
             workers,
             engine,
             objective,
+            heartbeat,
         ),
         meter=Meter(
             flops_per_token=flops_per_token(
@@ -214,8 +227,9 @@ def evaluate_split(
     workers: Workers,
     engine: Engine,
     objective: Objective,
+    heartbeat: Heartbeat,
 ) -> Evaluation:
-    """The loss on a fixed set of rows of a split; all workers call it together."""
+    """The loss on a fixed set of rows of a split; all workers call it together, between two steps."""
     batches = evaluation_batches(
         data.manifest,
         data.corpus,
@@ -227,7 +241,14 @@ def evaluate_split(
         max_rows=max_rows,
         framing=evaluation_framing(config, data.manifest),
     )
-    return evaluate(engine, batches, workers, objective)
+    return evaluate(engine, beating(batches, heartbeat, engine.num_steps), workers, objective)
+
+
+def beating(batches: Iterable[EvaluationBatch], heartbeat: Heartbeat, step: int) -> Iterator[EvaluationBatch]:
+    """The batches, each with a beat: a long evaluation is no hang."""
+    for batch in batches:
+        heartbeat.beat(step, "validate")
+        yield batch
 
 
 def conclude(parts: Parts, data: Data) -> None:
@@ -244,7 +265,9 @@ def conclude(parts: Parts, data: Data) -> None:
             claim_test_split(run, record.name)
         parts.engine.load_state(best)
         parts.heartbeat.beat(best.step, "validate")
-        found = evaluate_split(config, data, "test", 0, workers, parts.engine, parts.objective)
+        found = evaluate_split(
+            config, data, "test", 0, workers, parts.engine, parts.objective, parts.heartbeat
+        )
         if workers.leads:
             record_verdict(run, {"step": best.step, "checkpoint": record.name, **found.as_json()})
     if workers.leads:

@@ -1,0 +1,122 @@
+"""Nodes of a Ray cluster in processes of their own, that come, drain and die as machines do."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+RAY = str(Path(sys.executable).with_name("ray"))
+READY_SECONDS = 90.0
+
+
+class RayNodes:
+    """A head and, joined to it, worker nodes; all end with the with-block.
+
+    Args:
+        log: File that the nodes print into.
+        drain_seconds: How long a node that was told to end waits for its workers to leave.
+    """
+
+    def __init__(self, log: Path, drain_seconds: float = 1.0) -> None:
+        self._log, self._drain_seconds = log, drain_seconds
+        self.port, self.dashboard_port = free_ports(2)
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def address(self) -> str:
+        """Of the cluster, for `cluster.address` and `RAY_ADDRESS`."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def dashboard(self) -> str:
+        """Where jobs are submitted."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For processes that speak to the cluster: this Python leads the path, and no token is asked for."""
+        folder = str(Path(sys.executable).parent)
+        return os.environ | {
+            "PATH": f"{folder}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(self._drain_seconds),
+        }
+
+    def start_head(self, num_cpus: int) -> subprocess.Popen[bytes]:
+        """Start the head, and wait until it takes jobs."""
+        head = self._start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", cpus=num_cpus)
+        wait_for_port(self.dashboard_port, head, self._log)
+        return head
+
+    def add(self, num_cpus: int) -> subprocess.Popen[bytes]:
+        """Start a node that joins the head; it is there some seconds later."""
+        return self._start(f"--address={self.address}", cpus=num_cpus)
+
+    def _start(self, *flags: str, cpus: int) -> subprocess.Popen[bytes]:
+        options = {
+            "dashboard-agent-listen-port": free_ports(1)[0],
+            "node-ip-address": "127.0.0.1",
+            "num-cpus": cpus,
+            "object-store-memory": 300_000_000,
+        }
+        if "--head" in flags:
+            options["temp-dir"] = self._folder.name
+        with open(self._log, "ab") as file:
+            node = subprocess.Popen(
+                [RAY, "start", "--block", "--disable-usage-stats", *flags]
+                + [f"--{key}={value}" for key, value in options.items()],
+                stdout=file,
+                stderr=file,
+                env=self.environment,
+                start_new_session=True,
+            )
+        self.nodes.append(node)
+        return node
+
+    def __enter__(self) -> "RayNodes":
+        # Sockets lie in it, and their paths have at most 107 characters.
+        self._folder = tempfile.TemporaryDirectory(prefix="ray")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in reversed(self.nodes):
+            kill_node(node)
+        self._folder.cleanup()
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """What a power cut does: kill -9 of all that runs on a node."""
+    if node.poll() is None:
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            try:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
+                continue
+    node.wait()
+
+
+def free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    ends = time.monotonic() + READY_SECONDS
+    while True:
+        assert process.poll() is None, log.read_text(errors="replace")
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < ends, log.read_text(errors="replace")
+            time.sleep(0.2)
