@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cluster.config import ConfigError, from_dict
 from cluster.session import PROJECT
 from cluster.storage import open_store
 from trainers.finetune import finetune
+from trainers.finetune_backbone import load_backbone, read_facts
 from trainers.finetune_config import FinetuneConfig
 from trainers.metrics import read_metrics, steps_of
 from trainers.task import load_task
@@ -89,6 +91,29 @@ def test_a_finished_run_is_not_trained_again(place, learnt):
 def test_a_run_does_not_go_on_under_another_configuration(place, learnt):
     with pytest.raises(ConfigError, match="optimizer.learning_rate=0.02, but the run was started with 0.01"):
         finetune(config(place, "learnt", optimizer={"learning_rate": 0.02}))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_does_not_go_on_from_another_backbone_at_the_same_place(place, tmp_path, finished):
+    uri = put_backbone(tmp_path / "model")
+    settings = {"backbone": {"uri": uri}, "batch": SHORT}
+    name = f"of-another-{finished}"
+    finetune(config(place, name, **settings), keep_model=False, judge=False)
+    if not finished:
+        run_of(place, name).delete("result.json")
+    put_backbone(tmp_path / "model", replace(BACKBONES["causal"], init_std=0.01))
+    with pytest.raises(
+        ConfigError, match="backbone.uri=.* holds another model than the run was started from"
+    ):
+        finetune(config(place, name, **settings), keep_model=False, judge=False)
+
+
+def test_what_is_said_of_a_backbone_without_its_weights_is_what_loading_finds(place, tmp_path):
+    for uri in (place / "model", put_huggingface_bert(tmp_path)):
+        settings = config(place, "facts", backbone={"uri": str(uri)})
+        found, loaded = read_facts(settings), load_backbone(settings, seed=0)
+        assert (found.shape, found.boundary_id) == (loaded.model.config, loaded.boundary_id)
+        assert found.tokenizer.to_str() == loaded.tokenizer.to_str()
 
 
 def test_the_exported_model_gives_the_same_scores_in_transformers(place, learnt):

@@ -22,10 +22,11 @@ try:
     from cluster.session import ray_session
     from cluster.storage import Store, open_store
     from trainers.config import changed_keys
+    from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
     from trainers.finetune_loop import OnValidation
     from trainers.finetune_result import FinetuneResult
-    from trainers.finetune_worker import RESULT, FinetuneOrder, load_backbone, make_encoder, work, work_alone
+    from trainers.finetune_worker import ORIGIN, RESULT, FinetuneOrder, origin_of, work, work_alone
     from trainers.run_folder import CONFIG
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, prepare_task
@@ -55,12 +56,12 @@ def finetune(
     """
     config = absolute(config)
     task = prepared or prepare_task(load_task(config.run.task), open_store(config.run.prepared))
-    results = []
+    backbone, results = backbone_digest(config), []
     for seed in config.run.seeds:
         run = seed_store(config, seed)
-        check_unchanged(run, config, task)
+        check_unchanged(run, config, task, backbone)
         if not run.exists(RESULT):
-            order = FinetuneOrder(config, task, seed, judge, keep_model)
+            order = FinetuneOrder(config, task, seed, backbone, judge, keep_model)
             if config.cluster.num_workers == 1:
                 work_alone(order, on_validation)
             else:
@@ -71,8 +72,9 @@ def finetune(
     return FinetuneResult(task.task.judged_by, results)
 
 
-def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask) -> None:
-    """Refuse to go on with, or to hand out, what was learnt under another configuration or of other records.
+def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, backbone: str) -> None:
+    """Refuse to go on with, or to hand out, what was learnt under another configuration, of other records, or from
+    other weights.
 
     Raises:
         ConfigError: one line per key that differs and may not.
@@ -80,9 +82,16 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask) -> N
     if not run.exists(CONFIG):
         return
     changed = changed_keys(yaml.safe_load(run.read(CONFIG)), config)
-    if run.exists(RESULT) and (learnt := json.loads(run.read(RESULT))["task"]) != task.digest:
+    before = json.loads(run.read(ORIGIN)) if run.exists(ORIGIN) else {}
+    now = origin_of(task, backbone)
+    if before.get("task", now["task"]) != now["task"]:
         changed.append(
-            f"the records or the split of {task.task.name} are others: {learnt} there, {task.digest} here"
+            f"the records or the split of {task.task.name} are others: {before['task']} there, {now['task']} here"
+        )
+    if before.get("backbone", now["backbone"]) != now["backbone"]:
+        changed.append(
+            f"backbone.uri={config.backbone.uri} holds another model than the run was started from: "
+            f"{before['backbone']} there, {now['backbone']} here; put that one back, or choose a new run.name"
         )
     if changed:
         raise ConfigError([f"run {run.uri}: {line}" for line in changed])
@@ -94,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_config(FinetuneConfig, arguments, description=__doc__ or "", extra_flags=FLAGS)
     config, console = absolute(loaded.config), Console(soft_wrap=True)
     prepared = prepare_task(load_task(config.run.task), open_store(config.run.prepared))
-    encoder = make_encoder(config, prepared.task, load_backbone(config, seed=0))
+    encoder = make_encoder(config, prepared.task, read_facts(config))
     for table in task_tables(prepared, encoder):
         console.print(table)
     if "dry-run" in loaded.flags:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cluster.config import ConfigError, to_dict, to_yaml
+from cluster.config import to_dict, to_yaml
 from cluster.storage import Store, open_store
 from data.tokens import fingerprint_of
 from trainers.checkpoint import claim_attempt
@@ -27,28 +27,26 @@ from trainers.checkpoint_commit import FOLDER as CHECKPOINTS
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.collectives import Workers
 from trainers.engine import Engine
-from trainers.export import Exported, load_exported
+from trainers.export import Exported
+from trainers.finetune_backbone import load_backbone, make_encoder
 from trainers.finetune_config import FinetuneConfig, seed_store
 from trainers.finetune_loop import FinetuneParts, OnValidation, Progress, train
-from trainers.local_copy import local_copy
 from trainers.lora import merge_lora
 from trainers.metrics import MetricsWriter
-from trainers.model import initialize
 from trainers.run_folder import CONFIG
 from trainers.schedule import rate_factor
 from trainers.task import TaskConfig
 from trainers.task_batches import RecordOrder
 from trainers.task_data import PreparedTask, choose_budget, labels_in
-from trainers.task_encoding import Encoder, framed
 from trainers.task_evaluation import answers_to, class_weights, evaluate_together, score_of
 from trainers.task_export import export_task_model
 from trainers.task_metrics import Answer, bootstrap_interval, measure
-from trainers.task_model import TaskModel, is_causal, rate_scales
+from trainers.task_model import TaskModel, rate_scales
 from trainers.task_records import Example
 from trainers.verdict import EXPORT, VERDICT, claim_test_split, record_verdict
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as malloc.h of glibc has them
-RESULT = "result.json"
+RESULT, ORIGIN = "result.json", "origin.json"
 ANSWERS = "answers.jsonl"
 
 
@@ -59,6 +57,8 @@ class FinetuneOrder:
     config: FinetuneConfig
     prepared: PreparedTask
     seed: int
+    backbone: str
+    """Digest of what lies behind `backbone.uri`."""
     judge: bool = True
     """Read the test split once, at the end. A sweep's trials do not: they do not even load it."""
     keep_model: bool = True
@@ -109,60 +109,10 @@ def finetune_seed(order: FinetuneOrder, on_validation: OnValidation) -> None:
         if workers.leads:
             # Not before the parts fit together: until then a mistake in the configuration can be corrected.
             run.put(CONFIG, to_yaml(replace(config, run=replace(config.run, seeds=(order.seed,)))).encode())
+            run.put(ORIGIN, json.dumps(origin_of(order.prepared, order.backbone)).encode())
         at = train(parts)
     if workers.leads:
         conclude(order, run, parts, at, num_validated)
-
-
-def load_backbone(config: FinetuneConfig, seed: int) -> Exported:
-    """The pretrained model, or one of its shape with initial weights.
-
-    Raises:
-        ConfigError: there is none, or its tokenizer has more entries than its embedding.
-    """
-    try:
-        exported = load_exported(local_copy(open_store(config.backbone.uri)))
-    except FileNotFoundError as error:
-        raise ConfigError([f"backbone.uri={config.backbone.uri} holds no exported model: {error}"]) from None
-    size, rows = exported.tokenizer.get_vocab_size(), exported.model.config.vocab_size
-    if size > rows:
-        raise ConfigError(
-            [
-                f"backbone.uri={config.backbone.uri}: its tokenizer.json has {size:,} entries, its embedding "
-                f"{rows:,}: it is not the tokenizer that it was trained with; put that one there"
-            ]
-        )
-    if config.backbone.from_scratch:
-        initialize(exported.model, seed)
-    return exported
-
-
-def make_encoder(
-    config: FinetuneConfig, task: TaskConfig, exported: Exported, scale: tuple[float, float] = (0.0, 1.0)
-) -> Encoder:
-    """How this backbone takes records. Raises `ConfigError` where `batch.max_tokens` is more than it has."""
-    positions = exported.model.config.max_positions
-    if config.batch.max_tokens > positions:
-        raise ConfigError(
-            [
-                f"batch.max_tokens={config.batch.max_tokens:,} is more than the backbone's {positions:,} positions"
-            ]
-        )
-    causal = is_causal(exported.model)
-    if task.kind == "generation" and not causal:
-        raise ConfigError(
-            [f"kind=generation needs a decoder; backbone.uri={config.backbone.uri} is an encoder"]
-        )
-    tokenizer, pad_id = framed(exported.tokenizer, exported.boundary_id, causal)
-    return Encoder(
-        task=task,
-        tokenizer=tokenizer,
-        pad_id=pad_id,
-        max_tokens=config.batch.max_tokens or positions,
-        truncate=config.batch.truncate,
-        causal=causal,
-        scale=scale,
-    )
 
 
 def training_records(order: FinetuneOrder) -> tuple[list[Example], list[Example]]:
@@ -253,12 +203,17 @@ def assemble(
     return parts, len(validation)
 
 
+def origin_of(prepared: PreparedTask, backbone: str) -> dict[str, str]:
+    """What a run learns, and from which weights; whether they are still the same decides if it may go on."""
+    return {"task": prepared.digest, "backbone": backbone}
+
+
 def identity_of(order: FinetuneOrder) -> dict[str, Any]:
     """What a checkpoint belongs to."""
     sections = to_dict(order.config)
     tokenizer = fingerprint_of(open_store(order.config.backbone.uri).read("tokenizer.json"))
     kept = {name: sections[name] for name in ("backbone", "adapt", "batch", "optimizer", "schedule")}
-    return {"task": order.prepared.digest, "tokenizer": tokenizer, **kept}
+    return {"task": order.prepared.digest, "weights": order.backbone, "tokenizer": tokenizer, **kept}
 
 
 # --- once trained ---
@@ -273,7 +228,7 @@ def conclude(
     model, boundary_id = chosen_model(order, at)
     result = {
         "seed": order.seed,
-        "task": order.prepared.digest,
+        **origin_of(order.prepared, order.backbone),
         "metric": order.prepared.task.judged_by,
         "best_step": at.choice.best_step,
         "steps": at.step,

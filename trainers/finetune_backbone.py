@@ -1,0 +1,127 @@
+"""The backbone of a fine-tuning run: read, held against the task before a worker is asked for, known by a digest."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from cluster.config import ConfigError
+from cluster.storage import open_store
+from data.tokens import special_ids
+from trainers.export import Exported, load_exported
+from trainers.finetune_config import FinetuneConfig
+from trainers.formats import read_stored, weight_files
+from trainers.local_copy import local_copy
+from trainers.model import initialize
+from trainers.shape import ModelConfig
+from trainers.task import TaskConfig
+from trainers.task_encoding import Encoder, framed
+
+
+@dataclass(frozen=True)
+class BackboneFacts:
+    """What encoding records takes of a backbone: all but its weights."""
+
+    shape: ModelConfig
+    tokenizer: Tokenizer
+    boundary_id: int
+
+
+def facts_of(exported: Exported) -> BackboneFacts:
+    return BackboneFacts(exported.model.config, exported.tokenizer, exported.boundary_id)
+
+
+def read_facts(config: FinetuneConfig) -> BackboneFacts:
+    """The same as of the loaded backbone, without its weights: a driver needs none.
+
+    Raises:
+        ConfigError: there is no backbone.
+    """
+    uri = config.backbone.uri
+    try:
+        stored = read_stored(open_store(uri))
+        serialised = stored.source.read("tokenizer.json")
+        ids = special_ids(serialised)
+        openers = (stored.fields.get("bos_token_id"), ids.boundary, ids.sep)  # as load_exported chooses
+        boundary_id = next(each for each in openers if each is not None)
+    except FileNotFoundError as error:
+        raise ConfigError([f"backbone.uri={uri} holds no exported model: {error}"]) from None
+    except (ValueError, StopIteration) as error:
+        raise ConfigError(
+            [f"backbone.uri={uri} cannot be adapted: {error or 'no token opens a text'}"]
+        ) from None
+    return BackboneFacts(stored.config, Tokenizer.from_buffer(serialised), boundary_id)
+
+
+def load_backbone(config: FinetuneConfig, seed: int) -> Exported:
+    """The pretrained model, or one of its shape with initial weights.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        exported = load_exported(local_copy(open_store(config.backbone.uri)))
+    except FileNotFoundError as error:
+        raise ConfigError([f"backbone.uri={config.backbone.uri} holds no exported model: {error}"]) from None
+    if config.backbone.from_scratch:
+        initialize(exported.model, seed)
+    return exported
+
+
+def backbone_digest(config: FinetuneConfig) -> str:
+    """Names what lies behind `backbone.uri` now: 24 hexadecimal digits of path, size and version of each file that is
+    read of it.
+
+    Raises:
+        ConfigError: there is no backbone.
+    """
+    source = open_store(config.backbone.uri)
+    try:
+        read = {"config.json", "tokenizer.json", *weight_files(source)}
+    except FileNotFoundError as error:
+        raise ConfigError([f"backbone.uri={config.backbone.uri} holds no exported model: {error}"]) from None
+    infos = sorted((i.path, i.num_bytes, i.version) for i in source.list() if i.path in read)
+    return hashlib.blake2b(json.dumps(infos).encode(), digest_size=12).hexdigest()
+
+
+def make_encoder(
+    config: FinetuneConfig,
+    task: TaskConfig,
+    backbone: Exported | BackboneFacts,
+    scale: tuple[float, float] = (0.0, 1.0),
+) -> Encoder:
+    """How this backbone takes records. Raises `ConfigError` where it does not fit the task or the configuration."""
+    facts = facts_of(backbone) if isinstance(backbone, Exported) else backbone
+    if problems := list(misfits(config, task, facts)):
+        raise ConfigError(problems)
+    causal = facts.shape.attention == "causal"
+    tokenizer, pad_id = framed(facts.tokenizer, facts.boundary_id, causal)
+    return Encoder(
+        task=task,
+        tokenizer=tokenizer,
+        pad_id=pad_id,
+        max_tokens=config.batch.max_tokens or facts.shape.max_positions,
+        truncate=config.batch.truncate,
+        causal=causal,
+        scale=scale,
+    )
+
+
+def misfits(config: FinetuneConfig, task: TaskConfig, facts: BackboneFacts) -> Iterator[str]:
+    """A line for each thing that backbone, task and configuration do not have in common."""
+    shape, uri = facts.shape, config.backbone.uri
+    size = facts.tokenizer.get_vocab_size()
+    if size > shape.vocab_size:
+        yield (
+            f"backbone.uri={uri}: its tokenizer.json has {size:,} entries, its embedding {shape.vocab_size:,}: it is "
+            "not the tokenizer that it was trained with; put that one there"
+        )
+    if config.batch.max_tokens > shape.max_positions:
+        yield (
+            f"batch.max_tokens={config.batch.max_tokens:,} is more than the backbone's {shape.max_positions:,} "
+            "positions"
+        )
+    if task.kind == "generation" and shape.attention != "causal":
+        yield f"kind=generation needs a decoder; backbone.uri={uri} is an encoder"
