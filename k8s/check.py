@@ -18,15 +18,17 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import kubernetes_validate
 import yaml
 
-from k8s import pod_rules, ray_rules
-from k8s.manifests import Object, Render, groups, load, name_of, rendered
+from k8s import job_rules, pod_rules, ray_rules
+from k8s.manifests import Object, Render, groups, load, name_of, namespace_of, rendered
 
 PROJECT = Path(__file__).resolve().parents[1]
 K8S = PROJECT / "k8s"
 OVERLAYS = sorted(folder for folder in (K8S / "overlays").iterdir() if folder.is_dir())
-RULES = pod_rules.RULES + ray_rules.RULES
+RULES = pod_rules.RULES + ray_rules.RULES + job_rules.RULES
 COMPONENTS = sorted(folder for folder in (K8S / "components").iterdir() if folder.is_dir())
 JOBS = sorted(folder for folder in (K8S / "jobs").iterdir() if folder.is_dir())
+JOB_OVERLAYS = (K8S / "base", K8S / "overlays" / "eks", K8S / "overlays" / "onprem")
+"""Whose buckets the jobs' own files name."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     faults = [line for folder in map(Path, arguments) for line in problems(folder)]
     if not arguments:
         faults = [line for name, text in all_renders() for line in problems_of(text, name)]
+        faults += job_collisions()
         faults += dockerfile_problems()
     print(*faults, sep="\n", end="\n" if faults else "")
     print(f"{len(faults)} faults" if faults else "no fault")
@@ -72,8 +75,30 @@ def all_renders() -> Iterator[tuple[str, str]]:
     for component in COMPONENTS:
         yield f"components/{component.name}", composed(K8S / "base", component)
     for job in JOBS:
-        for overlay in (K8S / "base", K8S / "overlays" / "eks"):
+        for overlay in JOB_OVERLAYS:
             yield f"jobs/{job.name} on {overlay.name}", composed(overlay, job)
+
+
+def job_collisions() -> list[str]:
+    found = []
+    for job in JOBS:
+        for overlay in JOB_OVERLAYS:
+            run = load(rendered(overlay, tool("kubectl")))
+            lines = collisions(load(composed(overlay, job)), run)
+            found += [f"jobs/{job.name} on {overlay.name}: {line}" for line in lines]
+    return found
+
+
+def collisions(job: list[Object], run: list[Object]) -> Iterator[str]:
+    """What of a live run a job applied beside it would change: all that they share must be equal."""
+    theirs = {identity(thing): thing for thing in run}
+    for thing in job:
+        if theirs.get(identity(thing), thing) != thing:
+            yield f"{thing['kind']} {name_of(thing)} differs from the run's; give it a name of its own"
+
+
+def identity(thing: Object) -> tuple[str, str, str]:
+    return thing["kind"], namespace_of(thing), name_of(thing)
 
 
 def composed(base: Path, *components: Path) -> str:

@@ -1,17 +1,12 @@
-"""Rules for what KubeRay, Kueue and the run itself make of the manifests.
+"""Rules for what KubeRay and Kueue make of the manifests.
 
 The limits are KubeRay's (controllers/ray/utils/validation.go of 1.7), those of Kueue's webhooks, or ours. A rule is a
 pure function from a render to a line per fault. Its docstring says what happens where it is broken.
 """
 
-import shlex
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
-from cluster.config import ConfigError, load_config
-from k8s.manifests import Object, Render, groups, name_of, namespace_of, of_kind, ray_clusters
-from trainers.config import PretrainConfig
+from k8s.manifests import Render, groups, name_of, namespace_of, of_kind, ray_clusters
 
 SUBMISSION_MODES = {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"}
 OWNED_BY_OPERATOR = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_USE_TLS", "RAY_AUTH_TOKEN"}
@@ -21,8 +16,6 @@ ALPHA_FIELDS = {
     "historyServerOptions": "RayClusterHistoryServer",
 }
 MAX_KUEUE_PODSETS = 18  # the head and 17 groups
-IMAGE_ROOT = "/opt/pretraining/"
-"""Where the Dockerfile puts the project."""
 
 
 def submission(render: Render) -> Iterator[str]:
@@ -136,89 +129,6 @@ def feature_gates(render: Render) -> Iterator[str]:
             yield f"{name_of(thing)} needs the operator's feature gate {gate}, which its values leave off"
 
 
-def entrypoint(render: Render) -> Iterator[str]:
-    """The scripts are in the project, the files that --config names where the head mounts the ConfigMap."""
-    for job in of_kind(render.objects, "RayJob"):
-        mounted = set(mounted_files(job, render.objects))
-        words = shlex.split(job["spec"].get("entrypoint", ""))
-        for script in (word for word in words if word.endswith(".py")):
-            inside = script.removeprefix(IMAGE_ROOT)
-            if inside == script or not (render.project / inside).is_file():
-                yield f"{name_of(job)}: the entrypoint runs {script}, which is not in the project at /opt/pretraining"
-        for option, path in zip(words, words[1:], strict=False):
-            if (
-                option == "--config"
-                and path not in mounted
-                and not (render.project / path.removeprefix(IMAGE_ROOT)).is_file()
-            ):
-                yield f"{name_of(job)}: --config {path} is not mounted on the head"
-
-
-def entrypoint_resources(render: Render) -> Iterator[str]:
-    """An entrypoint that asks for more than a pod has is never started; without asking it runs on the head."""
-    for job in of_kind(render.objects, "RayJob"):
-        wanted = job["spec"].get("entrypointNumGpus", 0)
-        largest = max((group.asked("nvidia.com/gpu") for group in groups([job])), default=0)
-        if wanted > largest:
-            yield f"{name_of(job)}: entrypointNumGpus={wanted:g}, but no pod has more than {largest:g} GPUs"
-
-
-def run_configuration(render: Render) -> Iterator[str]:
-    """The run asks for the workers, GPUs and CPUs that the groups have, or it waits for ever, or GPUs idle."""
-    for job in of_kind(render.objects, "RayJob"):
-        if "trainers/pretrain.py" not in job["spec"].get("entrypoint", ""):
-            continue
-        try:
-            cluster = mounted_config(job, render.objects).cluster
-        except ConfigError as error:
-            yield f"{name_of(job)}: {error}"
-            continue
-        workers = [group for group in groups([job]) if not group.is_head]
-        gpus = sum(group.replicas * group.asked("nvidia.com/gpu") for group in workers)
-        cpus = sum(group.replicas * group.asked("cpu") for group in workers)
-        on_gpu_nodes = sum(g.replicas * g.asked("cpu") for g in workers if g.asked("nvidia.com/gpu"))
-        wanted, wanted_cpus = (
-            cluster.num_workers * cluster.gpus_per_worker,
-            cluster.num_workers * cluster.cpus_per_worker,
-        )
-        if wanted != gpus:
-            yield f"{name_of(job)}: cluster.num_workers={cluster.num_workers} takes {wanted:g} GPUs of {gpus:g}"
-        if wanted_cpus >= cpus or (gpus and wanted_cpus > on_gpu_nodes):
-            yield f"{name_of(job)}: {wanted_cpus:g} CPUs for workers leave none of the groups' {on_gpu_nodes or cpus:g}"
-
-
-def mounted_files(job: Object, objects: list[Object]) -> dict[str, str]:
-    """Path on the head -> content, of the ConfigMaps that a RayJob's head mounts."""
-    maps = {name_of(each): each.get("data", {}) for each in of_kind(objects, "ConfigMap")}
-    head = next(group for group in groups([job]) if group.is_head)
-    sources = {
-        v["name"]: maps.get(v["configMap"]["name"], {})
-        for v in head.pod.get("volumes", [])
-        if "configMap" in v
-    }
-    return {
-        f"{mount['mountPath']}/{key}": text
-        for mount in head.ray.get("volumeMounts", [])
-        for key, text in sources.get(mount["name"], {}).items()
-    }
-
-
-def mounted_config(job: Object, objects: list[Object]) -> PretrainConfig:
-    """The configuration that a RayJob's entrypoint reads from its mounted files.
-
-    Raises:
-        ConfigError: a wrong key or value, as the run itself would raise it.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = []
-        for path, text in mounted_files(job, objects).items():
-            if path in job["spec"]["entrypoint"]:
-                file = Path(folder) / Path(path).name
-                file.write_text(text)
-                arguments += ["--config", str(file)]
-        return load_config(PretrainConfig, arguments, description="").config
-
-
 RULES = (
     submission,
     versions,
@@ -229,7 +139,4 @@ RULES = (
     owned_variables,
     authentication,
     feature_gates,
-    entrypoint,
-    entrypoint_resources,
-    run_configuration,
 )

@@ -23,7 +23,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from cluster.storage import open_store
 from k8s.check import OVERLAYS, PROJECT, all_renders, dockerfile_problems, problems_of
 from k8s.manifests import load, of_kind
-from k8s.ray_rules import mounted_config
+from k8s.job_rules import mounted_config
 from tests.small_run import SETTINGS, put_corpus, steps_by_number
 
 
@@ -56,7 +56,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile_and_something_in_a_bad_one(tmp
 def test_ray_reads_from_each_cluster_what_the_run_asks_for(name: str) -> None:
     objects = objects_of(name)
     job = one(objects, "RayJob")
-    config = mounted_config(job, objects).cluster
+    config = mounted_config(job, objects, PROJECT).cluster
     cluster = {
         "metadata": {"name": "pretrain-x", "namespace": "pretraining"},
         "spec": job["spec"]["rayClusterSpec"],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from k8s.check import RULES, problems_of, render_of
+from k8s.check import JOB_OVERLAYS, JOBS, K8S, PROJECT, RULES, collisions, composed, problems_of, render_of
 from k8s.manifests import of_kind
 from tests.test_k8s import objects_of, one
 
@@ -26,6 +26,10 @@ def pod(objects: list[dict[str, Any]]) -> dict[str, Any]:
 
 def ray(objects: list[dict[str, Any]]) -> dict[str, Any]:
     return pod(objects)["containers"][0]
+
+
+def run_map(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(m for m in of_kind(objects, "ConfigMap") if m["metadata"]["name"].startswith("run"))
 
 
 def put(thing: Any, *path: Any) -> None:
@@ -255,8 +259,35 @@ FAULTS: dict[str, Fault] = {  # what was done wrong -> the rule that finds it, t
             for i in (0, 1)
         ],
     ),
+    "wrong-key-of-a-job": (
+        "job_configuration",
+        "jobs/sweep on eks",
+        lambda o: put(run_map(o), "data", "sweep.yaml", run_map(o)["data"]["sweep.yaml"] + "swep: {}\n"),
+    ),
+    "task-elsewhere": (
+        "job_configuration",
+        "jobs/finetune on base",
+        lambda o: run_map(o)["data"].pop("task.yaml"),
+    ),
+    "records-that-no-image-holds": (
+        "job_configuration",
+        "jobs/sweep on base",
+        lambda o: put(run_map(o), "data", "task.yaml", (PROJECT / "trainers/tasks/movies.yaml").read_text()),
+    ),
+    "unknown-option": (
+        "job_configuration",
+        "jobs/evaluate on base",
+        lambda o: put(
+            one(o, "RayJob"), "spec", "entrypoint", one(o, "RayJob")["spec"]["entrypoint"] + " --corpse x"
+        ),
+    ),
+    "jobs-bucket-elsewhere": (
+        "one_site",
+        "jobs/preflight on base",
+        lambda o: put(run_map(o), "data", "site.yaml", "run: {storage: gs://mine/runs}\n"),
+    ),
     "wrong-key": (
-        "run_configuration",
+        "job_configuration",
         "base",
         lambda o: put(one(o, "ConfigMap"), "data", "site.yaml", "run:\n  storag: s3://b/runs\n"),
     ),
@@ -283,3 +314,21 @@ def test_schemas_find_a_misspelt_field_inside_a_ray_pod_and_in_a_core_kind() -> 
     faults = problems_of(yaml.safe_dump_all(objects), "planted")
     assert any("terminationGracePeriodSecond" in line for line in faults)
     assert any("automountToken" in line for line in faults)
+
+
+@pytest.mark.parametrize("job", [folder.name for folder in JOBS])
+@pytest.mark.parametrize("overlay", [folder.name for folder in JOB_OVERLAYS])
+def test_a_job_applied_beside_a_live_run_changes_nothing_of_it(job: str, overlay: str) -> None:
+    run = objects_of("base" if overlay == "base" else f"overlays/{overlay}")
+    objects = copy.deepcopy(objects_of(f"jobs/{job} on {overlay}"))
+    assert list(collisions(objects, run)) == []
+    budget = of_kind(objects, "PodDisruptionBudget")[1]
+    budget["metadata"]["name"] = "pretraining-train"
+    assert [line.split()[1] for line in collisions(objects, run)] == ["pretraining-train"]
+
+
+@pytest.mark.parametrize("job", [folder.name for folder in JOBS])
+def test_a_job_on_another_cloud_is_told_which_of_its_buckets_are_not_the_sites(job: str) -> None:
+    text = composed(K8S / "overlays" / "gke", K8S / "jobs" / job)
+    faults = [line for line in problems_of(text, "mine") if "one_site" in line]
+    assert any("s3://example-runs, site.yaml gs://example-corpus, gs://example-runs" in f for f in faults)
