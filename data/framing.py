@@ -3,10 +3,12 @@
     [CLS] text [SEP] [PAD] …            single, and every row in which no pair can be found
     [CLS] A [SEP] B [SEP] [PAD] …       next_sentence (Devlin et al. 2018), sentence_order (Lan et al. 2019)
 
-A and B are cut from one document of the row at the end of a sentence. For next sentence prediction half the B are
-replaced by what follows the end of a sentence in another document of the same fragment, so of the same split and
-source, and no longer than the B that it replaces. The reader of a fragment does this, for it has the whole of it in
-hand: what a row becomes is a pure function of the fragment, the seed and the row in its epoch.
+Of next sentence prediction only the seam lies inside one document, where a sentence begins: A is what goes before it, B
+what goes on, boundaries of documents included. Half the B are replaced by as many tokens from where a sentence begins
+in documents that the row has no part of, so that they end as the true ones do: anywhere. Of sentence order both texts
+are whole sentences of one document, or the end of the row would tell which comes last. The reader of a fragment makes
+the pairs, for it has the whole of it in hand: both texts are of one split and source, and what a row becomes is a pure
+function of the fragment, the seed and the row in its epoch.
 
 Legend: R rows, T positions (`seq_len`).
 """
@@ -22,16 +24,18 @@ from cluster.storage import open_store
 from data.epochs import Rows
 from data.manifest import Manifest
 from data.masking import row_keys
-from data.permutation import below, combine
+from data.permutation import below, combine, uniform
 from data.sentences import Sentences
 from data.tokens import read_tokenizer, special_ids
 
 NO_LABEL, GOES_ON, OTHER = -1, 0, 1
 """Of a row without a pair; of the true order; of a B from elsewhere, or of swapped texts: as BERT's labels."""
 TRIES = 4
-"""Places looked at for a B from elsewhere; the one with most text is taken, or short ones would tell B's origin."""
+"""Places looked at for a B from elsewhere."""
+TAIL = 8
+"""Tokens that show how a document ends."""
 # What a row's key is combined with, so that no two draws are the same.
-_CUT, _COIN, _PLACE = 1, 2, 3
+_CUT, _COIN, _PLACE, _BEGIN, _SHORT, _LENGTH, _END = 1, 2, 3, 4, 5, 6, 7
 
 FrameKind = Literal["single", "next_sentence", "sentence_order"]
 Tokens = NDArray[np.unsignedinteger]
@@ -47,6 +51,8 @@ class FramingConfig:
 
     kind: FrameKind
     seed: int
+    short_share: float = 0.0
+    """Share of the pairs that are shortened to a random length."""
 
 
 class Framing:
@@ -102,24 +108,63 @@ class Framing:
     def _pair(
         self, whole: Tokens, opens: NDArray[np.int64], start: int, stop: int, key: np.uint64
     ) -> tuple[Tokens, Tokens, int] | None:
-        """A, B and the label; None where the row has no place to cut, or the fragment no other document."""
+        """A, B and the label; None where the row has no place to cut, or the fragment no text from elsewhere."""
         row = whole[start:stop]
         cuts = self._cuts(row)
         if not len(cuts):
             return None
-        cut = int(cuts[below(combine(key, _CUT), len(cuts))])
-        bounds = np.flatnonzero(row == self._boundary_id)
-        first = row[int(bounds[bounds < cut][-1]) + 1 if (bounds < cut).any() else 0 : cut]
-        second = row[cut : int(bounds[bounds > cut][0]) if (bounds > cut).any() else len(row)]
-        first, second = _fitted(first, second, self.seq_len - 3)
         changed = bool(combine(key, _COIN) & np.uint64(1))
         if self.config.kind == "sentence_order":
-            return (second, first, OTHER) if changed else (first, second, GOES_ON)
+            texts = self._neighbours(row, cuts, stop == len(whole), key)
+            return texts and ((*texts[::-1], OTHER) if changed else (*texts, GOES_ON))
+        cut = int(cuts[below(combine(key, _CUT), len(cuts))])
+        first, second = _fitted(row[:cut], row[cut:], self._room(key))
+        if stop == len(whole):  # where a true B would end with its document, and no false one
+            second = second[: 1 + int(below(combine(key, _END), len(second)))]
         # Looked for in either case: rows of a fragment without another document must not all be of one label.
         other = self._elsewhere(whole, opens, start, stop, len(second), key)
         if other is None:
             return None
         return (first, other, OTHER) if changed else (first, second, GOES_ON)
+
+    def _room(self, key: np.uint64) -> int:
+        """Tokens of a pair at most; fewer in a share of the rows, as BERT's short_seq_prob has it."""
+        room = self.seq_len - 3
+        if uniform(combine(key, _SHORT)) >= self.config.short_share:
+            return room
+        return 2 + int(below(combine(key, _LENGTH), room - 1))
+
+    def _neighbours(
+        self, row: Tokens, cuts: NDArray[np.int64], is_last: bool, key: np.uint64
+    ) -> tuple[Tokens, Tokens] | None:
+        """Two neighbouring texts of one document, of the sentences that the row holds as a whole.
+
+        `is_last`: the row ends where its fragment does.
+        """
+        bounds = np.flatnonzero(row == self._boundary_id)
+        begins = np.union1d(cuts, bounds + 1)
+        # A document that ends without a full stop would give its last sentence away.
+        closed = [end for end in (*bounds.tolist(), *([len(row)] * is_last)) if self._closes(row[:end])]
+        ends = np.union1d(cuts, np.array(closed, np.int64))
+        places = []
+        for cut in cuts.tolist():
+            before, after = bounds[bounds < cut], bounds[bounds > cut]
+            low, high = max(before, default=0), min(after, default=len(row))
+            of_first = begins[(low <= begins) & (begins < cut)]
+            of_second = ends[(cut < ends) & (ends <= high)]
+            if len(of_first) and len(of_second):
+                places.append((of_first, cut, of_second))
+        if not places:
+            return None
+        of_first, cut, of_second = places[int(below(combine(key, _CUT), len(places)))]
+        first, second = _fitted(row[of_first[0] : cut], row[cut : of_second[-1]], self._room(key))
+        begin = min(of_first[of_first >= cut - len(first)], default=cut)
+        end = max(of_second[of_second <= cut + len(second)], default=cut)
+        return (row[begin:cut], row[cut:end]) if begin < cut < end else None
+
+    def _closes(self, tokens: Tokens) -> bool:
+        """Whether they end with a full stop."""
+        return len(tokens) > 0 and bool(self._sentences.ends(tokens[-TAIL:])[-1])
 
     def _elsewhere(
         self,
@@ -130,27 +175,20 @@ class Framing:
         wanted: int,
         key: np.uint64,
     ) -> Tokens | None:
-        """Up to `wanted` tokens that follow the end of a sentence in a document that the row has no part of."""
+        """`wanted` tokens from where a sentence begins, out of documents that the row has no part of."""
         before, after = opens[opens <= start], opens[opens >= stop]
         low = int(before[-1]) if len(before) else 0
         high = int(after[0]) if len(after) else len(whole)
-        outside = len(whole) - (high - low)
-        longest = None
-        for attempt in range(TRIES if outside else 0):
-            place = int(below(combine(key, _PLACE, attempt), outside))
-            begin, end = (place, low) if place < low else (place + high - low, len(whole))
-            passage = whole[begin : min(begin + 2 * self.seq_len, end)]
-            cuts = self._cuts(passage)
-            if not len(cuts):
-                continue
-            bounds = np.append(np.flatnonzero(passage == self._boundary_id), len(passage))
-            room = np.minimum(bounds[np.searchsorted(bounds, cuts)] - cuts, wanted)
-            best = int(np.argmax(room))
-            if longest is None or room[best] > len(longest):
-                longest = passage[cuts[best] : cuts[best] + room[best]]
-            if len(longest) == wanted:
-                break
-        return longest
+        places_before, places_after = max(0, low - wanted), max(0, len(whole) - high - wanted)
+        for attempt in range(TRIES if places_before + places_after else 0):
+            place = int(below(combine(key, _PLACE, attempt), places_before + places_after))
+            begin, end = (place, low) if place < places_before else (place - places_before + high, len(whole))
+            cuts = begin + self._cuts(whole[begin : min(begin + self.seq_len, end)])
+            cuts = cuts[cuts + wanted <= end]
+            if len(cuts):
+                cut = int(cuts[below(combine(key, _BEGIN, attempt), len(cuts))])
+                return whole[cut : cut + wanted]
+        return None
 
     def _cuts(self, tokens: Tokens) -> NDArray[np.int64]:
         """Where a sentence begins that is not its document's first."""

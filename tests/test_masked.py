@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from data.epochs import Rows
 from data.framing import NO_LABEL, Framing, FramingConfig
+from data.tokens import special_ids
 from tests.bert_reference import BERT, SMALL, bert_of, lively, to_reference
 from tests.test_framing import PROSE, fragment_of, tokenizer
 from trainers.causal import Causal, causal_lm
@@ -45,7 +46,9 @@ def objective(kind: str, **settings):
 
 @cache
 def batch_of(kind: str, num_rows: int = 8) -> Batch:
-    whole = fragment_of(PROSE[:200])
+    # Rows that hold whole sentences, and rows that hold none.
+    short = (f"It rains. We wait. He has {number}. She has none. " * 4 for number in range(60))
+    whole = fragment_of([text for both in zip(short, PROSE, strict=False) for text in both])
     start = np.arange(num_rows) * (SEQ_LEN + 1)
     rows = Rows(0 * start, 0 * start, 0 * start, start // SEQ_LEN, start)
     weights = np.ones(num_rows, np.float32)
@@ -251,3 +254,23 @@ def test_a_tokenizer_without_mask_is_named():
 def test_kinds_that_hide_tokens_frame_their_rows():
     kinds = {kind: ObjectiveConfig(kind=kind, seed=5).framing for kind in ("causal", "masked", "mixed")}
     assert kinds == {"causal": None, "masked": FramingConfig("single", 5), "mixed": None}
+
+
+def test_under_a_document_mask_a_pair_is_judged_by_the_document_that_its_texts_meet_in():
+    fixed, batch = tokenizer(), batch_of("masked_next_sentence", 40)
+    config = ObjectiveConfig(kind="masked_next_sentence")
+    ids = special_ids(fixed.json.encode())
+    aim = objective_of(config, fixed.json.encode(), boundary_id=fixed.boundary_id, document_mask=True)
+    seen = 0
+    for tokens, segments, label in zip(
+        batch.tokens, aim.inputs(batch)["segments"], batch.labels, strict=True
+    ):
+        seam = int((tokens == ids.sep).argmax())
+        bounds = np.flatnonzero(tokens == fixed.boundary_id)
+        if label != NO_LABEL:
+            seen += len(bounds)
+            assert segments[0] == segments[seam] == segments[seam + 1]
+            assert all(segments[bound] != segments[seam] for bound in bounds if bound > seam)
+            assert all(segments[bound - 1] != segments[seam] for bound in bounds if 1 < bound < seam)
+        assert all(segments[bound] != segments[bound - 1] for bound in bounds if bound > 1)
+    assert seen

@@ -44,7 +44,7 @@ def test_documents_of_one_sentence_are_refused_for_pairs(kind, tmp_path):
 
 
 def test_one_document_alone_is_refused_for_next_sentences_and_has_orders(tmp_path):
-    one = [" ".join(PROSE[:4])]
+    one = ["It rains. We wait. " * 40]
     assert len(found(tmp_path, one, "masked_next_sentence", *PAIRS)) == 1
     assert found(tmp_path, one, "masked_sentence_order", *PAIRS) == []
 

@@ -62,13 +62,22 @@ class MaskedAndPairs:
         }
         # Rows of one text are full but at a fragment's end: without segments they take the faster kernel.
         if self.pairs or self.document_mask or not filled.all():
-            segments = np.cumsum(tokens == self.masking.boundary_id, axis=1) * self.document_mask
+            segments = self._documents(tokens, texts_ended) if self.document_mask else 0
             inputs["segments"] = np.where(filled, segments, PADDING_SEGMENT)
         if self.pairs:
             inputs["types"] = ((texts_ended == 1) & filled).astype(np.int64)
             inputs["labels"] = np.maximum(batch.labels, 0).astype(np.int64)
             inputs["label_weights"] = (batch.labels != NO_LABEL) * of_row
         return inputs
+
+    def _documents(self, tokens: NDArray[np.int64], texts_ended: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[B, T]: a number for each document. [CLS] is of the one that two texts meet in, which it judges."""
+        documents = np.cumsum(tokens == self.masking.boundary_id, axis=1)
+        if self.pairs:
+            seam = (texts_ended == 0).sum(axis=1) - 1  # the first [SEP]
+            has_two = (tokens == self.sep_id).sum(axis=1) == 2
+            documents[has_two, 0] = documents[has_two, seam[has_two]]
+        return documents
 
     def targets(self, inputs: Inputs) -> list[float]:
         weights = [inputs["weights"], *([inputs["label_weights"]] if self.pairs else [])]

@@ -44,6 +44,8 @@ class ObjectiveConfig:
     """
     masked_share: float = 0.5
     """Share of the rows that are masked under `mixed`, and of their loss in the sum."""
+    short_share: float = 0.1
+    """Share of the pairs of texts that are shortened to a random length, so that short ones are seen."""
     seed: int = 0
     """Of masks and pairs."""
 
@@ -59,7 +61,9 @@ class ObjectiveConfig:
     @property
     def framing(self) -> FramingConfig | None:
         """How rows are framed; None: not at all."""
-        return FramingConfig(FRAMES[self.kind], self.seed) if self.is_encoder else None
+        if not self.is_encoder:
+            return None
+        return FramingConfig(FRAMES[self.kind], self.seed, self.short_share if self.has_pairs else 0.0)
 
     def problems(self, at: str) -> Iterator[str]:
         """A line for each value that no run can have."""
@@ -67,6 +71,8 @@ class ObjectiveConfig:
             if not 0 < getattr(self, key) < 1:
                 why = "nothing would be learnt" if getattr(self, key) <= 0 else "nothing would be left"
                 yield f"{at}.{key}={getattr(self, key)} must be above 0 and below 1, or {why}; usual: 0.15 and 0.5"
+        if not 0 <= self.short_share <= 1:
+            yield f"{at}.short_share={self.short_share} must be 0 to 1; BERT's is 0.1"
         if min(self.random_share, self.keep_share) < 0 or self.random_share + self.keep_share > 1:
             yield (
                 f"{at}.random_share={self.random_share} and {at}.keep_share={self.keep_share} must not be negative, "
