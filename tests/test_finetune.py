@@ -242,6 +242,29 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(place):
     assert len(steps) == 150 == max(steps)
 
 
+def test_a_run_that_was_cut_off_at_its_judgement_is_judged_without_more_training(place, monkeypatch):
+    from trainers import finetune_end, finetune_worker
+
+    def cut_off(*arguments):
+        raise KeyboardInterrupt
+
+    settings = config(place, "cut", batch=SHORT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune_end, "answer", cut_off)
+        finetune(settings)
+    run = run_of(place, "cut")
+    assert run.exists("test.claim.json") and not run.exists(VERDICT)
+    monkeypatch.setattr(finetune_worker, "train_seed", cut_off)  # it could come to another choice
+    found = finetune(settings).seeds[0]
+    assert found == json.loads(run.read("result.json"))
+    monkeypatch.undo()
+    unbroken = finetune(config(place, "uncut", batch=SHORT)).seeds[0]
+    assert found == unbroken
+    answers = judged_answers(run)
+    assert [a.value for a in answers_again(run.child("export"), answers)] == [a["answer"] for a in answers]
+    assert not run.list("best/") and not run.list("chosen")
+
+
 def command(place, name, changes):
     flat = [
         (f"{section}.{key}", value)

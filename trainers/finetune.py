@@ -24,9 +24,11 @@ try:
     from trainers.config import changed_keys
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
+    from trainers.finetune_end import RESULT
     from trainers.finetune_loop import OnValidation
+    from trainers.finetune_order import ORIGIN, FinetuneOrder, origin_of
     from trainers.finetune_result import FinetuneResult
-    from trainers.finetune_worker import ORIGIN, RESULT, FinetuneOrder, origin_of, work, work_alone
+    from trainers.finetune_worker import work, work_alone
     from trainers.run_folder import CONFIG
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, prepare_task

@@ -1,0 +1,175 @@
+"""The end of a fine-tuning run: what validation chose is kept, then judged and exported.
+
+The chosen weights and `chosen.json` are on storage before the test split is claimed. A run that was cut off after
+that does not train again, where it could come to another choice and claim a second time.
+"""
+
+import copy
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from cluster.storage import Store
+from trainers.checkpoint_commit import FOLDER as CHECKPOINTS
+from trainers.export import Exported
+from trainers.finetune_backbone import load_backbone, make_encoder
+from trainers.finetune_loop import Choice, Progress, best_path
+from trainers.finetune_order import FinetuneOrder, origin_of
+from trainers.lora import merge_lora
+from trainers.task_encoding import Encoder
+from trainers.task_evaluation import answers_to, score_of
+from trainers.task_export import export_task_model
+from trainers.task_metrics import Answer, bootstrap_interval, measure
+from trainers.task_model import TaskModel
+from trainers.task_records import Example
+from trainers.verdict import EXPORT, VERDICT, claim_test_split, record_verdict
+
+RESULT = "result.json"
+CHOSEN = "chosen.json"
+ANSWERS = "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What training came to, beside the weights."""
+
+    choice: Choice
+    steps: int
+    train_records: int
+    validation_records: int
+    scale: tuple[float, float]
+    """Of a regression's targets."""
+
+
+def keep_chosen(
+    order: FinetuneOrder,
+    run: Store,
+    at: Progress,
+    train_records: int,
+    validation_records: int,
+    encoder: Encoder,
+) -> Chosen:
+    """Put what was chosen on storage, the weights first where something is to be done with them."""
+    if at.weights is None:
+        raise RuntimeError(f"no validation of {run.uri} gave a number; lower optimizer.learning_rate")
+    chosen = Chosen(at.choice, at.step, train_records, validation_records, encoder.scale)
+    if order.judge or order.keep_model:
+        run.put(best_path(at.choice.best_step), safetensors.torch.save(at.weights))
+    run.put(CHOSEN, json.dumps(asdict(chosen)).encode())
+    return chosen
+
+
+def read_chosen(order: FinetuneOrder, run: Store) -> Chosen | None:
+    """What an earlier start kept; None before the end of training, or where it kept no weights and they are needed."""
+    if not run.exists(CHOSEN):
+        return None
+    stored = json.loads(run.read(CHOSEN))
+    choice = Choice(**stored.pop("choice"))
+    if (order.judge or order.keep_model) and not run.exists(best_path(choice.best_step)):
+        return None
+    return Chosen(**stored | {"choice": choice, "scale": tuple(stored["scale"])})
+
+
+def conclude(order: FinetuneOrder, run: Store, chosen: Chosen) -> None:
+    """Write down what was found; judge and export the chosen model where that is wanted. Worker 0 alone."""
+    step = chosen.choice.best_step
+    result = {
+        "seed": order.seed,
+        **origin_of(order.prepared, order.backbone),
+        "metric": order.prepared.task.judged_by,
+        "best_step": step,
+        "steps": chosen.steps,
+        "score": chosen.choice.best_score,
+        "validation": chosen.choice.metrics,
+        "train_records": chosen.train_records,
+        "validation_records": chosen.validation_records,
+    }
+    if order.judge or order.keep_model:
+        exported = load_backbone(order.config, order.seed)
+        encoder = make_encoder(order.config, order.prepared.task, exported, chosen.scale)
+        model = chosen_model(order, run, exported, step)
+        if order.judge and not run.exists(VERDICT):
+            judge(order, run, step, model, encoder)
+        if order.keep_model:
+            export_task_model(model, encoder, exported.boundary_id, run.child(EXPORT))
+    if run.exists(VERDICT):
+        result["test"] = json.loads(run.read(VERDICT))
+    run.put(RESULT, json.dumps(result, indent=2).encode())
+    # The run is finished: nobody goes on from them.
+    for info in [*run.list(f"{CHECKPOINTS}/"), *run.list("best/"), *run.list(CHOSEN)]:
+        run.delete(info.path)
+
+
+def judge(order: FinetuneOrder, run: Store, step: int, model: TaskModel, encoder: Encoder) -> None:
+    """Read the test split, for this checkpoint alone, and write down the answers and the verdict."""
+    claim_test_split(run, f"step-{step:08d}")
+    verdict = answer(order, model, encoder, order.prepared.read_test())
+    run.put(ANSWERS, verdict.pop("answers"))
+    record_verdict(run, {"step": step, **verdict})
+
+
+def chosen_model(order: FinetuneOrder, run: Store, exported: Exported, step: int) -> TaskModel:
+    """The model with the weights that validation chose, adapters merged, float32 on the CPU."""
+    model = TaskModel(exported.model, order.prepared.task, order.config.adapt, order.seed)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in safetensors.torch.load(run.read(best_path(step))).items():
+            parameters[name].copy_(tensor)
+    merge_lora(model)
+    return model.eval()
+
+
+@torch.inference_mode()
+def answer(
+    order: FinetuneOrder, model: TaskModel, encoder: Encoder, examples: list[Example]
+) -> dict[str, Any]:
+    """Metrics of the model on records, with a bootstrap interval of the task's metric, and every answer; in the
+    precision that validation chose it in."""
+    device, config = torch.device("cuda" if torch.cuda.is_available() else "cpu"), order.config
+    encoder = replace(encoder, truncate=True)
+    encoded = encoder.encode(examples)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    found, losses, weights = answers_to(
+        copy.deepcopy(model).to(device, dtype),
+        encoder,
+        examples,
+        encoded,
+        rows_per_batch=2 * config.engine.micro_batch_rows,
+        device=device,
+        max_new_tokens=config.validation.max_new_tokens,
+    )
+    task, values = encoder.task, [one.value for one in found]
+    described: dict[str, Any] = {
+        "metrics": score_of(task, examples, found, losses, weights).metrics,
+        "records": len(examples),
+        "truncated": sum(row.truncated for row in encoded),
+        "answers": answer_lines(examples, found),
+    }
+    if task.judged_by != "loss":
+
+        def of_rows(rows: np.ndarray) -> float:
+            return measure(task, [examples[i] for i in rows], [values[i] for i in rows])[task.judged_by]
+
+        described["interval"] = bootstrap_interval(of_rows, len(examples), resamples=200)
+    return described
+
+
+def answer_lines(examples: list[Example], answers: list[Answer]) -> bytes:
+    """JSON lines of records, targets and answers."""
+    lines = [
+        {
+            "id": example.id,
+            "text": example.text,
+            "pair": example.pair,
+            "target": example.target,
+            "answer": answer.value,
+            "confidence": None if math.isnan(answer.confidence) else answer.confidence,
+        }
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

@@ -1,0 +1,69 @@
+"""What a worker is sent for one seed's run: what it learns, from which weights, and of which records."""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cluster.config import to_dict, to_yaml
+from cluster.storage import Store, open_store
+from data.tokens import fingerprint_of
+from trainers.finetune_config import FinetuneConfig
+from trainers.run_folder import CONFIG
+from trainers.task import TaskConfig
+from trainers.task_data import PreparedTask, choose_budget
+from trainers.task_records import Example
+
+ORIGIN = "origin.json"
+
+
+@dataclass(frozen=True)
+class FinetuneOrder:
+    """What a worker is sent."""
+
+    config: FinetuneConfig
+    prepared: PreparedTask
+    seed: int
+    backbone: str
+    """Digest of what lies behind `backbone.uri`."""
+    judge: bool = True
+    """Read the test split once, at the end. A sweep's trials do not: they do not even load it."""
+    keep_model: bool = True
+    """Export the chosen model."""
+
+
+def origin_of(prepared: PreparedTask, backbone: str) -> dict[str, str]:
+    """What a run learns, and from which weights; whether they are still the same decides if it may go on."""
+    return {"task": prepared.digest, "backbone": backbone}
+
+
+def write_start(run: Store, order: FinetuneOrder) -> None:
+    """Write down what the run is."""
+    config = order.config
+    run.put(CONFIG, to_yaml(replace(config, run=replace(config.run, seeds=(order.seed,)))).encode())
+    run.put(ORIGIN, json.dumps(origin_of(order.prepared, order.backbone)).encode())
+
+
+def identity_of(order: FinetuneOrder) -> dict[str, Any]:
+    """What a checkpoint belongs to."""
+    sections = to_dict(order.config)
+    tokenizer = fingerprint_of(open_store(order.config.backbone.uri).read("tokenizer.json"))
+    kept = {name: sections[name] for name in ("backbone", "adapt", "batch", "optimizer", "schedule")}
+    return {"task": order.prepared.digest, "weights": order.backbone, "tokenizer": tokenizer, **kept}
+
+
+def training_records(order: FinetuneOrder) -> tuple[list[Example], list[Example]]:
+    """What trains, and what validates: as the budget and the validation's limit have it."""
+    config, task = order.config, order.prepared.task
+    examples = choose_budget(task, order.prepared.read("train"), config.batch.label_budget, order.seed)
+    validation = choose_budget(task, order.prepared.read("validation"), config.validation.max_rows, seed=0)
+    return examples, validation
+
+
+def scale_of(task: TaskConfig, examples: list[Example]) -> tuple[float, float]:
+    """Mean and deviation of a regression's targets: heads start near zero, and learn at unit scale."""
+    if task.kind != "regression":
+        return 0.0, 1.0
+    targets = np.array([example.target for example in examples])
+    return float(targets.mean()), float(targets.std()) or 1.0
