@@ -1,32 +1,29 @@
-"""Stores by URI: `file://` or a plain path, `s3://`, `gs://`. No other module speaks to an object store.
+"""Stores by URI: `file://` or a plain path, `s3://`, `gs://`.
+
+No other module but `cluster.google_store` speaks to an object store.
 
 S3 takes credentials, region and endpoint from the standard AWS variables, profiles and roles (IRSA included),
 Google Cloud Storage from its application default credentials.
 """
 
-import contextlib
 import functools
 import io
-import logging
+import math
 import os
-import random
-import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 
 import boto3
 import botocore.exceptions as aws
-import pyarrow.fs
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
+from cluster.google_store import GoogleStore
+from cluster.remote_store import Failure, RemoteStore
 from cluster.store import (
-    READ_AHEAD_BYTES,
     TOO_SHORT,
     LocalStore,
     ObjectInfo,
@@ -39,7 +36,6 @@ from cluster.store import (
 __all__ = ["ObjectInfo", "RetryPolicy", "StorageError", "Store", "open_store"]
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 # Up to 64 MiB one request; above, parts of 32 MiB (S3 takes 10,000), 4 at once: workers share a link.
 MULTIPART = TransferConfig(
@@ -48,13 +44,17 @@ MULTIPART = TransferConfig(
     max_concurrency=4,
     preferred_transfer_client="classic",
 )
-FIRST_BACKOFF_SECONDS = 0.1  # doubled after each failure up to
-LONGEST_BACKOFF_SECONDS = 5.0  # and cut by up to a half at random, so that many readers do not return at once
+
+PATIENCE = "STORE_PATIENCE_SECONDS"
 
 
 def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
-    """The store at `uri`, which may be empty. Connects at first use; can be pickled. Raises `ValueError`."""
-    policy = policy or RetryPolicy()
+    """The store at `uri`, which may be empty. Connects at first use; can be pickled. Raises `ValueError`.
+
+    Without a policy a store that is away is waited for as long as STORE_PATIENCE_SECONDS says: 120 unless it is set,
+    and 900 outlasts an outage of ten minutes. Set it wherever workers run, and not above their hang limit.
+    """
+    policy = policy or RetryPolicy(give_up_seconds=_patience())
     scheme, separator, rest = uri.partition("://")
     if not separator or (scheme == "file" and rest.startswith("/")):
         return LocalStore(f"file://{Path(rest or uri).expanduser().absolute()}", policy)
@@ -73,10 +73,39 @@ def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
     )
 
 
+def _patience() -> float:
+    text = os.environ.get(PATIENCE, str(RetryPolicy.give_up_seconds))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{PATIENCE}={text} is no number of seconds: set it to 120, say, or not at all")
+    return seconds
+
+
 # --- S3 ---
 
-_BUSY = {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
-_NETWORK = (aws.HTTPClientError, aws.ConnectionError, aws.IncompleteReadError, aws.FlexibleChecksumError)
+_BUSY = {
+    "SlowDown",
+    "RequestTimeout",
+    "ConditionalRequestConflict",
+    "OperationAborted",
+    "Throttling",
+    "ThrottlingException",
+    "RequestThrottled",
+    "RequestLimitExceeded",
+    "BandwidthLimitExceeded",
+}
+# Not only of the store: a role's keys come from services of their own, which fail now and then.
+_PASSING = (
+    aws.HTTPClientError,
+    aws.ConnectionError,
+    aws.IncompleteReadError,
+    aws.FlexibleChecksumError,
+    aws.MetadataRetrievalError,
+    aws.CredentialRetrievalError,
+)
 _KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role, and the bucket's policy"
 _REMEDIES = {
     "403": _KEYS,
@@ -94,7 +123,7 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True)
-class S3Store(Store):
+class S3Store(RemoteStore):
     """A bucket and prefix of S3, or of a store that speaks its protocol at `endpoint` (None: Amazon's)."""
 
     endpoint: str | None = None
@@ -106,9 +135,6 @@ class S3Store(Store):
         if length == 0:
             return b""
         return self._whole(path, self._body(path, Range=f"bytes={start}-{start + length - 1}"), start, length)
-
-    def open(self, path: str) -> BinaryIO:
-        return cast(BinaryIO, io.BufferedReader(_Remote(self, path, self.size(path)), READ_AHEAD_BYTES))
 
     def put(self, path: str, data: bytes | memoryview) -> None:
         if memoryview(data).nbytes > MULTIPART.multipart_threshold:
@@ -173,39 +199,28 @@ class S3Store(Store):
         The client itself makes 3 quick attempts; ours are for a store that is away, and for a body cut off.
         """
         bucket, key = self._key(path)
-        first_failure, backoff = None, FIRST_BACKOFF_SECONDS
-        while True:
-            try:
-                client = _s3_client(self.endpoint, self.policy, os.getpid(), _aws_variables())
-                return send(client, {"Bucket": bucket, "Key": key})
-            except (aws.BotoCoreError, aws.ClientError) as error:
-                code, cause, is_passing = _read_error(error)
-                if code in ("404", "NoSuchKey"):
-                    raise self._absent(path) from None
-                patience = self.policy.give_up_seconds
-                if is_passing and first_failure is None and patience:
-                    logger.warning(
-                        "cannot %s %s/%s yet (%s); trying for %g s",
-                        operation,
-                        self.uri,
-                        path,
-                        cause,
-                        patience,
-                    )
-                first_failure = first_failure or time.monotonic()
-                if not is_passing or time.monotonic() >= first_failure + patience:
-                    raise self._error(operation, path, cause, _REMEDIES.get(code, _REMEDIES[""])) from error
-            time.sleep(backoff * random.uniform(0.5, 1))
-            backoff = min(2 * backoff, LONGEST_BACKOFF_SECONDS)
 
+        def attempt() -> T:
+            client = _s3_client(self.endpoint, self.policy, os.getpid(), _aws_variables())
+            return send(client, {"Bucket": bucket, "Key": key})
 
-def _read_error(error: Exception) -> tuple[str, str, bool]:
-    """Code, cause in words, and whether trying again may help."""
-    if not isinstance(error, aws.ClientError):
-        return type(error).__name__, str(error), isinstance(error, _NETWORK)
-    code, text = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
-    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-    return code, f"{code} {text}".strip(), code in _BUSY or status == 429 or (status >= 500 and status != 501)
+        return self._retried(operation, path, attempt)
+
+    @staticmethod
+    def _failure(error: Exception) -> Failure | None:
+        if isinstance(error, aws.ClientError):
+            code, text = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            return Failure(
+                f"{code} {text}".strip(),
+                _REMEDIES.get(code, _REMEDIES[""]),
+                is_passing=code in _BUSY or status == 429 or (status >= 500 and status != 501),
+                is_absent=code in ("404", "NoSuchKey"),
+            )
+        if isinstance(error, aws.BotoCoreError):
+            remedy = _REMEDIES.get(type(error).__name__, _REMEDIES[""])
+            return Failure(str(error), remedy, is_passing=isinstance(error, _PASSING))
+        return None
 
 
 def _aws_variables() -> tuple[tuple[str, str], ...]:
@@ -228,95 +243,3 @@ def _s3_client(
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     return boto3.Session().client("s3", endpoint_url=endpoint, config=config)
-
-
-class _Remote(io.RawIOBase):
-    """A seekable file over ranged reads."""
-
-    def __init__(self, store: Store, path: str, num_bytes: int) -> None:
-        self._store, self._path, self._num_bytes, self._position = store, path, num_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        length = max(0, min(len(buffer), self._num_bytes - self._position))
-        buffer[:length] = self._store.read_range(self._path, self._position, length)
-        self._position += length
-        return length
-
-
-# --- Google Cloud Storage ---
-
-
-class GoogleStore(Store):
-    """Enough to read a corpus and to write results. No run directory: pyarrow offers no conditional write."""
-
-    def _files(self) -> pyarrow.fs.FileSystem:
-        return pyarrow.fs.GcsFileSystem(
-            retry_time_limit=timedelta(seconds=max(1.0, self.policy.give_up_seconds))
-        )
-
-    def _at(self, path: str) -> str:
-        return f"{self.uri.removeprefix('gs://')}/{checked_path(path)}".rstrip("/")
-
-    def read(self, path: str) -> bytes:
-        with (
-            self._named("read", path),
-            self._files().open_input_stream(self._at(path), compression=None) as file,
-        ):
-            return file.readall()
-
-    def read_range(self, path: str, start: int, length: int) -> bytes:
-        with self._named("read", path), self._files().open_input_file(self._at(path)) as file:
-            return self._whole(path, file.read_at(length, start), start, length)
-
-    def open(self, path: str) -> BinaryIO:
-        with self._named("open", path):
-            return self._files().open_input_file(self._at(path))
-
-    def put(self, path: str, data: bytes | memoryview) -> None:
-        with (
-            self._named("write", path),
-            self._files().open_output_stream(self._at(path), compression=None) as file,
-        ):
-            file.write(data)
-
-    def put_if_absent(self, path: str, data: bytes) -> bool:
-        cause = "gs:// has no conditional write here"
-        raise self._error("write once", path, cause, "keep what is written on s3:// or a shared file system")
-
-    def upload(self, local: Path, path: str) -> None:
-        # The source is opened outside `_named`: its absence is no absence in the store.
-        with open(local, "rb") as source, self._named("write", path):  # noqa: SIM117
-            with self._files().open_output_stream(self._at(path), compression=None) as file:
-                shutil.copyfileobj(source, file, READ_AHEAD_BYTES)
-
-    def size(self, path: str) -> int:
-        with self._named("look up", path):
-            found = self._files().get_file_info(self._at(path))
-            if found.type is not pyarrow.fs.FileType.File:
-                raise FileNotFoundError
-            return found.size
-
-    def delete(self, path: str) -> None:
-        with self._named("delete", path), contextlib.suppress(FileNotFoundError):
-            self._files().delete_file(self._at(path))
-
-    def scan(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        root = self._at("")
-        folder = self._at(prefix.rpartition("/")[0])
-        with self._named("list", prefix):
-            selector = pyarrow.fs.FileSelector(folder, allow_not_found=True, recursive=True)
-            for found in self._files().get_file_info(selector):
-                inside = found.path.removeprefix(f"{root}/")
-                if found.type is pyarrow.fs.FileType.File and inside.startswith(prefix):
-                    yield ObjectInfo(inside, found.size, f"{found.mtime_ns}-{found.size}")

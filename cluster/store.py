@@ -16,11 +16,13 @@ from typing import BinaryIO
 READ_AHEAD_BYTES = 1 << 20
 TOO_SHORT = "it was cut or replaced since its size was noted: write it again"
 _UNFINISHED = ".unfinished-"  # files that are being written; a reader never sees them
-
+_HARD_LINKS = "choose a file system with hard links: that only one job owns a run stands on them"
 
 _REMEDIES = {
     errno.EACCES: "give this user the right",
-    errno.EPERM: "the file system must allow hard links",
+    errno.EPERM: _HARD_LINKS,
+    errno.ENOTSUP: _HARD_LINKS,
+    errno.ENOSYS: _HARD_LINKS,
     errno.ENOSPC: "free space on the disk",
     errno.EROFS: "choose a folder on a writable disk",
     errno.ENOTDIR: "a part of the path is a file: correct the URI",
@@ -40,7 +42,7 @@ class RetryPolicy:
     silence_seconds: float = 20
     """Between two packets of an answer. S3 sends its first within a second: 20 s is a dead connection."""
     give_up_seconds: float = 120
-    """From the first failure: a store that restarts is back by then."""
+    """From the first failure: a store that restarts is back by then. `open_store` says how to raise it."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,13 @@ class LocalStore(Store):
             return str(self._error("write", "", f"{there} is a file", "correct the URI"))
         if not os.access(there, os.W_OK | os.X_OK):
             return str(self._error("write", "", f"{there} is not writable", _REMEDIES[errno.EACCES]))
+        probe = LocalStore(f"file://{there}")
+        try:
+            name = f".probe-{uuid.uuid4().hex}"
+            probe.put_if_absent(name, b"")
+            probe.delete(name)
+        except StorageError as error:
+            return str(error)
         return None
 
 

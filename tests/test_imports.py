@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "deepspeed": {"trainers.engine"},
     "boto3": {"cluster.storage"},
     "botocore": {"cluster.storage"},
-    "pyarrow.fs": {"cluster.storage"},
+    "google.auth": {"cluster.google_store"},
+    "pyarrow.fs": set(),
 }
 FILES = {
     ".".join(path.relative_to(PROJECT).with_suffix("").parts): path

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +22,24 @@ from hypothesis import strategies as st
 from cluster.local_s3 import LocalS3
 from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, open_store
 from tests.fault_proxy import FaultProxy
+from tests.google_stub import GoogleStub
 
 SOON = RetryPolicy(connect_seconds=1, silence_seconds=0.5, give_up_seconds=20)
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture
+def gs_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with GoogleStub("bucket") as stub:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{stub.port}")
+        yield "gs://bucket/a folder+"
+
+
+@pytest.fixture(params=["file", "s3", "gs"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    uri = str(tmp_path / "store") if request.param == "file" else request.getfixturevalue("s3_uri")
-    return open_store(uri)
+    if request.param == "file":
+        return open_store(str(tmp_path / "store"))
+    return open_store(request.getfixturevalue(f"{request.param}_uri"))
 
 
 @pytest.fixture
@@ -35,6 +47,20 @@ def proxy(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     with FaultProxy(s3.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield proxy
+
+
+@pytest.fixture(params=["s3", "gs"])
+def remote(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, FaultProxy]]:
+    """A place in a store behind a network, and the proxy on the way there."""
+    uri = request.getfixturevalue(f"{request.param}_uri")
+    if request.param == "s3":
+        yield uri, request.getfixturevalue("proxy")
+    else:
+        with FaultProxy(int(os.environ["STORAGE_EMULATOR_HOST"].rpartition(":")[2])) as proxy:
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+            yield uri, proxy
 
 
 def test_every_part_of_an_object_is_read_as_it_was_put(store: Store) -> None:
@@ -82,8 +108,7 @@ def test_a_listing_holds_all_objects_below_a_prefix_in_order(store: Store) -> No
     assert store.list("none/") == []
 
 
-def test_a_listing_goes_on_after_a_full_page(s3_uri: str) -> None:
-    store = open_store(s3_uri)
+def test_a_listing_goes_on_after_a_full_page(store: Store) -> None:
     paths = [f"{number:05}" for number in range(1_003)]  # a page holds 1,000
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda path: store.put(path, b""), paths))
@@ -188,9 +213,10 @@ def test_a_large_file_is_uploaded_in_parts_in_spite_of_faults(
 
 @pytest.mark.parametrize("fault", ["503", "500", "reset", "lost", "truncate", "hang", "slow"])
 def test_a_passing_fault_changes_no_result(
-    fault: str, s3_uri: str, proxy: FaultProxy, tmp_path: Path
+    fault: str, remote: tuple[str, FaultProxy], tmp_path: Path
 ) -> None:
-    store = open_store(s3_uri, SOON)
+    uri, proxy = remote
+    store = open_store(uri, SOON)
     local = tmp_path / "local"
     local.write_bytes(CONTENT)
     operations = {
@@ -228,9 +254,10 @@ def test_a_flipped_byte_of_a_whole_object_is_noticed(s3_uri: str, proxy: FaultPr
     assert proxy.broken == ["corrupt"]
 
 
-def test_the_winner_whose_answers_are_lost_still_wins(s3_uri: str, proxy: FaultProxy) -> None:
-    store = open_store(s3_uri, SOON)
-    proxy.break_next("lost", times=4, method="PUT")
+def test_the_winner_whose_answers_are_lost_still_wins(remote: tuple[str, FaultProxy]) -> None:
+    uri, proxy = remote
+    store = open_store(uri, SOON)
+    proxy.break_next("lost", times=4, method="PUT" if uri.startswith("s3://") else "POST")
     assert store.put_if_absent("record", b"mine")
     assert len(proxy.broken) == 4
     assert not store.put_if_absent("record", b"mine")
@@ -284,8 +311,74 @@ def test_no_key_at_all_is_named(s3_uri: str, monkeypatch: pytest.MonkeyPatch) ->
     assert "AWS_PROFILE" in (open_store(s3_uri).problem_writing() or "")
 
 
-def test_a_missing_bucket_is_named(s3: LocalS3) -> None:
-    store = open_store("s3://no-such-bucket/x")
+def test_a_role_whose_keys_do_not_come_at_once_is_asked_again(
+    s3: LocalS3, s3_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = {
+        "Version": 1,
+        "AccessKeyId": s3.environment["AWS_ACCESS_KEY_ID"],
+        "SecretAccessKey": s3.environment["AWS_SECRET_ACCESS_KEY"],
+    }
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    asked = tmp_path / "asked"
+    script = tmp_path / "keys.sh"
+    script.write_text(f"test -e {asked} && exec cat {tmp_path}/keys.json; touch {asked}; exit 1\n")
+    (tmp_path / "config").write_text(f"[default]\ncredential_process = sh {script}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    open_store(s3_uri, SOON).put("x", b"1")
+    assert asked.exists()
+
+
+def test_a_store_that_throttles_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = b"<Error><Code>Throttling</Code><Message>Rate exceeded</Message></Error>"
+    answers = [(400, busy)] * 4 + [(200, b"content")]  # three of them the client itself takes
+
+    class Throttling(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, body = answers.pop(0)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Throttling) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever, 0.05)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        try:
+            assert open_store("s3://bucket/x", SOON).read("y") == b"content"
+        finally:
+            server.shutdown()
+
+
+def test_the_patience_with_a_store_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_store("s3://bucket/x").policy == RetryPolicy()
+    monkeypatch.setenv("STORE_PATIENCE_SECONDS", "900")
+    assert open_store("s3://bucket/x").policy.give_up_seconds == 900
+    for wrong in ("soon", "-1", "nan"):
+        monkeypatch.setenv("STORE_PATIENCE_SECONDS", wrong)
+        with pytest.raises(ValueError, match=f"STORE_PATIENCE_SECONDS={wrong}"):
+            open_store("s3://bucket/x")
+
+
+def test_a_disk_without_hard_links_is_named_before_a_job_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert "hard links" in (open_store(str(tmp_path / "runs")).problem_writing() or "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_missing_bucket_is_named(scheme: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(f"{scheme}_uri")
+    store = open_store(f"{scheme}://no-such-bucket/x")
     for problem in (store.problem_reading(), store.problem_writing()):
         assert "create the bucket" in (problem or "")
 
