@@ -55,15 +55,23 @@ def start(place):
     )  # fmt: skip
 
 
-def test_a_killed_sweep_goes_on_from_what_is_finished_and_judges_its_winner_once(place):
-    store = open_store(str(place / "sweeps" / "s"))
+def ended_after(place, store, number, stop):
+    """Start the sweep, stop it once so many trials have ended; those, and the exit status."""
     process = start(place)
     ends = time.monotonic() + 200
-    while len(ended := [t for t in read_trials(store) if t.status != "unfinished"]) < 2:
+    while len(ended := [t for t in read_trials(store) if t.status != "unfinished"]) < number:
         assert process.poll() is None and time.monotonic() < ends, (place / "log").read_text()[-3000:]
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    stop(process.pid)
+    return ended, process.wait(60)
+
+
+def test_an_interrupted_sweep_goes_on_from_what_is_finished_and_judges_its_winner_once(place):
+    store = open_store(str(place / "sweeps" / "s"))
+    _, status = ended_after(place, store, 1, lambda pid: os.kill(pid, signal.SIGINT))
+    assert status == 130 and "the same command goes on" in (place / "log").read_text()
+    assert not store.exists("best.yaml") and not store.exists("judged.json")
+    ended, _ = ended_after(place, store, 3, lambda pid: os.killpg(pid, signal.SIGKILL))
     assert not store.exists("best.yaml")
     assert start(place).wait(400) == 0, (place / "log").read_text()[-3000:]
     trials = {trial.name: trial for trial in read_trials(store)}

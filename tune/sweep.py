@@ -7,7 +7,6 @@ The same command goes on where an interrupted sweep was. No trial loads a test r
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,48 +22,25 @@ try:
     from cluster.session import ray_session
     from cluster.storage import Store, open_store
     from trainers.finetune import finetune
+    from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
-    from trainers.finetune_worker import load_backbone, make_encoder
+    from trainers.lease import lease
     from trainers.task import load_task
-    from trainers.task_data import prepare_task
+    from trainers.task_data import PreparedTask, prepare_task
     from trainers.task_report import write_task_report
-    from tune.finalists import Finalist, best_points, rank
-    from tune.proposals import Proposals
-    from tune.search_space import Point, parse_space, with_point
-    from tune.sweep_config import SweepConfig, room_for_trials
+    from tune.finalists import Finalist
+    from tune.finetune_trials import FinetuneTrials
+    from tune.interrupts import stopped_gently
+    from tune.search import search
+    from tune.search_space import Point, SearchSpace, parse_space, with_point
+    from tune.sweep_config import SweepConfig, grid_problem, room_for_trials
+    from tune.sweep_folder import pin
     from tune.sweep_report import sweep_table, write_sweep_report
-    from tune.trial_records import TrialRecord, read_trials
+    from tune.trial_records import read_trials
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
-
-class ProgressLine:
-    """Prints how a sweep stands whenever a trial ends."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self._console, self._total, self._started = console, total, time.monotonic()
-        self._running: set[str] = set()
-        self._ended: dict[str, TrialRecord] = {}
-
-    def __call__(self, record: TrialRecord) -> None:
-        if record.status == "unfinished":
-            self._running.add(record.name)
-            return
-        self._running.discard(record.name)
-        self._ended[record.name] = record
-        counts = {status: sum(r.status == status for r in self._ended.values()) for status in _STATUS}
-        best = max((r.score for r in self._ended.values() if r.score is not None), default=float("nan"))
-        seconds = time.monotonic() - self._started
-        left = seconds / len(self._ended) * max(0, self._total - len(self._ended))
-        told = ", ".join(f"{number} {status}" for status, number in counts.items())
-        self._console.print(
-            f"trials: {len(self._running)} running, {told} of {self._total}; best {best:.4f}; "
-            f"{seconds / 60:.1f} min, about {left / 60:.1f} min left",
-            highlight=False,
-        )
-
-
-_STATUS = ("finished", "stopped", "failed")
+JUDGED = "judged.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -75,21 +51,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = replace(config, base=absolute(config.base))
     store = open_store(config.sweep.storage).child(config.sweep.name)
     space = parse_space(config.space, config.base)
+    if problem := grid_problem(config.sweep, space):
+        raise ConfigError([problem])
     prepared = prepare_task(load_task(config.base.run.task), open_store(config.base.run.prepared))
     # Records that are too long, and a backbone that is none, are better found here than in each trial.
-    make_encoder(config.base, prepared.task, load_backbone(config.base, seed=0)).encode(
-        prepared.read("train")
-    )
+    encoder = make_encoder(config.base, prepared.task, read_facts(config.base))
+    for split in ("train", "validation"):
+        encoder.encode(prepared.read(split))
+    with lease(store, console.print):
+        sweep(config, store, space, prepared, console)
+
+
+def sweep(
+    config: SweepConfig, store: Store, space: SearchSpace, prepared: PreparedTask, console: Console
+) -> None:
+    """Search, choose and judge, from where the sweep is."""
+    pin(store, config, origin_of(config, prepared))
     with ray_session(config.base.cluster) as resources:
         concurrent, problem = room_for_trials(config, resources)
         if problem:
             raise ConfigError([problem])
-        store.put("config.yaml", to_yaml(config).encode())
-        finalists = search_and_repeat(config, store, space, prepared, concurrent, console)
-    winner = finalists[0]
-    best = best_config(config, winner)
+        finalists = search(
+            config.sweep,
+            FinetuneTrials(config.base, prepared),
+            store,
+            space,
+            first_seed=config.base.run.seeds[0],
+            concurrent=concurrent,
+            console=console,
+        )
+    best = best_config(config, finalists[0])
     store.put("best.yaml", to_yaml(best).encode())
-    judged = judge(config, best, store, prepared) if config.sweep.judge else None
+    judged = judge(best, finalists[0].point, store, prepared) if config.sweep.judge else None
     page = write_sweep_report(store, space, finalists, judged, prepared.task)
     console.print(sweep_table(read_trials(store), finalists, prepared.task))
     if judged:
@@ -99,55 +92,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def search_and_repeat(
-    config: SweepConfig, store: Store, space: Any, prepared: Any, concurrent: int, console: Console
-) -> list[Finalist]:
-    """Both phases: the search, and the best points with further seeds; the winner first."""
-    from tune.trials import TrialOrder, run_trials  # here: Ray reads its variables when it is imported
-
-    order = TrialOrder(config.base, prepared, store)
-    first_seed = config.base.run.seeds[0]
-    known = read_trials(store)
-    searched = [r for r in known if r.seed == first_seed]
-    ended = [(r.point, r.score) for r in searched if r.status != "unfinished"]
-    proposals = Proposals(space, config.sweep.search, config.sweep.trials, config.sweep.seed, ended)
-    unfinished = [r.point for r in searched if r.status == "unfinished"]
-
-    def ask() -> tuple[Point, int] | None:
-        if unfinished:
-            return proposals.adopt(unfinished.pop(0)), first_seed
-        point = proposals.propose()
-        return None if point is None else (point, first_seed)
-
-    progress = ProgressLine(console, config.sweep.trials)
-    for record in searched:
-        if record.status != "unfinished":
-            progress(record)
-
-    def tell(record: TrialRecord) -> None:
-        if record.status != "unfinished":
-            proposals.learn(record.point, record.score)
-        progress(record)
-
-    if proposals.left:
-        run_trials(
-            config, order, ask, tell,
-            first_number=len(known) + 1, num_trials=proposals.left, concurrent=concurrent, early_stopping=True,
-        )  # fmt: skip
-    best = best_points(read_trials(store), first_seed, config.sweep.best)
-    if not best:
-        raise SystemExit(f"no trial of {store.uri} reached a validation; see trials/NAME/error.txt")
-    seeds = [first_seed + number for number in range(config.sweep.seeds)]
-    done = {(repr(r.point), r.seed) for r in read_trials(store) if r.status in ("finished", "failed")}
-    wanted = [(point, seed) for point in best for seed in seeds if (repr(point), seed) not in done]
-    if wanted:
-        remaining = list(wanted)
-        run_trials(
-            config, order, lambda: remaining.pop(0) if remaining else None, ProgressLine(console, len(wanted)),
-            first_number=len(read_trials(store)) + 1, num_trials=len(wanted), concurrent=concurrent,
-            early_stopping=False,
-        )  # fmt: skip
-    return rank(best, seeds, read_trials(store))
+def origin_of(config: SweepConfig, prepared: PreparedTask) -> dict[str, str]:
+    """What decides about scores and stands in no key."""
+    task = prepared.task
+    return {
+        "task": prepared.digest,
+        "metric": task.judged_by,
+        "prompt": to_yaml(task.prompt),
+        "backbone": backbone_digest(config.base),
+    }
 
 
 def best_config(config: SweepConfig, winner: Finalist) -> FinetuneConfig:
@@ -156,8 +109,13 @@ def best_config(config: SweepConfig, winner: Finalist) -> FinetuneConfig:
     return replace(best, run=replace(best.run, name=f"{config.sweep.name}-best"))
 
 
-def judge(config: SweepConfig, best: FinetuneConfig, store: Store, prepared: Any) -> dict[str, Any]:
-    """Train the winner once more, in the sweep's folder, and read the test split: once, also if asked again."""
+def judge(best: FinetuneConfig, point: Point, store: Store, prepared: PreparedTask) -> dict[str, Any]:
+    """Train the winner once more, in the sweep's folder, and read the test split: once, also if asked again.
+
+    Raises:
+        ConfigError: the sweep has judged another point.
+    """
+    claim_judgement(store, point)
     here = replace(best, run=replace(best.run, storage=store.uri, name="best", seeds=best.run.seeds[:1]))
     if best.cluster.num_workers > 1:
         with ray_session(best.cluster):
@@ -171,5 +129,18 @@ def judge(config: SweepConfig, best: FinetuneConfig, store: Store, prepared: Any
     return test
 
 
+def claim_judgement(store: Store, point: Point) -> None:
+    """Write down which point the test split judges; of a sweep it judges one. Raises `ConfigError` for another."""
+    if store.put_if_absent(JUDGED, json.dumps({"point": point}, sort_keys=True).encode()):
+        return
+    if (first := json.loads(store.read(JUDGED))["point"]) != point:
+        raise ConfigError(
+            [
+                f"the test split was opened to judge {first}, and cannot judge {point} too; set sweep.judge=false, "
+                "or choose a new sweep.name with a test split that has chosen nothing"
+            ]
+        )
+
+
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(stopped_gently(main))

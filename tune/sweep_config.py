@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from trainers.finetune_config import FinetuneConfig
 from tune.proposals import Search
+from tune.search_space import SearchSpace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,17 @@ class SweepConfig:
     base: FinetuneConfig = field(default_factory=FinetuneConfig)
     space: dict[str, Any] = field(default_factory=dict)
     """What is varied: see tune/search_space.py."""
+
+
+def grid_problem(config: SweepRunConfig, space: SearchSpace) -> str | None:
+    """Why the grid would not be searched whole, if so."""
+    points = len(space.grid())
+    if config.search != "grid" or points <= config.trials:
+        return None
+    return (
+        f"sweep.trials={config.trials} would leave out {points - config.trials} of the grid's {points} points; set "
+        f"sweep.trials={points}, narrow space, or set sweep.search=random"
+    )
 
 
 def room_for_trials(config: SweepConfig, resources: Mapping[str, float]) -> tuple[int, str | None]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cluster.storage import Store
 from tune.search_space import Point
 
-FOLDER, STARTED, OUTCOME = "trials", "trial.json", "outcome.json"
+FOLDER, STARTED, OUTCOME, ERROR = "trials", "trial.json", "outcome.json", "error.txt"
 Status = Literal["finished", "stopped", "failed", "unfinished"]
 
 

@@ -1,13 +1,13 @@
-"""Trials on Ray Tune: each a fine-tuning run of its own, stopped early where it falls behind.
+"""Trials on Ray Tune: each a run of its own, stopped early where it falls behind.
 
-A trial of one worker trains in Tune's own process: a Ray Train run inside would add seconds to a run of half a minute.
-With several workers the trial is a driver without CPUs of its own, whose Ray Train workers Tune does not see; the
-number of concurrent trials is what keeps both kinds from waiting for each other.
+A trial whose workers are Ray Train's is a driver without CPUs of its own, whose workers Tune does not see; the number
+of concurrent trials is what keeps them from waiting for each other.
 """
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ray import tune
@@ -15,34 +15,29 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search import Searcher
 
 from cluster.storage import Store
-from trainers.finetune import finetune
-from trainers.finetune_config import FinetuneConfig
-from trainers.task_data import PreparedTask
-from trainers.task_evaluation import TaskScore
-from tune.search_space import Point, with_point
-from tune.sweep_config import SweepConfig
-from tune.trial_records import FOLDER, Status, TrialRecord, record_outcome, record_start, trial_name
+from tune.experiment import Experiment
+from tune.search_space import Point
+from tune.sweep_config import SweepRunConfig
+from tune.trial_records import (
+    ERROR,
+    FOLDER,
+    Status,
+    TrialRecord,
+    record_outcome,
+    record_start,
+    trial_name,
+)
 
 PERCENT = 100
 NextTrial = Callable[[], tuple[Point, int] | None]
 """The next point and seed to try; None when there is none left."""
-
-
-@dataclass(frozen=True)
-class TrialOrder:
-    """What every trial's process is sent, beside its point."""
-
-    base: FinetuneConfig
-    prepared: PreparedTask
-    sweep: Store
+Tell = Callable[[TrialRecord], None]
 
 
 class Source(Searcher):
     """Hands Tune the points of a sweep, and records how trials ended."""
 
-    def __init__(
-        self, sweep: Store, ask: NextTrial, tell: Callable[[TrialRecord], None], first_number: int
-    ) -> None:
+    def __init__(self, sweep: Store, ask: NextTrial, tell: Tell, first_number: int) -> None:
         super().__init__(metric="score", mode="max")
         self._sweep, self._ask, self._tell, self._number = sweep, ask, tell, first_number
         self._running: dict[str, tuple[TrialRecord, float]] = {}
@@ -97,71 +92,58 @@ class Source(Searcher):
         """Nothing, likewise."""
 
 
-def run_trial(parameters: dict[str, Any], order: TrialOrder) -> None:
-    """One trial, in a process of its own. Only train and validation records are loaded."""
+def run_trial(parameters: dict[str, Any], experiment: Experiment, sweep: Store) -> None:
+    """One trial, in a process of its own."""
     point, seed = parameters["point"], parameters["seed"]
-    name = trial_name(point, seed)
-    config = trial_config(order, point, seed)
-    total = config.batch.steps(config.batch.label_budget or order.prepared.counts["train"])
-    best: list[float] = []
+    folder = sweep.child(f"{FOLDER}/{trial_name(point, seed)}")
+    scores: list[float] = []
 
-    def report(step: int, score: TaskScore) -> None:
-        best.append(score.score)
-        percent = min(PERCENT - 1, PERCENT * step // total)
-        tune.report(
-            {"score": score.score, "best_score": max(best), "percent": percent, "metrics": score.metrics}
-        )
+    def report(share: float, score: float, metrics: Any) -> None:
+        scores.append(score)
+        percent = min(PERCENT - 1, int(PERCENT * share))
+        tune.report({"score": score, "best_score": max(scores), "percent": percent, "metrics": dict(metrics)})
 
     try:
-        result = finetune(
-            config, prepared=order.prepared, judge=False, keep_model=False, on_validation=report
-        )
+        found = experiment.train(folder, point, seed, report)
     except Exception as error:
-        order.sweep.put(f"{FOLDER}/{name}/error.txt", f"{type(error).__name__}: {error}".encode())
+        folder.put(ERROR, f"{type(error).__name__}: {error}".encode())
         raise
-    found = result.seeds[0]
     tune.report(
         {
-            "score": found["score"],
-            "best_score": found["score"],
+            "score": found.score,
+            "best_score": found.score,
             "percent": PERCENT,
-            "metrics": found["validation"],
+            "metrics": dict(found.metrics),
         }
     )
 
 
-def trial_config(order: TrialOrder, point: Point, seed: int) -> FinetuneConfig:
-    """The trial's fine-tuning configuration; its run lies in the trial's folder."""
-    config = with_point(order.base, point)
-    run = replace(
-        config.run, storage=order.sweep.child(FOLDER).uri, name=trial_name(point, seed), seeds=(seed,)
-    )
-    return replace(config, run=run)
-
-
 def run_trials(
-    config: SweepConfig,
-    order: TrialOrder,
+    config: SweepRunConfig,
+    experiment: Experiment,
+    sweep: Store,
     ask: NextTrial,
-    tell: Callable[[TrialRecord], None],
+    tell: Tell,
     *,
     first_number: int,
     num_trials: int,
     concurrent: int,
     early_stopping: bool,
 ) -> None:
-    """Run up to `num_trials` trials. A trial that fails is recorded, and the others go on."""
-    cluster = config.base.cluster
-    alone = cluster.num_workers == 1
-    resources = {
-        "cpu": cluster.cpus_per_worker if alone else 0,
-        "gpu": cluster.gpus_per_worker if alone else 0,
-    }
-    trainable = tune.with_resources(tune.with_parameters(run_trial, order=order), resources)
+    """Run up to `num_trials` trials. A trial that fails is recorded, and the others go on.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; what runs is left unfinished.
+    """
+    # Tune would take Ctrl-C for itself and return as if the search had come to its end.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, experiment=experiment, sweep=sweep), dict(experiment.resources)
+    )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=Source(order.sweep, ask, tell, first_number),
+            search_alg=Source(sweep, ask, tell, first_number),
             scheduler=scheduler(config) if early_stopping else FIFOScheduler(),
             num_samples=num_trials,
             max_concurrent_trials=concurrent,
@@ -171,20 +153,20 @@ def run_trials(
         run_config=tune.RunConfig(
             # Scratch: what counts is in the trials' own folders, so a torn file of Tune's can stop nothing.
             name=f"start-{time.time_ns()}",
-            storage_path=order.sweep.child("ray").uri.removeprefix("file://"),
+            storage_path=sweep.child("ray").uri.removeprefix("file://"),
             verbose=0,
         ),
     )
     tuner.fit()
 
 
-def scheduler(config: SweepConfig) -> TrialScheduler:
+def scheduler(config: SweepRunConfig) -> TrialScheduler:
     """Compares trials at equal shares of their steps, which a batch size may make different in number."""
-    grace = max(1, round(PERCENT * config.sweep.grace))
-    if config.sweep.scheduler == "asha":
+    grace = max(1, round(PERCENT * config.grace))
+    if config.scheduler == "asha":
         return AsyncHyperBandScheduler(
             time_attr="percent", max_t=PERCENT, grace_period=grace, reduction_factor=3
         )
-    if config.sweep.scheduler == "median":
+    if config.scheduler == "median":
         return MedianStoppingRule(time_attr="percent", grace_period=grace, min_samples_required=3)
     return FIFOScheduler()

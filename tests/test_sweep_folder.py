@@ -1,0 +1,68 @@
+"""A sweep's folder counts the trials of one experiment: anything else is refused by the name of what differs."""
+
+import pytest
+
+from cluster.config import ConfigError, from_dict
+from cluster.storage import open_store
+from tune.sweep_config import SweepConfig
+from tune.sweep_folder import pin
+
+ORIGIN = {"task": "t1", "metric": "accuracy", "backbone": "b1"}
+
+
+def config(**changes):
+    content = {
+        "sweep": {"trials": 4, "storage": "sweeps"},
+        "base": {
+            "run": {"task": "t.yaml"},
+            "backbone": {"uri": "model"},
+            "batch": {"label_budget": 100},
+        },
+        "space": {"optimizer.learning_rate": {"loguniform": [1e-5, 1e-3]}},
+    }
+    for key, value in changes.items():
+        section, _, rest = key.partition("__")
+        *path, name = rest.split("__")
+        at = content[section]
+        for part in path:
+            at = at.setdefault(part, {})
+        at[name.replace("_of_", ".")] = value
+    return from_dict(SweepConfig, content)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    store = open_store(str(tmp_path / "s"))
+    pin(store, config(), ORIGIN)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("changes", "origin", "named"),
+    [
+        (
+            {"base__batch__label_budget": 200},
+            {},
+            "base.batch.label_budget=200, its trials were made with 100",
+        ),
+        ({"base__optimizer__weight_decay": 0.5}, {}, "base.optimizer.weight_decay=0.5"),
+        ({"base__run__seeds": [1]}, {}, "base.run.seeds"),
+        ({"space__adapt_of_dropout": {"uniform": [0.0, 0.1]}}, {}, "space.adapt.dropout.uniform"),
+        ({}, {"task": "t2"}, "task is t2 now, its trials were made with t1"),
+        ({}, {"backbone": "b2"}, "backbone is b2 now"),
+        ({}, {"metric": "macro_f1"}, "metric is macro_f1 now"),
+    ],
+)
+def test_trials_of_another_experiment_are_not_counted(sweep, changes, origin, named):
+    with pytest.raises(ConfigError, match="choose a new sweep.name") as refused:
+        pin(sweep, config(**changes), ORIGIN | origin)
+    assert len(refused.value.problems) == 1 and named in str(refused.value)
+    pin(sweep, config(), ORIGIN)  # the folder still holds what it held
+
+
+def test_a_sweep_may_grow_and_move(sweep):
+    changed = config(
+        sweep__trials=8, sweep__search="random", base__cluster__num_workers=2, base__backbone__uri="elsewhere"
+    )
+    pin(sweep, changed, ORIGIN)
+    assert b"trials: 8" in sweep.read("config.yaml")

@@ -1,0 +1,58 @@
+"""Trials that fine-tune a backbone on a task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cluster.storage import Store
+from trainers.finetune import finetune
+from trainers.finetune_config import FinetuneConfig, seed_store
+from trainers.task_data import PreparedTask
+from trainers.task_evaluation import TaskScore
+from tune.experiment import Report, Score
+from tune.search_space import Point, with_point
+from tune.watching import watched
+
+
+@dataclass(frozen=True)
+class FinetuneTrials:
+    """A trial of one worker trains in its own process: a Ray Train run inside would add seconds to half a minute."""
+
+    base: FinetuneConfig
+    prepared: PreparedTask
+
+    @property
+    def resources(self) -> Mapping[str, float]:
+        cluster = self.base.cluster
+        alone = cluster.num_workers == 1
+        return {
+            "cpu": cluster.cpus_per_worker if alone else 0,
+            "gpu": cluster.gpus_per_worker if alone else 0,
+        }
+
+    def config_at(self, folder: Store, point: Point, seed: int) -> FinetuneConfig:
+        """The trial's configuration; its run lies in the trial's folder."""
+        config = with_point(self.base, point)
+        storage, _, name = folder.uri.rpartition("/")
+        return replace(config, run=replace(config.run, storage=storage, name=name, seeds=(seed,)))
+
+    def train(self, folder: Store, point: Point, seed: int, report: Report) -> Score:
+        """Only train and validation records are loaded."""
+        config = self.config_at(folder, point, seed)
+        total = config.batch.steps(config.batch.label_budget or self.prepared.counts["train"])
+
+        def validated(step: int, score: TaskScore) -> None:
+            report(step / total, score.score, score.metrics)
+
+        def work() -> dict[str, Any]:
+            result = finetune(
+                config, prepared=self.prepared, judge=False, keep_model=False, on_validation=validated
+            )
+            return result.seeds[0]
+
+        def seen(step: int, found: Mapping[str, float]) -> None:
+            report(step / total, found["score"], {k: v for k, v in found.items() if k != "score"})
+
+        alone = config.cluster.num_workers == 1
+        found = work() if alone else watched(seed_store(config, seed), work, seen)
+        return Score(found["score"], found["validation"])

@@ -1,0 +1,112 @@
+"""The two phases of a sweep: the search, and the best points once more with other seeds."""
+
+import time
+
+from rich.console import Console
+
+from cluster.storage import Store
+from tune.experiment import Experiment
+from tune.finalists import Finalist, best_points, rank
+from tune.proposals import Proposals
+from tune.search_space import Point, SearchSpace
+from tune.sweep_config import SweepRunConfig
+from tune.trial_records import TrialRecord, read_trials
+
+_STATUS = ("finished", "stopped", "failed")
+
+
+class ProgressLine:
+    """Prints how a sweep stands whenever a trial ends."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total, self._started = console, total, time.monotonic()
+        self._running: set[str] = set()
+        self._ended: dict[str, TrialRecord] = {}
+
+    def __call__(self, record: TrialRecord) -> None:
+        if record.status == "unfinished":
+            self._running.add(record.name)
+            return
+        self._running.discard(record.name)
+        self._ended[record.name] = record
+        counts = {status: sum(r.status == status for r in self._ended.values()) for status in _STATUS}
+        best = max((r.score for r in self._ended.values() if r.score is not None), default=float("nan"))
+        seconds = time.monotonic() - self._started
+        left = seconds / len(self._ended) * max(0, self._total - len(self._ended))
+        told = ", ".join(f"{number} {status}" for status, number in counts.items())
+        self._console.print(
+            f"trials: {len(self._running)} running, {told} of {self._total}; best {best:.4f}; "
+            f"{seconds / 60:.1f} min, about {left / 60:.1f} min left",
+            highlight=False,
+        )
+
+
+def search(
+    config: SweepRunConfig,
+    experiment: Experiment,
+    store: Store,
+    space: SearchSpace,
+    *,
+    first_seed: int,
+    concurrent: int,
+    console: Console,
+) -> list[Finalist]:
+    """Both phases, from where the sweep is; the winner first.
+
+    Raises:
+        SystemExit: trials are left that have not ended, or none came to a score.
+    """
+    from tune.trials import run_trials  # here: Ray reads its variables when it is imported
+
+    known = read_trials(store)
+    searched = [r for r in known if r.seed == first_seed]
+    ended = [(r.point, r.score) for r in searched if r.status != "unfinished"]
+    proposals = Proposals(space, config.search, config.trials, config.seed, ended)
+    unfinished = [r.point for r in searched if r.status == "unfinished"]
+
+    def ask() -> tuple[Point, int] | None:
+        if unfinished:
+            return proposals.adopt(unfinished.pop(0)), first_seed
+        point = proposals.propose()
+        return None if point is None else (point, first_seed)
+
+    progress = ProgressLine(console, config.trials)
+    for record in searched:
+        if record.status != "unfinished":
+            progress(record)
+
+    def tell(record: TrialRecord) -> None:
+        if record.status != "unfinished":
+            proposals.learn(record.point, record.score)
+        progress(record)
+
+    if proposals.left:
+        run_trials(
+            config, experiment, store, ask, tell,
+            first_number=len(known) + 1, num_trials=proposals.left, concurrent=concurrent, early_stopping=True,
+        )  # fmt: skip
+    refuse_half_searched(store, proposals, first_seed)
+    best = best_points(read_trials(store), first_seed, config.best)
+    if not best:
+        raise SystemExit(f"no trial of {store.uri} reached its end with a score; see trials/NAME/error.txt")
+    seeds = [first_seed + number for number in range(config.seeds)]
+    done = {(repr(r.point), r.seed) for r in read_trials(store) if r.status in ("finished", "failed")}
+    wanted = [(point, seed) for point in best for seed in seeds if (repr(point), seed) not in done]
+    if wanted:
+        remaining = list(wanted)
+        run_trials(
+            config, experiment, store, lambda: remaining.pop(0) if remaining else None,
+            ProgressLine(console, len(wanted)),
+            first_number=len(read_trials(store)) + 1, num_trials=len(wanted), concurrent=concurrent,
+            early_stopping=False,
+        )  # fmt: skip
+    return rank(best, seeds, read_trials(store))
+
+
+def refuse_half_searched(store: Store, proposals: Proposals, first_seed: int) -> None:
+    """Stop before a winner is chosen, whatever made the search return before its end. Raises SystemExit."""
+    begun = sum(r.seed == first_seed and r.status == "unfinished" for r in read_trials(store))
+    if left := proposals.left + begun:
+        raise SystemExit(
+            f"the search of {store.uri} ended with {left} trials to go; the same command goes on"
+        )

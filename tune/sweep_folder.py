@@ -1,0 +1,65 @@
+"""What a sweep's folder belongs to. Trials count for the experiment that they were made in, and for no other."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from cluster.config import ConfigError, to_dict, to_yaml
+from cluster.storage import Store
+from trainers.config import flatten
+
+CONFIG, ORIGIN = "config.yaml", "origin.json"
+CHANGEABLE = (
+    "base.cluster.",
+    "base.checkpoint.",
+    "base.heartbeat.",
+    "base.energy.",
+    "base.run.name",
+    "base.run.storage",
+    "base.run.prepared",
+    "base.run.max_failures",
+    "base.run.log",
+    "base.run.prompts",
+    "base.run.floor_bytes",
+    # What lies there has a digest, wherever it lies.
+    "base.run.task",
+    "base.backbone.uri",
+    "base.corpus.",
+)
+"""Keys of what is searched over that change no score."""
+
+
+def pin(sweep: Store, config: Any, origin: Mapping[str, str]) -> None:
+    """Write down configuration and origin (digests of what is read, by name) at the first start, and hold later ones
+    against them. How many trials there are, and how they are chosen, may change.
+
+    Raises:
+        ConfigError: one line for each key that differs.
+    """
+    first = sweep.put_if_absent(ORIGIN, json.dumps(origin, indent=2).encode())
+    if not first and (changed := list(changes(sweep, config, origin))):
+        raise ConfigError(
+            [f"sweep {sweep.uri}: {line}; give it back, or choose a new sweep.name" for line in changed]
+        )
+    sweep.put(CONFIG, to_yaml(config).encode())
+
+
+def changes(sweep: Store, config: Any, origin: Mapping[str, str]) -> Iterator[str]:
+    """One line for each key whose trials would not be comparable."""
+    before = json.loads(sweep.read(ORIGIN))
+    for name, digest in origin.items():
+        if before.get(name) != digest:
+            yield f"{name} is {digest} now, its trials were made with {before.get(name)}"
+    if not sweep.exists(CONFIG):
+        return  # the first start was cut off before its first trial
+    old, new = searched_over(yaml.safe_load(sweep.read(CONFIG))), searched_over(to_dict(config))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE):
+            yield f"{key}={new.get(key)!r}, its trials were made with {old.get(key)!r}"
+
+
+def searched_over(config: Mapping[str, Any]) -> dict[str, Any]:
+    """base.* and space.* of a whole configuration, by dotted name."""
+    return dict(flatten({"base": config["base"], "space": config["space"]}))
