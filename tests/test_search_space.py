@@ -10,6 +10,7 @@ from cluster.config import ConfigError, from_dict
 from trainers.finetune_config import FinetuneConfig
 from tune.proposals import Proposals, key_of
 from tune.search_space import parse_space, with_point
+from tune.sweep_config import SweepRunConfig, grid_problem
 
 BASE = from_dict(FinetuneConfig, {"run": {"task": "t.yaml"}, "backbone": {"uri": "model"}})
 SPACE = {
@@ -45,15 +46,42 @@ def test_a_grid_is_every_combination_once():
     assert len(space.grid()) == (1 + 2) * 3  # full has no rank; a range gives three values
 
 
-def test_a_sweep_goes_on_after_what_is_known():
+@pytest.mark.parametrize("number", [10, 150])
+def test_random_points_after_a_restart_are_those_of_an_unbroken_sweep(number):
     space = parse_space(SPACE, BASE)
-    first = Proposals(space, "random", 10, 0, [])
-    points = [first.propose() for _ in range(4)]
-    again = Proposals(space, "random", 10, 0, [(p, 0.5) for p in points[:3]] + [(points[3], None)])
-    assert again.left == 6
-    later = [again.propose() for _ in range(6)]
-    assert again.propose() is None
-    assert not {key_of(p) for p in later} & {key_of(p) for p in points}
+    whole = Proposals(space, "random", number, 3, [])
+    unbroken = [whole.propose() for _ in range(number)]
+    known = number - 4
+    again = Proposals(
+        space, "random", number, 3, [(p, 0.5) for p in unbroken[: known - 1]] + [(unbroken[known - 1], None)]
+    )
+    assert again.left == 4
+    assert [again.propose() for _ in range(5)] == [*unbroken[known:], None]
+
+
+def test_a_resumed_trials_score_is_learnt_and_one_that_is_no_number_is_a_failure():
+    space = parse_space({"optimizer.learning_rate": {"loguniform": [1e-6, 1.0]}}, BASE)
+
+    def proposed(score):
+        """What TPE proposes after 20 points, the best of which was adopted from an earlier start."""
+        rates = [10 ** (-6 + 6 * i / 20) for i in range(20)]
+        proposals = Proposals(
+            space, "tpe", 30, 0, [({"optimizer.learning_rate": rate}, -10.0 - rate) for rate in rates]
+        )
+        best = proposals.adopt({"optimizer.learning_rate": 0.03})
+        proposals.learn(best, score)
+        return [proposals.propose() for _ in range(3)]
+
+    assert proposed(5.0) != proposed(None) == proposed(math.nan)
+
+
+def test_a_grid_larger_than_the_sweep_is_refused():
+    space = parse_space({"adapt.train": SPACE["adapt.train"], "adapt.dropout": SPACE["adapt.dropout"]}, BASE)
+    assert "leave out 2 of the grid's 6 points" in grid_problem(
+        SweepRunConfig(search="grid", trials=4), space
+    )
+    assert grid_problem(SweepRunConfig(search="grid", trials=6), space) is None
+    assert grid_problem(SweepRunConfig(search="random", trials=4), space) is None
 
 
 def test_tpe_comes_nearer_to_the_best_than_chance():

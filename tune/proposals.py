@@ -3,6 +3,7 @@
 All three are remade from the records of finished trials, so that a sweep whose driver died goes on as it was.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from optuna.trial import TrialState, create_trial
 from tune.search_space import Dimension, Point, SearchSpace
 
 Search = Literal["random", "grid", "tpe"]
+REPEATS = 100
+"""Draws in a row that propose nothing new, after which a space of choices is taken for exhausted."""
 
 
 class Proposals:
@@ -39,11 +42,11 @@ class Proposals:
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._grid = space.grid() if search == "grid" else None
         self._asked: dict[str, optuna.trial.Trial | None] = {}
+        self._earlier: set[str] = set()
         self._left = number
         for point, score in known:
-            self._asked[key_of(point)] = None
-            self._left -= 1
-            self._study.add_trial(as_trial(space, point, score))
+            self.adopt(point)
+            self.learn(point, score)
 
     def propose(self) -> Point | None:
         """The next point; None when there is none left."""
@@ -55,7 +58,8 @@ class Proposals:
                 self._asked[key_of(point)] = None
                 self._left -= 1
             return point
-        for _ in range(100):  # a small space of choices soon repeats itself
+        repeats = 0
+        while repeats < REPEATS:
             trial = self._study.ask()
             point = self._space.point(partial(suggest, trial))
             if key_of(point) not in self._asked:
@@ -63,6 +67,10 @@ class Proposals:
                 self._left -= 1
                 return point
             self._study.tell(trial, state=TrialState.FAIL)
+            # The generator of random points starts anew, and first draws those of the earlier start.
+            repeats += key_of(point) not in self._earlier
+            self._earlier.discard(key_of(point))
+        self._left = 0
         return None
 
     @property
@@ -76,12 +84,16 @@ class Proposals:
         """Count a point that was begun by an earlier start as proposed now."""
         self._left -= 1
         self._asked[key_of(point)] = None
+        self._earlier.add(key_of(point))
         return point
 
     def learn(self, point: Point, score: float | None) -> None:
-        """Take in the score of a point; None if it failed."""
-        trial = self._asked.get(key_of(point))
-        if trial is not None:
+        """Take in the score of a point; None, or what is no finite number, if it failed."""
+        score = score if score is not None and math.isfinite(score) else None
+        trial = self._asked[key_of(point)]
+        if trial is None:
+            self._study.add_trial(as_trial(self._space, point, score))
+        else:
             state = TrialState.FAIL if score is None else TrialState.COMPLETE
             self._study.tell(trial, score, state=state)
 

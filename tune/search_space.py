@@ -58,7 +58,9 @@ class Dimension:
         low, high = self.values
         shares = [number / (GRID_VALUES - 1) for number in range(GRID_VALUES)]
         if self.kind == "loguniform":
-            return [math.exp(math.log(low) + share * (math.log(high) - math.log(low))) for share in shares]
+            # The ends as they are: an end that rounding moved out of the range is none of Optuna's values.
+            middles = [math.exp(math.log(low) + s * (math.log(high) - math.log(low))) for s in shares[1:-1]]
+            return [low, *middles, high]
         values = [low + share * (high - low) for share in shares]
         return sorted({round(value) for value in values}) if self.kind == "int" else values
 
