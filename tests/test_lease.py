@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -80,3 +81,49 @@ def test_of_many_that_find_a_dead_driver_one_takes_over(run):
     for thread in threads:
         thread.join()
     assert len(taken) == 1
+
+
+@pytest.mark.parametrize("successor", [b'{"host": "elsewhere", "pid": 7, "token": "another"}', None])
+def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease_alone(run, monkeypatch, successor):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    told, is_told = [], threading.Event()
+
+    def on_lost(message: str) -> None:
+        told.append(message)
+        is_told.set()
+
+    with lease(run, on_lost=on_lost):
+        if successor:
+            run.put(LEASE, successor)
+        else:
+            run.delete(LEASE)  # it took over, and has ended by now
+        assert is_told.wait(20)
+    assert len(told) == 1 and run.uri in told[0]
+    assert (run.read(LEASE) if run.exists(LEASE) else None) == successor
+
+
+def test_a_suspended_driver_ends_at_once_without_a_trace_when_it_wakes(run, tmp_path):
+    program = f"""
+import atexit, signal
+from cluster.storage import open_store
+from trainers import lease as leases
+leases.RENEW_SECONDS = 1.0
+run = open_store({str(tmp_path)!r})
+signal.signal(signal.SIGTERM, lambda *_: run.put("stop", b""))
+atexit.register(lambda: run.put("stop", b""))
+with leases.lease(run):
+    print("driving", flush=True)
+    signal.pause()
+"""
+    command = [sys.executable, "-c", program]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": "."}, **pipes) as driver:
+        assert driver.stdout.readline() == "driving\n"
+        driver.send_signal(signal.SIGSTOP)
+        successor = b'{"host": "elsewhere", "pid": 7, "token": "another"}'
+        run.put(LEASE, successor)
+        driver.send_signal(signal.SIGCONT)
+        _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == 1
+    assert "process 7 on elsewhere" in errors and "Traceback" not in errors
+    assert [info.path for info in run.list()] == [LEASE] and run.read(LEASE) == successor

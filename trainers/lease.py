@@ -1,11 +1,18 @@
 """Who drives a run: one driver at a time, told by an object in the run's folder that only a living one renews.
 
 No clocks are compared, for two hosts' may differ: whoever finds another's lease watches whether it changes.
+
+A driver that was away for longer than that (a suspended machine, a partition) finds another's lease, or none, where
+its own was, and ends at once, without saving. Each gentler way does harm: an exception in the main thread waits for
+Ray Train's, whose workers meanwhile write beside the successor's, and a signal asks for `stop`, which the successor
+obeys. Nothing is lost, for the successor goes on from the newest commit, and Ray ends the workers of a driver that is
+gone.
 """
 
 import json
 import os
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,15 +36,25 @@ class RunTakenError(ConfigError):
     """Another driver lives that drives this run."""
 
 
+def end_process(message: str) -> None:
+    """End this process as kill -9 would, with a word about why."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 @contextmanager
 def lease(
-    run: Store, say: Callable[[str], None] = print, patience: float = PATIENCE_SECONDS
+    run: Store,
+    say: Callable[[str], None] = print,
+    patience: float = PATIENCE_SECONDS,
+    on_lost: Callable[[str], None] = end_process,
 ) -> Iterator[None]:
     """Hold the run for the length of a with-block; a dead driver's lease is taken over.
 
     Args:
         say: is told if there is something to wait for.
         patience: seconds without a renewal after which a driver on another host is taken for dead.
+        on_lost: is told, in a thread of its own, that the run is another's by now: nothing may be written any more.
 
     Raises:
         RunTakenError: another driver renews its lease.
@@ -53,32 +70,61 @@ def lease(
         # Over the dead one's, not after deleting it: of several that take over, the last to write holds it.
         run.put(LEASE, content(own, 0))
         threading.Event().wait(SETTLE_SECONDS)
-        if run.exists(LEASE) and json.loads(run.read(LEASE))["token"] == own["token"]:
+        if is_held(run, own):
             break
     ended = threading.Event()
-    renewing = threading.Thread(target=renew, args=(run, own, ended), name="lease", daemon=True)
+    renewing = threading.Thread(target=renew, args=(run, own, ended, on_lost), name="lease", daemon=True)
     renewing.start()
     try:
         yield
     finally:
         ended.set()
         renewing.join()
-        run.delete(LEASE)
+        if is_held(run, own):
+            run.delete(LEASE)
 
 
 def content(own: dict[str, Any], renewals: int) -> bytes:
     return json.dumps({**own, "renewals": renewals}).encode()
 
 
-def renew(run: Store, own: dict[str, Any], ended: threading.Event) -> None:
-    """Show that this driver lives, until it ends. A store that does not answer is asked again at the next turn."""
+def holder_of(run: Store) -> dict[str, Any] | None:
+    """What the lease says; None if there is none."""
+    try:
+        return json.loads(run.read(LEASE))
+    except FileNotFoundError:
+        return None
+
+
+def is_held(run: Store, own: dict[str, Any]) -> bool:
+    """Whether the lease that is there is this driver's."""
+    holder = holder_of(run)
+    return holder is not None and holder["token"] == own["token"]
+
+
+def renew(run: Store, own: dict[str, Any], ended: threading.Event, on_lost: Callable[[str], None]) -> None:
+    """Show that this driver lives, until it ends or the run is another's.
+
+    A store that does not answer is asked again at the next turn: whoever reads from it has the same trouble.
+    """
     renewals = 0
     while not ended.wait(RENEW_SECONDS):
         renewals += 1
         try:
+            if not is_held(run, own):
+                return on_lost(lost(run))
             run.put(LEASE, content(own, renewals))
         except StorageError:
-            continue  # whoever reads from this store has the same trouble
+            continue
+
+
+def lost(run: Store) -> str:
+    holder = holder_of(run)
+    who = f"process {holder['pid']} on {holder['host']} drives it now" if holder else f"its {LEASE} is gone"
+    return (
+        f"{run.uri}: this driver did not answer for so long that the run was taken from it ({who}); it ends without "
+        "saving; run the same command again only if no other goes on with the run"
+    )
 
 
 def refuse_living(run: Store, say: Callable[[str], None], patience: float) -> None:
