@@ -1,11 +1,12 @@
 """Tokenizing: the whole second half of the work on a corpus against the bare tokenizer, on one core.
 
-    python benchmarks/bench_tokenize.py --raw FOLDER [--vocab-size 4096] [--megabytes 3] [--repeats 9]
+    python benchmarks/bench_tokenize.py [--raw FOLDER] [--vocab-size 4096] [--megabytes 3] [--repeats 9]
 
 Ours reads compressed JSONL, checks and normalises it, encodes it, and writes token shards to the disk.
 The bare rate is `encode_batch_fast` of the same texts, in memory already, in batches of the same size. Both
 take one thread and turns of a second or two; seconds are the process's CPU time, and the ratio is the median
-over the turns, so that other work on the machine does not decide.
+over the turns, so that other work on the machine does not decide. Without --raw the text is Python's own
+reference documentation, several times over, each time with other numbers.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from statistics import median
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
@@ -45,18 +47,19 @@ from data.tokens import TokenizerConfig, train_tokenizer
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--raw", required=True, help="folder of raw shards, as data/sample.py writes")
+    parser.add_argument("--raw", help="folder or URI of raw shards, as data/sample.py writes")
     parser.add_argument("--vocab-size", type=int, default=4_096)
     parser.add_argument("--megabytes", type=int, default=3, help="of text, at most: turns of a second")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        measure(options.raw, Path(folder), options.vocab_size, options.megabytes * 10**6, options.repeats)
+        num_bytes = options.megabytes * 10**6
+        texts = read_texts(options.raw) if options.raw else documentation(num_bytes)
+        measure(texts, Path(folder), options.vocab_size, num_bytes, options.repeats)
 
 
-def measure(raw: str, folder: Path, vocab_size: int, num_bytes: int, repeats: int) -> None:
+def measure(texts: list[str], folder: Path, vocab_size: int, num_bytes: int, repeats: int) -> None:
     """Print both rates in MB of text per CPU second, and their ratio."""
-    texts = read_texts(raw)
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=vocab_size))
     sizes = itertools.accumulate(len(text.encode()) for text in texts)
     texts = [text for text, size in zip(texts, sizes, strict=True) if size <= num_bytes]
@@ -87,6 +90,12 @@ def measure(raw: str, folder: Path, vocab_size: int, num_bytes: int, repeats: in
     ratio = median(ours / bare for ours, bare in zip(rates["ours"], rates["bare"], strict=True))
     ours, plain = max(rates["ours"]), max(rates["bare"])
     print(f"tokenize: ours {ours:.2f}, bare {plain:.2f} MB per CPU second at best; median ratio {ratio:.3f}")
+
+
+def documentation(num_bytes: int) -> list[str]:
+    """At least so much text, no two alike: duplicates would be left out."""
+    once = [text for _, text in sorted(topics.items())]
+    return [f"{number}\n{text}" for number in range(num_bytes // total_bytes(once) + 1) for text in once]
 
 
 def read_texts(raw: str) -> list[str]:
