@@ -1,8 +1,11 @@
 """What tests share: one S3 server, one Ray session, a folder of the store for each test."""
 
 import os
+import shutil
+import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +16,29 @@ from cluster.session import PROJECT, RAY_ENVIRONMENT
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 
 
+# Programs that pip has for Linux on x86-64 alone, and the files whose every test needs one.
+SERVER = "weed"
+NEEDED = {
+    "test_local_s3": SERVER,
+    "test_k8s": "kubectl",
+    "test_k8s_rules": "kubectl",
+}
+
+
+def is_installed(program: str) -> bool:
+    return Path(sys.executable).with_name(program).exists() or bool(shutil.which(program))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {"ray_session", "s3"} & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if {"ray_session", "s3"} & fixtures:
             item.add_marker(pytest.mark.cluster)
+        needed = SERVER if "s3" in fixtures else NEEDED.get(item.path.stem)
+        if needed and not is_installed(needed):
+            item.add_marker(
+                pytest.mark.skip(f"{needed} is not installed: pip has it for Linux on x86-64 alone")
+            )
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +55,10 @@ def s3_uri(s3: LocalS3) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3: LocalS3) -> Iterator[None]:
+def ray_session(request: pytest.FixtureRequest) -> Iterator[None]:
     """One local Ray for all tests. Its workers import the project's packages and see the S3 server."""
+    if is_installed(SERVER):
+        request.getfixturevalue("s3")
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray  # here, because it reads the variables above when imported
