@@ -6,7 +6,7 @@ A rule is a pure function from a render to a line per fault. Its docstring says 
 import re
 from collections.abc import Iterator
 
-from k8s.manifests import Render, name_of, namespace_of, of_kind, pod_specs, quantity
+from k8s.manifests import Render, groups, name_of, namespace_of, of_kind, pod_specs, quantity, ray_clusters
 
 NAME_LENGTHS = {"RayJob": 47, "RayCluster": 53, "RayCronJob": 36}
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
@@ -22,6 +22,8 @@ WITHOUT_NAMESPACE = {
     "Queue",
 }
 """Kinds that belong to the cluster: Kubernetes' own, Kueue's, Volcano's."""
+ADDRESS = re.compile(r"(?P<scheme>https?|rediss?)://[^/:]+(:(?P<port>\d+))?(/.*)?")
+PORTS = {"http": 80, "https": 443, "redis": 6379, "rediss": 6379}
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY|API_KEY|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(
@@ -237,6 +239,24 @@ def network(render: Render) -> Iterator[str]:
             yield f"{group.at}: no NetworkPolicy limits its {' and '.join(sorted({'Ingress', 'Egress'} - directions))}"
 
 
+def reachable(render: Render) -> Iterator[str]:
+    """A server that a manifest names, on a port that no NetworkPolicy lets out, is waited for until the job fails."""
+    allowed = {
+        port.get("port")
+        for policy in of_kind(render.objects, "NetworkPolicy")
+        for egress in policy["spec"].get("egress", [])
+        for port in egress.get("ports", [])
+    }
+    for thing, spec in ray_clusters(render.objects):
+        named = {"gcsFaultToleranceOptions": spec.get("gcsFaultToleranceOptions", {}).get("redisAddress", "")}
+        for group in groups([thing]):
+            named |= {name: variable.get("value", "") for name, variable in group.environment.items()}
+        for at, address in named.items():
+            found = ADDRESS.fullmatch(address)
+            if found and int(found["port"] or PORTS[found["scheme"]]) not in allowed:
+                yield f"{name_of(thing)}: {at}={address}, but no NetworkPolicy lets the Ray pods out to its port"
+
+
 RULES = (
     names,
     namespaces,
@@ -253,4 +273,5 @@ RULES = (
     pod_security,
     quota,
     network,
+    reachable,
 )
