@@ -13,11 +13,12 @@ import torch
 from task_files import BACKBONES, put_backbone, put_lines, put_task, sentences, small_tokenizer
 
 from cluster.config import ConfigError, from_dict
-from cluster.session import PROJECT
+from cluster.session import PROJECT, ClusterConfig
 from cluster.storage import open_store
 from trainers.finetune import finetune
 from trainers.finetune_backbone import load_backbone, read_facts
 from trainers.finetune_config import FinetuneConfig
+from trainers.finetune_group import too_large, trains_alone
 from trainers.metrics import read_metrics, steps_of
 from trainers.task import load_task
 from trainers.task_data import prepare_task
@@ -277,6 +278,59 @@ def command(place, name, changes):
         for part in (f"--{key}", str(value).lower() if value is True else str(value))
     ]
     return [sys.executable, str(PROJECT / "trainers" / "finetune.py"), *arguments]
+
+
+def losses_of(run):
+    return [record["loss"] for record in steps_of(read_metrics(run))]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_group_of_rays_workers_learns_what_this_process_alone_learns(place, ray_session, workers):
+    changes = {"batch": SHORT, "adapt": {"dropout": 0.0}}
+    told = {"alone": [], "group": []}
+    alone, group = f"alone-{workers}", f"group-{workers}"
+    finetune(
+        config(place, alone, **changes), keep_model=False, judge=False, alone=True,
+        on_validation=lambda step, score: told["alone"].append((step, score.records)),
+    )  # fmt: skip
+    changes["cluster"] = {"num_workers": workers, "cpus_per_worker": 0.5}
+    found = finetune(
+        config(place, group, **changes), alone=False,
+        on_validation=lambda step, score: told["group"].append((step, score.records)),
+    )  # fmt: skip
+    assert losses_of(run_of(place, group)) == pytest.approx(losses_of(run_of(place, alone)), rel=1e-4)
+    assert told["group"] == told["alone"] and len(told["alone"]) == 3
+    assert "test" in found.seeds[0] and run_of(place, group).exists("export/config.json")
+
+
+def test_records_that_do_not_fit_are_one_error_before_a_worker_is_started(place):
+    settings = config(place, "long", batch={"max_tokens": 8}, cluster={"num_workers": 2})
+    with pytest.raises(ConfigError, match="records of t are longer than 8 tokens"):
+        finetune(settings)  # there is no Ray here to start one in
+    assert not run_of(place, "long").list()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "alone"),
+    [
+        ({}, True),
+        ({"num_workers": 2}, False),
+        ({"gpus_per_worker": 1.0}, False),
+        ({"address": "head:6379"}, False),  # a driver in a Ray job is on the head, which has no GPU
+    ],
+)
+def test_the_command_trains_itself_only_what_one_worker_does_here(cluster, alone, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert trains_alone(ClusterConfig(**cluster)) == alone
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert not trains_alone(ClusterConfig(**cluster))
+
+
+def test_more_than_the_cluster_has_is_refused():
+    cluster = ClusterConfig(num_workers=3, gpus_per_worker=1.0)
+    (line,) = too_large(cluster, {"CPU": 8.0, "GPU": 2.0})
+    assert "cluster.gpus_per_worker=1 = 3 GPUs, but the cluster has 2" in line
+    assert not list(too_large(cluster, {"CPU": 3.0, "GPU": 3.0}))
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ try:
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
     from trainers.finetune_end import RESULT
+    from trainers.finetune_group import too_large, train_in_group, trains_alone
     from trainers.finetune_loop import OnValidation
     from trainers.finetune_order import ORIGIN, FinetuneOrder, origin_of
     from trainers.finetune_result import FinetuneResult
-    from trainers.finetune_worker import work, work_alone
+    from trainers.finetune_worker import work_alone
     from trainers.run_folder import CONFIG
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, prepare_task
@@ -47,11 +48,13 @@ def finetune(
     judge: bool = True,
     keep_model: bool = True,
     on_validation: OnValidation = lambda step, score: None,
+    alone: bool | None = None,
 ) -> FinetuneResult:
     """Fine-tune once for each seed, each from where it is; seeds that are finished are not trained again.
 
-    One worker trains in this process; several on Ray, in the session that there is. With `judge=False` the test
-    split is not loaded.
+    `alone` trains in this process, as by default one worker does: right where the process has the device, as a sweep's
+    trial has. Else the workers are Ray's, in the session that there is. With `judge=False` the test split is not
+    loaded.
 
     Raises:
         ConfigError: something about task, backbone or configuration cannot be right.
@@ -64,12 +67,10 @@ def finetune(
         check_unchanged(run, config, task, backbone)
         if not run.exists(RESULT):
             order = FinetuneOrder(config, task, seed, backbone, judge, keep_model)
-            if config.cluster.num_workers == 1:
+            if config.cluster.num_workers == 1 and alone is not False:
                 work_alone(order, on_validation)
             else:
-                from trainers.run import run_group  # here: Ray reads its variables when it is imported
-
-                run_group(work, order, config.cluster, run, config.run.max_failures)
+                train_in_group(order, run, on_validation)
         results.append(json.loads(run.read(RESULT)))
     return FinetuneResult(task.task.judged_by, results)
 
@@ -115,11 +116,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in score.metrics.items())
         console.print(f"step {step:,}: validation {shown}", highlight=False)
 
-    if config.cluster.num_workers == 1:
+    if trains_alone(config.cluster):
         result = finetune(config, prepared=prepared, on_validation=tell)
     else:
-        with ray_session(config.cluster):
-            result = finetune(config, prepared=prepared)
+        with ray_session(config.cluster) as resources:
+            if problems := list(too_large(config.cluster, resources)):
+                raise ConfigError(problems)
+            result = finetune(config, prepared=prepared, on_validation=tell, alone=False)
     pages = [write_task_report(seed_store(config, seed), prepared) for seed in config.run.seeds]
     console.print(results_table(result))
     mean, low, high = seeds_interval(result.values("test"))
