@@ -3,6 +3,7 @@
 Facts are gathered on the node; judging them is a pure function, so that a cluster's faults can be tested without one.
 """
 
+import contextlib
 import os
 import platform
 import resource
@@ -19,6 +20,9 @@ from cluster.storage import StorageError, open_store
 
 PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "numpy", "safetensors", "tokenizers")
 PROBE_BYTES = 8 << 20
+STORE_ADVICE = "check address, keys or role, bucket and network policy of this node"
+UNSHARED_ADVICE = "use s3:// or gs://, or a folder that every node mounts"
+CAP_IPC_LOCK = 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class Limits:
     """Files and sockets of one process; a node's raylet has one for each of its workers and neighbours."""
     disk_bytes: int = 20 << 30
     """Free where Ray keeps logs and spills objects."""
+    locked_bytes: int = 1 << 30
+    """Memory that a process may lock, where GPUs span nodes: adapters for RDMA need theirs locked."""
     clock_seconds: float = 2.0
     """Between the clocks of two nodes: signatures of S3 allow minutes, logs and time-outs need seconds."""
     slow_share: float = 0.7
@@ -53,6 +59,10 @@ class NodeFacts:
     shm_bytes: int
     open_files: int
     disk_bytes: int
+    locked_bytes: int = 1 << 62
+    """That a process of this user may lock (RLIMIT_MEMLOCK, or the capability that lifts it)."""
+    device_problems: Sequence[str] = ()
+    """GPUs that do not compute."""
     clock_offset: float
     """Seconds ahead of the driver's clock."""
     clock_uncertainty: float = 0.0
@@ -75,15 +85,21 @@ class Finding:
 
 
 def gather(
-    node: str, wanted_devices: int, session_folder: str, uris: Sequence[str], num_bytes: int
+    node: str, wanted_devices: int, session_folder: str, tokens: Mapping[str, str], num_bytes: int
 ) -> NodeFacts:
-    """Look at the node that this runs on; writes and deletes `num_bytes` in each store."""
+    """Look at the node that this runs on; writes and deletes `num_bytes` in each store.
+
+    Args:
+        tokens: For each store's URI the name of an object there that the driver put, which this node must see.
+    """
     host = this_host()
     rates: dict[str, tuple[float, float]] = {}
     problems = []
-    for uri in uris:
+    for uri, token in tokens.items():
         try:
             rates[uri] = probe_storage(uri, num_bytes)
+            if not open_store(uri).exists(token):
+                problems.append(f"{uri} is not shared: what the driver put there is not seen")
         except (StorageError, OSError, ValueError) as error:
             problems.append(f"{uri}: {error}")
     return NodeFacts(
@@ -95,10 +111,47 @@ def gather(
         shm_bytes=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
         open_files=_open_files(),
         disk_bytes=shutil.disk_usage(session_folder if os.path.isdir(session_folder) else "/").free,
+        locked_bytes=_locked_bytes(),
+        device_problems=touch([f"cuda:{index}" for index in range(host.num_devices)]),
         clock_offset=0.0,  # the one who asks knows when it asked
         storage_rates=rates,
         storage_problems=problems,
     )
+
+
+def touch(devices: Sequence[str]) -> list[str]:
+    """A line for each device that cannot be computed on: seeing one does not say that it works."""
+    import torch
+
+    problems = []
+    for device in devices:
+        try:
+            found = float(torch.ones(1_024, device=device).sum())
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            problems.append(f"{device} cannot be used: {str(error).splitlines()[0]}")
+        else:
+            if found != 1_024:
+                problems.append(f"{device} adds 1,024 ones up to {found:g}")
+    return problems
+
+
+def put_tokens(uris: Sequence[str]) -> tuple[dict[str, str], list[Finding]]:
+    """An object in each store, for the nodes to look for: URI -> its name, and what could not be written."""
+    tokens, findings = {}, []
+    for uri in uris:
+        name = f".preflight-{uuid.uuid4().hex}"
+        try:
+            open_store(uri).put(name, b"written by the driver")
+            tokens[uri] = name
+        except OSError as error:
+            findings.append(Finding("the driver", f"{uri}: {error}", STORE_ADVICE))
+    return tokens, findings
+
+
+def delete_tokens(tokens: Mapping[str, str]) -> None:
+    for uri, name in tokens.items():
+        with contextlib.suppress(OSError):  # a store that is out of reach was reported already
+            open_store(uri).delete(name)
 
 
 def probe_storage(uri: str, num_bytes: int) -> tuple[float, float]:
@@ -130,9 +183,11 @@ def judge(facts: Sequence[NodeFacts], limits: Limits) -> Iterator[Finding]:
             )
         yield from _too_small(fact, limits)
         yield from (
-            Finding(fact.node, problem, "check address, keys or role, bucket and network policy of this node")
+            Finding(fact.node, problem, UNSHARED_ADVICE if "not shared" in problem else STORE_ADVICE)
             for problem in fact.storage_problems
         )
+        yield from (Finding(fact.node, problem, "look at dmesg for Xid") for problem in fact.device_problems)
+    yield from _locked(facts, limits)
     yield from _clocks(facts, limits)
 
 
@@ -177,6 +232,18 @@ def _too_small(fact: NodeFacts, limits: Limits) -> Iterator[Finding]:
                 fact.node,
                 f"{uri} at {written / 1e6:.0f} MB/s written, {read / 1e6:.0f} MB/s read",
                 "is the bucket in another region, or throttled?",
+            )
+
+
+def _locked(facts: Sequence[NodeFacts], limits: Limits) -> Iterator[Finding]:
+    with_gpus = [fact for fact in facts if fact.wanted_devices]
+    for fact in with_gpus if len(with_gpus) > 1 else ():
+        if fact.locked_bytes < limits.locked_bytes:
+            yield Finding(
+                fact.node,
+                f"{fact.locked_bytes / 2**20:,.0f} MiB of memory may be locked, less than "
+                f"{limits.locked_bytes / 2**20:,.0f}: RDMA between nodes fails or falls back to sockets",
+                "set LimitMEMLOCK=infinity for containerd on the host; IPC_LOCK does not reach a user but root",
             )
 
 
@@ -234,4 +301,13 @@ def _version(package: str) -> str:
 
 def _open_files() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (1 << 62) if soft == resource.RLIM_INFINITY else soft
+
+
+def _locked_bytes() -> int:
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        found = next((line for line in status if line.startswith("CapEff:")), "CapEff: 0")
+        if int(found.split()[1], 16) >> CAP_IPC_LOCK & 1:
+            return 1 << 62
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return (1 << 62) if soft == resource.RLIM_INFINITY else soft

@@ -9,6 +9,7 @@ it starts on a cluster, without measuring the network.
 import contextlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,12 +24,15 @@ from cluster.node_facts import (
     Finding,
     Limits,
     NodeFacts,
+    delete_tokens,
     judge,
+    put_tokens,
     rounds,
     slow_nodes,
     transports,
 )
 from cluster.session import ClusterConfig, ray_session
+from cluster.storage import open_store
 from cluster.witness import Witness
 
 SESSION_FOLDER = "/tmp/ray"
@@ -39,6 +43,7 @@ ENOUGH_TO_START = Limits(
     shm_bytes=256 << 20,  # a container's default is 64 MiB
     open_files=4_096,
     disk_bytes=1 << 30,
+    locked_bytes=0,  # a small run does well on sockets
     storage_bytes_per_second=0.0,  # so little data says nothing of a store's speed
 )
 """What a run insists on: less than the preflight, for a small run on small nodes is none of its business."""
@@ -54,6 +59,8 @@ class PreflightConfig:
     """URIs that every node must read and write."""
     bandwidth_bytes: int = 256 << 20
     """Sent between each pair of nodes, and reduced over all; 0: no measurement of the network."""
+    pair_seconds: float = 60.0
+    """After which a pair of nodes that has not exchanged that is reported as cut off."""
     allow_sockets: bool = False
     """Accept GPUs of several nodes that NCCL joins by plain sockets."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -66,8 +73,10 @@ class Network:
 
     pairs: dict[tuple[str, str], float]
     all_reduce: float
-    """Of its bus: 2 (N - 1) / N of the data over the time, as nccl-tests counts."""
+    """Of its bus: 2 (N - 1) / N of the data over the time, as nccl-tests counts; 0: it did not end."""
     transports: frozenset[str]
+    broken: tuple[Finding, ...] = ()
+    """Pairs that did not reach each other."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,55 +94,75 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def problems_of_nodes(uris: Sequence[str], limits: Limits | None = None) -> list[str]:
-    """The short form, for a run's start: a line for each fault of a node. A Ray session must be up."""
+    """The short form, for a run's start: a line for each fault of a node. A Ray session must be up.
+
+    Every node must read and write each of `uris`, and see there what this process puts.
+    """
     limits = limits or ENOUGH_TO_START
     with witnesses() as nodes:
         facts, silent = look_at(nodes, uris, QUICK_BYTES)
     return [str(finding) for finding in [*silent, *judge(facts, limits)]]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Node:
     """A living node of the cluster, and the actor that stands on it."""
 
     name: str
     address: str
     gpus: int
-    witness: Any
+    node_id: str
+    witness: Any = None
+
+    def stand(self) -> None:
+        """A new witness, instead of one that may hang in a call. It takes no CPU and no GPU: all may be in use."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.leave()
+        here = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
+        actor = ray.remote(num_cpus=0, num_gpus=0)(Witness)
+        self.witness = actor.options(scheduling_strategy=here).remote(self.gpus > 0)
+
+    def leave(self) -> None:
+        import ray
+
+        if self.witness is not None:
+            ray.kill(self.witness)
 
 
 @contextlib.contextmanager
 def witnesses() -> Iterator[list[Node]]:
-    """An actor on each node for the length of a with-block; with a GPU where the node has one."""
+    """An actor on each node for the length of a with-block."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    actor, nodes = ray.remote(num_cpus=0)(Witness), []
+    nodes = []
     for found in (each for each in ray.nodes() if each["Alive"]):
         gpus, address = int(found["Resources"].get("GPU", 0)), found["NodeManagerAddress"]
-        here = NodeAffinitySchedulingStrategy(found["NodeID"], soft=False)
-        witness = actor.options(scheduling_strategy=here, num_gpus=min(1, gpus)).remote(gpus > 0)
-        nodes.append(Node(f"{address}/{found['NodeID'][:6]}", address, gpus, witness))
+        nodes.append(Node(f"{address}/{found['NodeID'][:6]}", address, gpus, found["NodeID"]))
+    for node in nodes:
+        node.stand()
     try:
         yield sorted(nodes, key=lambda node: node.name)
     finally:
         for node in nodes:
-            ray.kill(node.witness)
+            node.leave()
 
 
 def look_at(
     nodes: Sequence[Node], uris: Sequence[str], num_bytes: int
 ) -> tuple[list[NodeFacts], list[Finding]]:
-    """The facts of every node, and a finding for each that does not answer."""
+    """The facts of every node, and a finding for each that does not answer or that this process could not ask."""
     import ray
 
+    tokens, silent = put_tokens([open_store(uri).uri for uri in uris])
     asked = {
-        node.witness.gather.remote(node.name, min(1, node.gpus), SESSION_FOLDER, list(uris), num_bytes): node
+        node.witness.gather.remote(node.name, node.gpus, SESSION_FOLDER, tokens, num_bytes): node
         for node in nodes
     }
     done, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
     facts = []
-    silent = [Finding(asked[each].name, "does not answer", "look at its raylet's log") for each in late]
+    silent += [Finding(asked[each].name, "does not answer", "look at its raylet's log") for each in late]
     for each in done:
         node = asked[each]
         try:
@@ -141,6 +170,7 @@ def look_at(
             facts.append(replace(ray.get(each), clock_offset=offset, clock_uncertainty=uncertainty))
         except ray.exceptions.RayError as error:
             silent.append(Finding(node.name, str(error).splitlines()[-1], "look at its raylet's log"))
+    delete_tokens(tokens)
     return sorted(facts, key=lambda fact: fact.node), silent
 
 
@@ -159,35 +189,79 @@ def clock_offset(node: Node) -> tuple[float, float]:
 
 def measure_network(nodes: Sequence[Node], config: PreflightConfig) -> Network | None:
     """Bandwidth between every pair of nodes and over all; among the GPU nodes alone where there are any."""
-    import ray
-
     members = [node for node in nodes if node.gpus] or list(nodes)
     if len(members) < 2 or not config.bandwidth_bytes:
         return None
-    address = f"{members[0].address}:{ray.get(members[0].witness.free_port.remote())}"
-    ray.get(
-        [n.witness.join.remote(address, rank, len(members)) for rank, n in enumerate(members)],
-        timeout=NODE_SECONDS,
-    )
     pairs: dict[tuple[str, str], float] = {}
+    broken: list[Finding] = []
+    failed: Counter[str] = Counter()
     for played in rounds(len(members)):
-        calls = [
-            (
-                a,
-                b,
-                members[a].witness.exchange.remote(b, config.bandwidth_bytes, True),
-                members[b].witness.exchange.remote(a, config.bandwidth_bytes, False),
-            )
-            for a, b in played
+        both = [(members[a], members[b]) for a, b in played]
+        # A node that two others did not reach is out: each further try would cost `pair_seconds`.
+        both = [(a, b) for a, b in both if max(failed[a.name], failed[b.name]) < 2]
+        for (a, b), found in measure_pairs(both, config).items():
+            if isinstance(found, Finding):
+                broken.append(found)
+                failed.update([a.name, b.name])
+            else:
+                pairs[a.name, b.name] = found
+    if broken:
+        return Network(pairs, 0.0, frozenset(), tuple(broken))
+    return measure_all(members, pairs, config)
+
+
+def measure_pairs(
+    pairs: Sequence[tuple[Node, Node]], config: PreflightConfig
+) -> dict[tuple[Node, Node], float | Finding]:
+    """Bytes/s of each pair, all pairs at once, or that it did not reach each other in time."""
+    import ray
+
+    calls = {}
+    for a, b in pairs:
+        port = a.witness.free_port.remote()
+        calls[a, b] = [
+            node.witness.exchange.remote(a.address, port, rank, config.bandwidth_bytes, config.pair_seconds)
+            for rank, node in enumerate((a, b))
         ]
-        for a, b, there, back in calls:
-            seconds = max(ray.get([there, back], timeout=NODE_SECONDS))
-            pairs[members[a].name, members[b].name] = 2 * config.bandwidth_bytes / seconds
-    seconds = max(ray.get([node.witness.all_reduce.remote(config.bandwidth_bytes) for node in members]))
-    logs = ray.get([node.witness.nccl_log.remote() for node in members])
-    share = 2 * (len(members) - 1) / len(members)
-    return Network(
-        pairs, share * config.bandwidth_bytes / seconds, frozenset(set().union(*map(transports, logs)))
+    ends = time.monotonic() + config.pair_seconds
+    found: dict[tuple[Node, Node], float | Finding] = {}
+    for (a, b), both in calls.items():
+        try:
+            seconds = max(ray.get(both, timeout=max(0.0, ends - time.monotonic())))
+            found[a, b] = 2 * config.bandwidth_bytes / seconds
+        except ray.exceptions.RayError as error:
+            found[a, b] = cut_off(f"{a.name} and {b.name}", "exchange data", error, config)
+            a.stand()
+            b.stand()
+    return found
+
+
+def measure_all(
+    members: Sequence[Node], pairs: dict[tuple[str, str], float], config: PreflightConfig
+) -> Network:
+    """The all-reduce over all nodes, beside what the pairs measured."""
+    import ray
+
+    first, size = members[0], len(members)
+    port = first.witness.free_port.remote()
+    asked = (first.address, port), (size, config.bandwidth_bytes, config.pair_seconds)
+    calls = [node.witness.all_reduce.remote(*asked[0], rank, *asked[1]) for rank, node in enumerate(members)]
+    try:
+        seconds, logs = zip(*ray.get(calls, timeout=config.pair_seconds), strict=True)
+    except ray.exceptions.RayError as error:
+        broken = cut_off("all nodes", "end an all-reduce", error, config)
+        return Network(pairs, 0.0, frozenset(), (broken,))
+    share = 2 * (size - 1) / size * config.bandwidth_bytes
+    return Network(pairs, share / max(seconds), frozenset(set().union(*map(transports, logs))))
+
+
+def cut_off(who: str, what: str, error: Exception, config: PreflightConfig) -> Finding:
+    late = isinstance(error, TimeoutError)
+    why = f"within {config.pair_seconds:g} s" if late else str(error).strip().splitlines()[-1]
+    return Finding(
+        who,
+        f"did not {what}{' ' if late else ': '}{why}",
+        "look for a cut link, a security group or a network policy between them; or raise --pair_seconds",
     )
 
 
@@ -195,6 +269,7 @@ def judge_network(network: Network | None, config: PreflightConfig) -> Iterator[
     """Slow nodes, and GPUs joined by plain sockets."""
     if network is None:
         return
+    yield from network.broken
     yield from slow_nodes(network.pairs, config.limits)
     if "Socket" in network.transports and not config.allow_sockets:
         yield Finding(
@@ -219,7 +294,8 @@ def table(facts: Sequence[NodeFacts], network: Network | None) -> str:
         )
     if network:
         by = f" by {', '.join(sorted(network.transports))}" if network.transports else ""
-        lines.append(f"all-reduce over all: {network.all_reduce / 1e9:.2f} GB/s of the bus{by}")
+        speed = f"{network.all_reduce / 1e9:.2f} GB/s of the bus" if network.all_reduce else "not measured"
+        lines.append(f"all-reduce over all: {speed}{by}")
     return "\n".join(lines)
 
 

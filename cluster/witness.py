@@ -3,10 +3,13 @@
 No Ray here: cluster/preflight.py makes an actor of it.
 """
 
+import contextlib
 import os
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,12 @@ FLOAT32 = 4
 
 
 class Witness:
-    """Stands on one node. With `on_gpu` it speaks NCCL from the first GPU that Ray gave it, else gloo."""
+    """Stands on one node. With `on_gpu` it speaks NCCL from the first GPU of the node, else gloo."""
 
     def __init__(self, on_gpu: bool) -> None:
+        # It holds no GPU, so that it stands beside a run that holds them all, and Ray hides them from it then.
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            del os.environ["CUDA_VISIBLE_DEVICES"]
         self._device = "cuda" if on_gpu else "cpu"
         self._log = Path(tempfile.mkdtemp()) / "nccl.log"
         os.environ.update(
@@ -39,44 +45,54 @@ class Witness:
             port: int = free.getsockname()[1]
             return port
 
-    def join(self, address: str, rank: int, size: int) -> None:
-        """Meet the others at the first one's address (host:port); all nodes at once."""
+    def exchange(self, host: str, port: int, rank: int, num_bytes: int, within: float) -> float:
+        """Seconds for `num_bytes` to another node, and as many back; the node of rank 0 is at host:port."""
         import torch
         import torch.distributed as dist
 
-        backend = "nccl" if self._device == "cuda" else "gloo"
-        dist.init_process_group(backend, f"tcp://{address}", rank=rank, world_size=size)
-        dist.all_reduce(torch.ones(1, device=self._device))
+        with self._group(host, port, rank, 2, within):
+            data, peer = torch.zeros(num_bytes // FLOAT32, device=self._device), 1 - rank
+            first, second = (dist.send, dist.recv) if rank == 0 else (dist.recv, dist.send)
+            first(data[:1], peer)  # opens the connection
+            second(data[:1], peer)
+            self._wait()
+            start = time.perf_counter()
+            first(data, peer)
+            second(data, peer)
+            self._wait()
+            return time.perf_counter() - start
 
-    def exchange(self, peer: int, num_bytes: int, sends: bool) -> float:
-        """Seconds for `num_bytes` to another node, and as many back."""
+    def all_reduce(
+        self, host: str, port: int, rank: int, size: int, num_bytes: int, within: float
+    ) -> tuple[float, str]:
+        """Seconds to sum `num_bytes` over all nodes, and what NCCL logged."""
         import torch
         import torch.distributed as dist
 
-        data = torch.zeros(num_bytes // FLOAT32, device=self._device)
-        first, second = (dist.send, dist.recv) if sends else (dist.recv, dist.send)
-        first(data[:1], peer)  # opens the connection
-        second(data[:1], peer)
-        self._wait()
-        start = time.perf_counter()
-        first(data, peer)
-        second(data, peer)
-        self._wait()
-        return time.perf_counter() - start
+        with self._group(host, port, rank, size, within):
+            data = torch.zeros(num_bytes // FLOAT32, device=self._device)
+            dist.all_reduce(data)
+            dist.barrier()
+            self._wait()
+            start = time.perf_counter()
+            dist.all_reduce(data)
+            self._wait()
+            return time.perf_counter() - start, self.nccl_log()
 
-    def all_reduce(self, num_bytes: int) -> float:
-        """Seconds to sum `num_bytes` over all nodes."""
-        import torch
+    @contextlib.contextmanager
+    def _group(self, host: str, port: int, rank: int, size: int, within: float) -> Iterator[None]:
+        """A process group of its own. After an error its end is not waited for: this process is then replaced."""
         import torch.distributed as dist
 
-        data = torch.zeros(num_bytes // FLOAT32, device=self._device)
-        dist.all_reduce(data)
-        dist.barrier()
-        self._wait()
-        start = time.perf_counter()
-        dist.all_reduce(data)
-        self._wait()
-        return time.perf_counter() - start
+        dist.init_process_group(
+            "nccl" if self._device == "cuda" else "gloo",
+            f"tcp://{host}:{port}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=within),
+        )
+        yield
+        dist.destroy_process_group()
 
     def nccl_log(self) -> str:
         return self._log.read_text(errors="replace") if self._log.exists() else ""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.node_facts import Limits, NodeFacts, judge, probe_storage, rounds, slow_nodes, transports
+from cluster.node_facts import Limits, NodeFacts, judge, probe_storage, rounds, slow_nodes, touch, transports
 from cluster.session import PROJECT
 
 GOOD = NodeFacts(
@@ -31,6 +31,8 @@ FAULTS = {
     "a-missing-gpu": ({"num_devices": 7}, "7 of 8 GPUs"),
     "another-gpu": ({"device": "NVIDIA A100"}, "A100"),
     "small-shm": ({"shm_bytes": 64 << 20}, "shared memory"),
+    "a-dead-gpu": ({"device_problems": ("cuda:3 cannot be used: ECC error",)}, "cuda:3"),
+    "memory-that-may-not-be-locked": ({"locked_bytes": 8 << 20}, "8 MiB of memory may be locked"),
     "few-files": ({"open_files": 1024}, "1,024 open files"),
     "full-disk": ({"disk_bytes": 1 << 30}, "free disk"),
     "wrong-clock": ({"clock_offset": 60.0}, "clock"),
@@ -50,6 +52,18 @@ def test_a_faulty_node_is_named_with_its_fault_and_advice(what: str) -> None:
     assert [finding.node for finding in findings] == ["bad"]
     assert words in findings[0].what
     assert findings[0].advice
+
+
+def test_locked_memory_matters_only_where_gpus_span_nodes() -> None:
+    little = replace(GOOD, locked_bytes=8 << 20)
+    assert not list(judge([little], Limits()))
+    assert not list(judge([replace(f, num_devices=0, wanted_devices=0) for f in (little, GOOD)], Limits()))
+
+
+def test_a_device_that_is_seen_and_cannot_be_used_is_named() -> None:
+    assert touch(["cpu"]) == []
+    (problem,) = touch(["cpu", "cuda:99"])
+    assert problem.startswith("cuda:99 cannot be used")
 
 
 def test_a_clock_read_slowly_is_not_called_wrong() -> None:
@@ -88,14 +102,60 @@ def test_probing_a_store_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-TWO_NODES = """
+CLUSTER = """
 import os, sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
-cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+node = {"num_cpus": 1, "object_store_memory": 100 << 20}
+cluster = Cluster(initialize_head=True, head_node_args=node | {"num_gpus": int(os.environ["GPUS"])})
+cluster.add_node(**node)
+"""
+MEASURE = """
 from cluster.preflight import main
 main(["--cluster.address", cluster.address, *sys.argv[1:]])
 """
+# Ray's workers have another working folder than the driver: a path below it is what an unshared disk is.
+BUSY = """
+import ray, time
+from cluster.preflight import problems_of_nodes
+from cluster.session import ClusterConfig, ray_session
+
+class Training:
+    def steps(self):
+        return 1
+
+with ray_session(ClusterConfig(address=cluster.address)):
+    training = ray.remote(num_cpus=1, num_gpus=2)(Training).remote()
+    assert ray.get(training.steps.remote()) == 1
+    print(*problems_of_nodes(["/proc/self/cwd/unshared", sys.argv[1]]), sep="\\n")
+"""
+CUT = """
+import ray, time
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from cluster.preflight import PreflightConfig, judge_network, measure_network, witnesses
+from cluster.session import ClusterConfig, ray_session
+from cluster.witness import Witness
+
+class Deaf(Witness):
+    def exchange(self, *arguments):
+        time.sleep(3600)
+
+cluster.add_node(**node)
+config = PreflightConfig(bandwidth_bytes=1 << 20, pair_seconds=40)
+with ray_session(ClusterConfig(address=cluster.address)), witnesses() as nodes:
+    nodes[0].leave()
+    here = NodeAffinitySchedulingStrategy(nodes[0].node_id, soft=False)
+    nodes[0].witness = ray.remote(num_cpus=0)(Deaf).options(scheduling_strategy=here).remote(False)
+    network = measure_network(nodes, config)
+    print("NODES", *(node.name for node in nodes))
+    print("MEASURED", len(network.pairs))
+    print(*judge_network(network, config), sep="\\n")
+"""
+
+
+def on_two_nodes(script: str, *arguments: str, gpus: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT), "GPUS": str(gpus)}
+    command = [sys.executable, "-c", CLUSTER + script, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.cluster
@@ -104,16 +164,35 @@ def test_two_real_nodes_are_measured_and_a_store_that_cannot_be_written_is_a_fau
     relaxed += ["--limits.storage_bytes_per_second", "1", "--bandwidth_bytes", str(1 << 20)]
     unusable = tmp_path / "file"
     unusable.write_text("not a folder")
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT)}
-
-    def preflight(storage: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", TWO_NODES, *relaxed, "--storage", f'["{storage}"]']
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-    good = preflight(tmp_path / "store")
+    good = on_two_nodes(MEASURE, *relaxed, "--storage", f'["{tmp_path / "store"}"]')
     assert good.returncode == 0, good.stdout + good.stderr
     assert "2 nodes are fit" in good.stdout
     assert "all-reduce over all" in good.stdout
-    bad = preflight(unusable / "inside")
+    bad = on_two_nodes(MEASURE, *relaxed, "--storage", f'["{unusable / "inside"}"]')
     assert bad.returncode == 1, bad.stdout + bad.stderr
-    assert bad.stdout.count("FAULT") == 2
+    assert "FAULT the driver" in bad.stdout
+
+
+@pytest.mark.cluster
+def test_nodes_with_busy_gpus_are_looked_at_all_gpus_counted_and_an_unshared_store_is_a_fault(
+    tmp_path: Path,
+) -> None:
+    result = on_two_nodes(BUSY, str(tmp_path / "shared"), gpus=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("torch sees 0 of 2 GPUs") == 1
+    assert result.stdout.count("/proc/self/cwd/unshared is not shared") == 2
+    assert "does not answer" not in result.stdout
+    assert str(tmp_path / "shared") not in result.stdout
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.cluster
+def test_a_cut_link_ends_as_a_finding_that_names_the_pair_and_the_others_are_measured() -> None:
+    result = on_two_nodes(CUT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    names = next(line for line in lines if line.startswith("NODES")).split()[1:]
+    assert "MEASURED 2" in lines
+    (finding,) = [line for line in lines if "did not exchange data" in line]
+    assert names[0] in finding
+    assert sum(name in finding for name in names) == 2
