@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 
 from cluster.storage import open_store
 from data.corpus import CorpusConfig, list_raw_shards
+from data.dedup import HashFile
 from data.documents import Document, read_documents
 from data.pieces import (
     BATCH_CHARACTERS,
@@ -38,6 +39,7 @@ from data.pieces import (
     Piece,
     TokenWork,
     deduplicate,
+    hashes_path,
     record_path,
     survey,
     tokenize,
@@ -75,7 +77,7 @@ def measure(texts: list[str], folder: Path, vocab_size: int, num_bytes: int, rep
     piece = Piece(tuple(list_raw_shards(config)))
     survey(piece, config)
     name = piece.survey_digest(config)
-    hashes = HashRange("bench", (name,), 0, 1)
+    hashes = HashRange("bench", (HashFile(hashes_path(name), 0),), 0, 1)
     deduplicate(hashes, config)
     content = json.loads(prepared.read(record_path("survey", name)))["content"]
     work = TokenWork("bench", piece, 0, (hashes.path,), content, tokenizer.fingerprint, 65_536)

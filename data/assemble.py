@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from cluster.config import to_dict
 from cluster.storage import Store, open_store
 from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards
-from data.dedup import DOCUMENTS_PER_RANGE
+from data.dedup import DOCUMENTS_PER_RANGE, HashFile
 from data.manifest import (
     FRAGMENT_DTYPES,
     SPLITS,
@@ -22,11 +23,14 @@ from data.manifest import (
     Shard,
     read_manifest,
 )
-from data.pieces import HashRange, Piece, TokenWork, digest_of, record_path
+from data.pieces import HashGroup, HashRange, Piece, TokenWork, digest_of, hashes_path, record_path
 from data.tokens import FixedTokenizer, fix_tokenizer
 
 # Records are a few KiB: at 10 to 30 ms a request, 10,000 pieces take some 15 s.
 READING_THREADS = 16
+# Of a range of hashes, read one by one; of more pieces the files are merged in groups of as many, or of as many
+# documents as a range has.
+FILES_PER_RANGE = 1_000
 
 
 def read_records(store: Store, kind: str, digests: Sequence[str]) -> list[dict[str, Any]]:
@@ -86,12 +90,38 @@ def _empty_names(config: CorpusConfig, surveys: Sequence[Mapping[str, Any]]) -> 
             yield f"{at}: none of {documents:,} documents is in {split}; {remedy}"
 
 
-def plan_ranges(surveys: Sequence[Mapping[str, Any]], digests: Sequence[str]) -> list[HashRange]:
-    """Into how many ranges the hashes are cut so that each fits into memory."""
+def plan_groups(surveys: Sequence[Mapping[str, Any]], digests: Sequence[str]) -> list[HashGroup]:
+    """Which pieces' hashes to merge first: those that fit into memory together; none where files are few."""
+    if len(digests) <= FILES_PER_RANGE:
+        return []
+    bounds, documents = [0], 0
+    for piece, survey in enumerate(surveys):
+        documents += survey["documents"]
+        if documents > DOCUMENTS_PER_RANGE or piece - bounds[-1] == FILES_PER_RANGE:
+            bounds.append(piece)
+            documents = survey["documents"]
+    return [
+        HashGroup(digest_of("merged", digests[first:end]), tuple(digests[first:end]), first)
+        for first, end in pairwise([*bounds, len(digests)])
+        if first < end
+    ]
+
+
+def plan_ranges(
+    surveys: Sequence[Mapping[str, Any]], digests: Sequence[str], groups: Sequence[HashGroup] = ()
+) -> list[HashRange]:
+    """Into how many ranges the hashes are cut so that each fits into memory.
+
+    Args:
+        groups: Merged already; without any, each piece's own file is read.
+    """
     documents = sum(survey["documents"] for survey in surveys)
     num_ranges = -(-documents // DOCUMENTS_PER_RANGE) or 1
+    files = tuple(group.file for group in groups) or tuple(
+        HashFile(hashes_path(digest), piece) for piece, digest in enumerate(digests)
+    )
     return [
-        HashRange(digest_of("duplicates", digests, num_ranges, index), tuple(digests), index, num_ranges)
+        HashRange(digest_of("duplicates", digests, num_ranges, index), files, index, num_ranges)
         for index in range(num_ranges)
     ]
 

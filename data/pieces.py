@@ -19,7 +19,14 @@ from typing import Any
 
 from cluster.storage import Store, open_store
 from data.corpus import CorpusConfig, CorpusError, RawShard
-from data.dedup import duplicates_of, find_duplicates, record_duplicates, write_hashes
+from data.dedup import (
+    HashFile,
+    duplicates_of,
+    find_duplicates,
+    merge_hashes,
+    record_duplicates,
+    write_hashes,
+)
 from data.documents import Broken, Document, read_documents
 from data.manifest import SPLITS
 from data.shards import ShardWriter
@@ -135,13 +142,35 @@ class _SetAside:
 
 
 @dataclass(frozen=True)
+class HashGroup:
+    """Consecutive pieces whose hashes are merged into one file."""
+
+    digest: str
+    """Names the result: the pieces' surveys."""
+    surveys: tuple[str, ...]
+    first_piece: int
+
+    @property
+    def file(self) -> HashFile:
+        return HashFile(f"pieces/merged-{self.digest}.parquet", self.first_piece)
+
+
+def merge(work: HashGroup, config: CorpusConfig) -> None:
+    """Between the halves, of a corpus of very many pieces: merge the hashes of some. The record says nothing."""
+    prepared = open_store(config.prepared)
+    files = [HashFile(hashes_path(digest), piece) for piece, digest in enumerate(work.surveys)]
+    prepared.put(work.file.path, merge_hashes(prepared, files))
+    prepared.put(record_path("merged", work.digest), b"{}")
+
+
+@dataclass(frozen=True)
 class HashRange:
     """One range of all content hashes, in which duplicates are looked for."""
 
     digest: str
     """Names the result: all surveys, and the range."""
-    surveys: tuple[str, ...]
-    """Digests of the surveys of all pieces, in the corpus's order."""
+    files: tuple[HashFile, ...]
+    """The hashes of all pieces, in the corpus's order."""
     index: int
     num_ranges: int
 
@@ -155,8 +184,7 @@ def deduplicate(work: HashRange, config: CorpusConfig) -> None:
     """Between the halves: note which documents of all pieces repeat another. The record:
     `record_duplicates`."""
     prepared = open_store(config.prepared)
-    paths = [hashes_path(digest) for digest in work.surveys]
-    found = find_duplicates(prepared, paths, work.index, work.num_ranges)
+    found = find_duplicates(prepared, work.files, work.index, work.num_ranges)
     record = record_duplicates(prepared, work.path, found)
     prepared.put(record_path("duplicates", work.digest), json.dumps(record).encode())
 

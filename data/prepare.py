@@ -6,7 +6,8 @@ Four passes over pieces of work, each named by its input and done once:
 
 1. survey: read every piece (some raw shards), write its documents' content hashes and splits, set broken
    records aside;
-2. duplicates: sort the hashes of all pieces, one range at a time, and note which documents to leave out;
+2. duplicates: sort the hashes of all pieces, one range at a time, and note which documents to leave out; of more
+   than 1,000 pieces the hashes are merged in groups first;
 3. tokenizer: the given one, or one trained on a bounded sample of the train split;
 4. tokens: read every piece again, leave out what was noted, write token shards.
 
@@ -44,6 +45,7 @@ from data.assemble import (
     given_tokenizer,
     inputs_path,
     missing_shards,
+    plan_groups,
     plan_ranges,
     plan_tokens,
     read_records,
@@ -57,7 +59,7 @@ from data.corpus import (
 )
 from data.documents import corpus_problems
 from data.manifest import Manifest, Shard, mark_latest, write_manifest
-from data.pieces import Piece, deduplicate, digest_of, record_path, survey, tokenize
+from data.pieces import Piece, deduplicate, digest_of, merge, record_path, survey, tokenize
 from data.progress import PassMeter, PassProgress, progress_line
 from data.tokenizer_sample import sample_texts
 from data.tokens import FixedTokenizer, TokenizerError, load_tokenizer, train_tokenizer
@@ -130,7 +132,9 @@ def prepare(
     passes = _Passes(config, store, on_progress, fan_out)
     surveys = passes.run("survey", survey, pieces, digests, sizes)
     check_surveys(config, surveys)
-    ranges = plan_ranges(surveys, digests)
+    if groups := plan_groups(surveys, digests):
+        passes.run("merged", merge, groups, [each.digest for each in groups], [1] * len(groups))
+    ranges = plan_ranges(surveys, digests, groups)
     found = passes.run("duplicates", deduplicate, ranges, [each.digest for each in ranges], [1] * len(ranges))
     tokenizer = _fix_tokenizer(config, store, given, pieces, surveys)
     fragment_tokens = fragment_tokens_for(config, shards)

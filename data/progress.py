@@ -17,9 +17,9 @@ class PassProgress:
     """How far one pass over the corpus has come."""
 
     name: str
-    """survey, duplicates or tokens."""
+    """survey, merged, duplicates or tokens."""
     done: int
-    """Of the raw bytes (of ranges, for duplicates), those from earlier runs included."""
+    """Of the raw bytes (of groups and ranges of hashes), those from earlier runs included."""
     total: int
     seconds_left: float | None
     """At the rate of this run so far; None before its first piece."""

@@ -12,13 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cluster.session import PROJECT
 from cluster.storage import Store, open_store
-from data import dedup
-from data.clean import content_hash
 from data.corpus import CorpusConfig, CorpusError, group_shards, list_raw_shards
 from data.manifest import SPLITS, Manifest, read_manifest
 from data.pieces import Piece
@@ -254,36 +250,18 @@ def test_after_kill_9_at_any_piece_finished_pieces_stand_and_the_result_is_the_s
     assert read_manifest(store).digest == expected
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    numbers=st.lists(st.lists(st.integers(0, 30), max_size=25), min_size=1, max_size=5),
-    splits=st.data(),
-    ranges=st.integers(1, 5),
-)
-def test_of_equal_texts_the_first_in_the_split_that_matters_most_stays(
-    tmp_path_factory: pytest.TempPathFactory, numbers: list[list[int]], splits: st.DataObject, ranges: int
+def test_merging_the_hashes_of_many_pieces_changes_nothing(
+    config: CorpusConfig, raw: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = open_store(str(tmp_path_factory.mktemp("dedup")))
-    best: dict[int, tuple[int, int, int]] = {}
-    everything = set()
-    for piece, in_piece in enumerate(numbers):
-        dealt = [splits.draw(st.integers(0, 2)) for _ in in_piece]
-        contents = b"".join(content_hash(str(number).encode()) for number in in_piece)
-        store.put(f"{piece}.parquet", dedup.write_hashes(contents, bytes(dealt)))
-        for ordinal, (number, split) in enumerate(zip(in_piece, dealt, strict=True)):
-            rank = ("test", "validation", "train").index(SPLITS[split])
-            best[number] = min(best.get(number, (9, 9, 9)), (rank, piece, ordinal))
-            everything.add((piece, ordinal))
-    paths = [f"{piece}.parquet" for piece in range(len(numbers))]
-    outputs = [f"duplicates-{index}.parquet" for index in range(ranges)]
-    for index, output in enumerate(outputs):
-        dedup.record_duplicates(store, output, dedup.find_duplicates(store, paths, index, ranges))
-    left_out = {
-        (piece, int(ordinal))
-        for piece in range(len(numbers))
-        for ordinal in dedup.duplicates_of(store, outputs, piece)
-    }
-    assert everything - left_out == {(piece, ordinal) for _, piece, ordinal in best.values()}
+    put(raw, "e.jsonl", [*range(400, 450), *range(0, 20), *range(390, 400)])
+    expected = prepared_afresh(config, "one-by-one")
+    monkeypatch.setattr("data.assemble.FILES_PER_RANGE", 2)
+    monkeypatch.setattr("data.assemble.DOCUMENTS_PER_RANGE", 150)  # in three ranges
+    work = _Counting()
+    assert prepare(config, fan_out=work).digest == expected.digest
+    merged = [each.surveys for name, each in work.done if name == "merge"]
+    assert sum(map(len, merged)) == 5 and max(map(len, merged)) <= 2
+    assert sum(each["corpus"] for each in expected.duplicates.values()) == 30
 
 
 def test_named_documents_judge_and_their_copies_are_not_trained(config: CorpusConfig, raw: Store) -> None:
