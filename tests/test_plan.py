@@ -4,12 +4,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.config import load_config
 from cluster.hardware import EnergyConfig, Peak
+from cluster.storage import open_store
+from data.order import Order
+from tests.token_corpus import put_token_corpus
 from trainers.checkpoint import CheckpointConfig
+from trainers.config import PretrainConfig
 from trainers.engine import EngineConfig
 from trainers.model import Backbone
 from trainers.optimizer import OptimizerConfig
-from trainers.plan import Job, activation_bytes, make_plan, memory_per_worker, state_elements
+from trainers.plan import (
+    Job,
+    activation_bytes,
+    filled_share,
+    make_plan,
+    memory_per_worker,
+    rows_per_worker,
+    state_elements,
+)
+from trainers.planning import plan_of
 from trainers.shape import ModelConfig
 
 MODEL = ModelConfig(vocab_size=1_000, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128)
@@ -123,3 +137,37 @@ def test_the_text_names_every_assumption_and_every_part_of_the_memory():
         assert part in text
     assert "epochs" not in make_plan(replace(JOB, train_tokens=None)).text
     assert all(len(line) <= 120 for line in text.splitlines())
+
+
+@given(st.integers(1, 64), st.integers(1, 8), st.data())
+def test_workers_and_fillers_compute_on_the_rows_that_the_stream_hands_them(lanes, rows_per_lane, data):
+    workers = data.draw(st.integers(1, lanes))
+    job = replace(JOB, num_workers=workers, lanes=lanes, rows_per_step=lanes * rows_per_lane)
+    # As data/stream.py deals lanes out: worker r takes r, r + n, r + 2 n, …, as many on each worker as on the first.
+    turns = len(range(0, lanes, workers))
+    assert rows_per_worker(job) == turns * rows_per_lane
+    fillers = turns * workers - lanes
+    assert filled_share(job) == pytest.approx(fillers / (turns * workers))
+    assert ("filled up" in make_plan(job).text) == bool(fillers)
+
+
+def test_the_plan_says_what_an_epoch_leaves_out_and_what_is_filled_up():
+    left = {
+        "web": {"rows": 3, "tokens": 1_034, "fragments": 1},
+        "books": {"rows": 0, "tokens": 7, "fragments": 0},
+    }
+    text = make_plan(replace(JOB, lanes=16, num_workers=3, left_out=left)).text
+    assert "3 rows and 1,034 tokens of web" in text and "0 rows and 7 tokens of books" in text
+    assert "6 rows of a step each" in text
+    assert "11.1% of the rows" in text and "order.lanes=16" in text
+    assert "left out" not in make_plan(JOB).text and "filled up" not in make_plan(JOB).text
+
+
+def test_the_plan_of_a_prepared_corpus_says_what_its_order_leaves_out(tmp_path):
+    manifest = put_token_corpus(open_store(str(tmp_path)), {("train", "web"): 9}, fragment_tokens=120)
+    sizes = ["--batch.seq_len", "16", "--batch.rows_per_step", "8", "--order.lanes", "8"]
+    uris = ["--corpus.uri", "raw", "--corpus.prepared", "prepared"]
+    config = load_config(PretrainConfig, [*uris, *sizes], description="").config
+    left = Order(manifest, config.order, seq_len=16, rows_per_step=8).remainder()["web"]
+    assert left["rows"] > 0 and left["tokens"] > 16 * left["rows"]
+    assert f"{left['rows']:,} rows and {left['tokens']:,} tokens of web" in plan_of(config, manifest)

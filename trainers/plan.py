@@ -9,10 +9,11 @@ framework and communication buffers take: treat the sum as a lower bound.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from cluster.hardware import Energy, EnergyConfig, Peak, estimate_energy
+from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.checkpoint import CheckpointConfig
 from trainers.engine import EngineConfig
 from trainers.optimizer import OptimizerConfig, moments
@@ -44,8 +45,12 @@ class Job:
     rows_per_step: int
     steps: int
     num_workers: int
+    lanes: int = 0
+    """Strands of the order, each of which one worker trains. 0: as the order chooses."""
     train_tokens: int | None = None
     """Tokens of the training split; None: not prepared yet."""
+    left_out: Mapping[str, Mapping[str, int]] | None = None
+    """By source, what an epoch leaves out, as `Order.remainder` counts it; None: not prepared yet."""
     peak: Peak
     """Of one worker's device."""
     watts: float
@@ -132,8 +137,19 @@ def make_plan(job: Job) -> Plan:
 
 
 def rows_per_worker(job: Job) -> int:
-    """Rows of a step on the worker that has most."""
-    return math.ceil(job.rows_per_step / job.num_workers)
+    """Rows of a step on each worker, those that fill up missing lanes included."""
+    lanes = lanes_of(job)
+    return math.ceil(lanes / job.num_workers) * (job.rows_per_step // lanes)
+
+
+def lanes_of(job: Job) -> int:
+    """The order's lanes; for a cluster that is larger than it would choose, one for each worker if that divides."""
+    return job.lanes or largest_divisor(job.rows_per_step, max(AUTOMATIC_LANES, job.num_workers))
+
+
+def filled_share(job: Job) -> float:
+    """Of the rows that workers compute on, those of weight zero, in place of lanes that there are not."""
+    return 1 - job.rows_per_step / (rows_per_worker(job) * job.num_workers)
 
 
 def state_elements(model: ModelConfig, optimizer: OptimizerConfig) -> int:
@@ -196,6 +212,8 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{job.steps:,} steps x {job.rows_per_step:,} rows x {job.seq_len:,} tokens = {count(plan.tokens)}"
     )
     yield "tokens", tokens + _epochs(plan)
+    for source, left in (job.left_out or {}).items():
+        yield "left out", f"{left['rows']:,} rows and {left['tokens']:,} tokens of {source} in each epoch"
     parts = (
         f"{count(parameters.non_embedding)} in layers, {count(parameters.embedding)} in embedding and head"
     )
@@ -203,6 +221,9 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "compute", f"{flop(plan.flops)} = {flop(plan.flops / plan.tokens)} a token (as in PaLM, appendix B)"
     share = f"{rows:,} rows of a step each, in {plan.micro_batches} micro-batches"
     yield "workers", f"{job.num_workers} in {job.engine.precision}, ZeRO stage {stage}; {share}"
+    if filled := filled_share(job):
+        reason = f"order.lanes={lanes_of(job)} is no multiple of {job.num_workers} workers"
+        yield "filled up", f"{filled:.1%} of the rows computed on have weight zero: {reason}"
     yield from _memory_lines(plan)
     yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, every {job.checkpoint.every_steps:,} steps;"
     kept_bytes = plan.checkpoint_bytes * plan.kept_checkpoints

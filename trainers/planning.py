@@ -147,10 +147,13 @@ def plan_of(config: PretrainConfig, manifest: Manifest | None) -> str:
         tokenizer = given_tokenizer(config.corpus)
         entries = tokenizer.vocab_size if tokenizer else config.corpus.tokenizer.vocab_size
         model = replace(config.model, vocab_size=config.model.vocab_size or entries)
-        train_tokens = None
+        train_tokens = left_out = None
     else:
         model = model_of(config, manifest)
         train_tokens = int(manifest.fragments.num_tokens[manifest.select("train")].sum())
+        batch = config.batch
+        order = Order(manifest, config.order, seq_len=batch.seq_len, rows_per_step=batch.rows_per_step)
+        left_out = order.remainder()
     job = Job(
         model=model,
         engine=config.engine,
@@ -161,7 +164,9 @@ def plan_of(config: PretrainConfig, manifest: Manifest | None) -> str:
         rows_per_step=config.batch.rows_per_step,
         steps=config.run.steps,
         num_workers=cluster.num_workers,
+        lanes=config.order.lanes,
         train_tokens=train_tokens,
+        left_out=left_out,
         peak=peak_of(device, host.device_name, config.engine.precision, cluster.threads),
         watts=cluster.num_workers
         * worker_watts(config.energy, device, host.device_name, cluster.cpus_per_worker),
