@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 # Read by Ray when it is imported, in the driver; a value that the user set stays.
@@ -104,7 +106,7 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
     if config.min_workers:
         # After a node is lost, Ray Train first tries the old size anew, for this long instead of 60 s.
         variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
-    runtime_env: dict[str, Any] = {"worker_process_setup_hook": quiet_ray, "env_vars": variables}
+    runtime_env: dict[str, Any] = {"worker_process_setup_hook": prepare_process, "env_vars": variables}
     if config.is_local:
         # A local session is this user's alone: loopback, no dashboard to open.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -124,6 +126,18 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def prepare_process() -> None:
+    """What each of Ray's processes does first."""
+    import ray.util
+
+    quiet_ray()
+    # Else gloo takes the address that the host's name stands for: 127.0.1.1 on a Debian, which no other host reaches.
+    address = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def quiet_ray() -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,53 +17,76 @@ RAY = str(Path(sys.executable).with_name("ray"))
 READY_SECONDS = 90.0
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a node runs: on this machine's loopback, or on a host of its own, whose commands have a prefix."""
+
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+
+
+HERE = Place()
+
+
 class RayNodes:
     """A head and, joined to it, worker nodes; all end with the with-block.
 
     Args:
         log: File that the nodes print into.
         drain_seconds: How long a node that was told to end waits for its workers to leave.
+        settings: Environment variables of all nodes and of what speaks to them.
+        head: Where the head runs.
     """
 
-    def __init__(self, log: Path, drain_seconds: float = 1.0) -> None:
-        self._log, self._drain_seconds = log, drain_seconds
+    def __init__(
+        self,
+        log: Path,
+        drain_seconds: float = 1.0,
+        settings: Mapping[str, str] | None = None,
+        head: Place = HERE,
+    ) -> None:
+        self._log, self._drain_seconds, self._settings = log, drain_seconds, dict(settings or {})
+        self._head = head
         self.port, self.dashboard_port = free_ports(2)
         self.nodes: list[subprocess.Popen[bytes]] = []
 
     @property
     def address(self) -> str:
         """Of the cluster, for `cluster.address` and `RAY_ADDRESS`."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self._head.address}:{self.port}"
 
     @property
     def dashboard(self) -> str:
         """Where jobs are submitted."""
-        return f"http://127.0.0.1:{self.dashboard_port}"
+        return f"http://{self._head.address}:{self.dashboard_port}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """For processes that speak to the cluster: this Python leads the path, and no token is asked for."""
+        """For processes that speak to the cluster: this Python leads the path; no token unless one is set."""
         folder = str(Path(sys.executable).parent)
-        return os.environ | {
+        own = {
             "PATH": f"{folder}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "disabled",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(self._drain_seconds),
         }
+        return os.environ | own | self._settings
 
     def start_head(self, num_cpus: int) -> subprocess.Popen[bytes]:
         """Start the head, and wait until it takes jobs."""
-        head = self._start("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", cpus=num_cpus)
-        wait_for_port(self.dashboard_port, head, self._log)
+        dashboard = {"dashboard-host": self._head.address, "dashboard-port": self.dashboard_port}
+        flags = [f"--{key}={value}" for key, value in {"port": self.port, **dashboard}.items()]
+        head = self._start("--head", *flags, cpus=num_cpus, place=self._head)
+        wait_for_port((self._head.address, self.dashboard_port), head, self._log)
         return head
 
-    def add(self, num_cpus: int) -> subprocess.Popen[bytes]:
+    def add(self, num_cpus: int, place: Place = HERE) -> subprocess.Popen[bytes]:
         """Start a node that joins the head; it is there some seconds later."""
-        return self._start(f"--address={self.address}", cpus=num_cpus)
+        return self._start(f"--address={self.address}", cpus=num_cpus, place=place)
 
-    def _start(self, *flags: str, cpus: int) -> subprocess.Popen[bytes]:
+    def _start(self, *flags: str, cpus: int, place: Place) -> subprocess.Popen[bytes]:
         options = {
             "dashboard-agent-listen-port": free_ports(1)[0],
-            "node-ip-address": "127.0.0.1",
+            "node-ip-address": place.address,
             "num-cpus": cpus,
             "object-store-memory": 300_000_000,
         }
@@ -69,7 +94,7 @@ class RayNodes:
             options["temp-dir"] = self._folder.name
         with open(self._log, "ab") as file:
             node = subprocess.Popen(
-                [RAY, "start", "--block", "--disable-usage-stats", *flags]
+                [*place.prefix, RAY, "start", "--block", "--disable-usage-stats", *flags]
                 + [f"--{key}={value}" for key, value in options.items()],
                 stdout=file,
                 stderr=file,
@@ -111,12 +136,12 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_port(address: tuple[str, int], process: subprocess.Popen[bytes], log: Path) -> None:
     ends = time.monotonic() + READY_SECONDS
     while True:
         assert process.poll() is None, log.read_text(errors="replace")
         try:
-            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return socket.create_connection(address, timeout=1).close()
         except OSError:
             assert time.monotonic() < ends, log.read_text(errors="replace")
             time.sleep(0.2)

@@ -6,14 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import psutil
 
 from cluster.session import PROJECT
-from cluster.storage import Store
+from cluster.storage import Store, open_store
+from data.manifest import read_manifest
+from data.order import Order, OrderConfig
+from data.shards import read_fragment
 from trainers.metrics import read_metrics, steps_of
 
 STEPS = 200  # some seconds: time enough to kill something in the middle
@@ -125,3 +131,23 @@ def kill_tree(pid: int) -> None:
             os.kill(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def expected_digests(prepared: str, steps: Collection[int]) -> list[str]:
+    """What the order says that the rows of these steps are, read from the token shards one by one: no stream."""
+    from data.stream import StepRows  # it imports Ray, which reads its settings then
+
+    store = open_store(prepared)
+    manifest = read_manifest(store)
+    seq_len = SETTINGS["batch.seq_len"]
+    config = OrderConfig(lanes=SETTINGS["order.lanes"], window_steps=SETTINGS["order.window_steps"])
+    order = Order(manifest, config, seq_len=seq_len, rows_per_step=SETTINGS["batch.rows_per_step"])
+    read = cache(lambda fragment: read_fragment(store, manifest, fragment))
+    found = []
+    for step in steps:
+        rows = order.step_rows(step - 1)  # records count finished steps
+        begins = zip(rows.fragment.tolist(), rows.start.tolist(), strict=True)
+        tokens = np.stack([read(fragment)[start : start + seq_len + 1] for fragment, start in begins])
+        ones = np.ones(len(rows), np.float32)
+        found.append(f"{StepRows(step - 1, tokens, ones.astype(np.int8), ones, rows).digest:016x}")
+    return found

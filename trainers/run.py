@@ -42,6 +42,9 @@ EXIT_HEAD_DRAINS = 75
 # Between a group whose processes did not find each other and the next try.
 RENDEZVOUS_PAUSE_SECONDS = 5.0
 RENDEZVOUS_TIMEOUT_SECONDS = 300
+# What an ended pipeline of Ray Data has claimed counts as taken until then (cluster/session.py), and an elastic group
+# would start with fewer workers than fit.
+CLAIMS_EXPIRE_SECONDS = 10.0
 
 
 class RunFailed(RuntimeError):
@@ -87,6 +90,8 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
                 raise SystemExit(EXIT_HEAD_DRAINS)
             if reason not in (GROW, DRAIN):
                 return
+            if config.cluster.min_workers:
+                threading.Event().wait(CLAIMS_EXPIRE_SECONDS)
             store.delete(STOP)
 
 
@@ -174,6 +179,7 @@ class NodeWatch:
 
     def __enter__(self) -> None:
         self._ended, self._former = threading.Event(), latest_attempt(self._store)
+        self._fitting = 0
         self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
         self._thread.start()
 
@@ -203,9 +209,12 @@ class NodeWatch:
             return DRAIN
         if not self._cluster.min_workers or latest_attempt(self._store) == self._former:
             return None  # of a fixed size, or not started yet
-        staying = [node for node in nodes if node["NodeID"] not in draining]
-        more = fitting_workers(self._cluster, staying) > latest_world_size(self._store)
-        return GROW if more else None
+        before, self._fitting = (
+            self._fitting,
+            fitting_workers(self._cluster, [node for node in nodes if node["NodeID"] not in draining]),
+        )
+        # Twice the same: of nodes that come together none is left behind.
+        return GROW if before == self._fitting > latest_world_size(self._store) else None
 
 
 @contextmanager

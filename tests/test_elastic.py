@@ -1,0 +1,76 @@
+"""An elastic run on nodes that come, drain and lose their power: rows and order are those of one worker alone."""
+
+import signal
+import time
+
+import pytest
+
+from cluster.storage import open_store
+from tests.ray_nodes import RayNodes, kill_node
+from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number, wait_for_step
+from trainers.metrics import events_of, read_attempts
+from trainers.stopping import STOP
+
+pytestmark = pytest.mark.cluster
+
+DRAIN_SECONDS = 30.0
+# More steps than there is time for: the run is asked to stop in the end.
+CHANGES = {
+    "run__steps": 100_000,
+    "cluster__num_workers": 2,
+    "cluster__min_workers": 1,
+    "checkpoint__every_steps": 200,
+    "validation__every_steps": 1_000,
+}
+
+
+def wait_for_start(store, number: int, process, seconds: float = 120.0) -> dict:
+    """The event of the run's n-th start of workers."""
+    ends = time.monotonic() + seconds
+    while len(starts := events_of(read_attempts(store), "start")) < number:
+        assert process.poll() is None, "the run ended before"
+        assert time.monotonic() < ends, f"start {number} did not come in {seconds} s"
+        time.sleep(0.2)
+    return starts[number - 1]
+
+
+def test_a_run_grows_with_a_node_leaves_one_that_drains_and_survives_one_that_dies(tmp_path, monkeypatch):
+    with RayNodes(tmp_path / "nodes.txt", DRAIN_SECONDS) as nodes:
+        nodes.start_head(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        run = SmallRun(str(tmp_path), tmp_path / "log.txt")
+        put_corpus(open_store(f"{run.root}/raw"))
+        store = open_store(f"{run.root}/runs/pretrain")
+        driver = run.start(**CHANGES)
+        wait_for_step(store, 10, driver)
+
+        drained = nodes.add(num_cpus=1)
+        grown = wait_for_start(store, 2, driver)
+        assert (grown["world_size"], grown["step"]) == (2, max_step_before(store, 2)), "a step was done twice"
+        wait_for_step(store, grown["step"] + 10, driver)
+
+        drained.send_signal(signal.SIGTERM)  # as Kubernetes ends a pod
+        left = wait_for_start(store, 3, driver)
+        assert (left["world_size"], left["step"]) == (1, max_step_before(store, 3)), "a step was done twice"
+        drained.wait(DRAIN_SECONDS)
+
+        lost = nodes.add(num_cpus=1)
+        again = wait_for_start(store, 4, driver)
+        assert again["world_size"] == 2
+        wait_for_step(store, again["step"] + 10, driver)
+        kill_node(lost)
+        alone = wait_for_start(store, 5, driver)
+        assert alone["world_size"] == 1
+        wait_for_step(store, max_step_before(store, 5) + 10, driver)
+        store.put(STOP, b"")
+        assert run.finish(driver) == 0, run.output()
+    found = steps_by_number(store)
+    assert sorted(found) == list(range(1, max(found) + 1))
+    assert [found[s]["digest"] for s in sorted(found)] == expected_digests(
+        f"{run.root}/prepared", sorted(found)
+    )
+
+
+def max_step_before(store, attempt: int) -> int:
+    """The last step of the attempts before."""
+    return max(r["step"] for r in read_attempts(store) if "loss" in r and r["attempt"] < attempt)
