@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from k8s.check import K8S
-from trainers.live_metrics import COUNTERS, GAUGES
+from trainers.live_metrics import COUNTERS, DRIVER_GAUGES, GAUGES
 
 MONITORING = K8S / "components" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]
@@ -44,6 +44,20 @@ SICK = {  # what differs -> the alert that fires at minute 540
         'ray_node_disk_utilization_percentage{ray_io_cluster="c", ip="1"}': "50+0x500 90+0x100"
     },
 }
+STEP, FINISHED = (f"ray_pretrain_{name}_timestamp_seconds{RUN}" for name in ("last_step", "finished"))
+WITHOUT_WORKER_0 = {  # its pod is gone, and its series with it: name -> what differs, and the alert, if any
+    "lost": ({STEP: "0+60x500 stale"}, "PretrainingStandsStill"),
+    "lost-and-replaced": ({STEP: "0+60x500 stale", STEP.replace("1", "2"): "_x510 30600+60x80"}, None),
+    "finished": ({STEP: "0+60x500 stale", FINISHED: "_x500 30010 30010 stale"}, None),
+    "finished-then-continued-then-lost": (
+        {
+            STEP: "0+60x480 stale",
+            FINISHED: "_x480 28810 28810 stale",
+            STEP.replace("1", "2"): "_x490 29400+60x20 stale",
+        },
+        "PretrainingStandsStill",
+    ),
+}
 AT = "540m"
 
 
@@ -55,7 +69,9 @@ def test_every_alert_has_a_series_that_fires_it_and_says_what_to_do() -> None:
 
 
 def test_alerts_and_dashboard_name_only_metrics_that_are_exported() -> None:
-    known = {f"ray_pretrain_{name}" for name in GAUGES} | {f"ray_pretrain_{name}_total" for name in COUNTERS}
+    known = {f"ray_pretrain_{name}" for name in GAUGES | DRIVER_GAUGES} | {
+        f"ray_pretrain_{name}_total" for name in COUNTERS
+    }
     text = (MONITORING / "rules.yaml").read_text() + (MONITORING / "pretraining.json").read_text()
     used = set(re.findall(r"ray_pretrain_\w+", text))
     assert used <= known
@@ -85,17 +101,33 @@ def firing(series: dict[str, str], folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.skipif(
-    not PROMTOOL, reason="needs promtool (Debian: prometheus), on the path or named by PROMTOOL"
-)
-@pytest.mark.parametrize("alert", ["none", *SICK])
-def test_an_alert_fires_on_its_series_and_no_other_does(alert: str, tmp_path: Path) -> None:
-    test = firing(HEALTHY | SICK.get(alert, {}), tmp_path)
-    if alert != "none":
+def verdict(series: dict[str, str], alert: str | None, folder: Path) -> subprocess.CompletedProcess[str]:
+    """promtool's, on whether exactly this alert fires."""
+    test = firing(series, folder)
+    if alert:
         sample = {"labels": f'{{alertname="{alert}"}}', "value": 1}
         test["tests"][0]["promql_expr_test"][0]["exp_samples"] = [sample]
-    (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
-    result = subprocess.run(
-        [str(PROMTOOL), "test", "rules", "test.yaml"], cwd=tmp_path, capture_output=True, text=True
-    )
+    (folder / "test.yaml").write_text(yaml.safe_dump(test))
+    command = [str(PROMTOOL), "test", "rules", "test.yaml"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+needs_promtool = pytest.mark.skipif(
+    not PROMTOOL, reason="needs promtool (Debian: prometheus), on the path or named by PROMTOOL"
+)
+
+
+@needs_promtool
+@pytest.mark.parametrize("alert", ["none", *SICK])
+def test_an_alert_fires_on_its_series_and_no_other_does(alert: str, tmp_path: Path) -> None:
+    result = verdict(HEALTHY | SICK.get(alert, {}), alert if alert in SICK else None, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@needs_promtool
+@pytest.mark.parametrize("what", WITHOUT_WORKER_0)
+def test_a_run_whose_worker_0_is_gone_is_missed_unless_it_ended(what: str, tmp_path: Path) -> None:
+    changes, alert = WITHOUT_WORKER_0[what]
+    gone = {name: values for name, values in HEALTHY.items() if RUN not in name}
+    result = verdict(gone | changes, alert, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

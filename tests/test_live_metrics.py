@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from trainers.live_metrics import COUNTERS, GAUGES, event_log, readings
+from trainers.goodput import goodput_of
+from trainers.live_metrics import COUNTERS, GAUGES, Productive, driver_event_log, event_log, readings
 
 STEP = {
     "step": 3,
@@ -25,11 +26,10 @@ STEP = {
 }
 
 
-def test_a_step_sets_its_gauges_and_adds_its_seconds() -> None:
+def test_a_step_sets_its_gauges() -> None:
     found = dict(readings(STEP))
     assert found["loss"] == 2.5
     assert found["learning_rate"] == 0.1
-    assert found["productive_seconds"] == 2.0 - 0.5 - 0.25
     assert found["last_step_timestamp_seconds"] == 1e9
     assert "mfu" not in found
     assert "nonfinite_losses" not in found
@@ -42,10 +42,33 @@ def test_a_loss_that_is_no_number_is_counted_and_not_shown() -> None:
     assert not {"loss", "grad_norm"} & found.keys()
 
 
-def test_the_seconds_of_a_step_are_all_accounted_for() -> None:
-    found = dict(readings(STEP))
-    kinds = ("productive_seconds", "data_wait_seconds", "checkpoint_stall_seconds")
-    assert sum(found[kind] for kind in kinds) == STEP["step_seconds"]
+def attempt(number: int, first: int, last: int, checkpoints: list[int]) -> list[dict]:
+    """Records of an attempt that goes on after step `first`, each step a little longer than the one before."""
+    records = [{"event": "start", "step": first, "attempt": number, "time": 100.0 * number}]
+    for step in range(first + 1, last + 1):
+        seconds = 2.0 + 0.1 * step
+        at = {"step": step, "attempt": number, "time": 100.0 * number + step}
+        records.append({**STEP, **at, "step_seconds": seconds})
+        if step in checkpoints:
+            records.append({**at, "event": "checkpoint", "name": f"step-{step}"})
+    return records
+
+
+def test_a_step_done_again_counts_once_as_in_the_accounts_of_the_run() -> None:
+    attempts = [attempt(1, 0, 9, [4]), attempt(2, 4, 6, []), attempt(3, 4, 12, [8, 12])]
+    live = 0.0
+    for records in attempts:
+        productive = Productive()
+        live += sum(productive.committed(record) for record in records)
+    assert live == pytest.approx(goodput_of([r for records in attempts for r in records]).training)
+
+
+def test_steps_after_the_one_that_a_checkpoint_holds_wait_for_the_next() -> None:
+    late = {"event": "checkpoint", "step": 1, "attempt": 1, "time": 1.0}
+    productive = Productive()
+    steps = [{**STEP, "step": step} for step in (1, 2, 3)]
+    assert [productive.committed(record) for record in [*steps, late]] == [0, 0, 0, 1.25]
+    assert productive.committed({**late, "step": 3}) == 2.5
 
 
 @pytest.mark.parametrize(
@@ -82,3 +105,14 @@ def test_every_event_is_one_line_with_run_attempt_worker_and_step_and_steps_are_
         "step": 4,
     }
     assert found["norm"] is None
+
+
+def test_the_driver_tells_events_in_the_same_words_and_only_where_it_is_asked_to() -> None:
+    told, silent = io.StringIO(), io.StringIO()
+    driver_event_log("first", log_events=True, stream=told)("grow", attempt=2, step=7, workers=16)
+    driver_event_log("first", log_events=False, stream=silent)("grow", attempt=2, step=7, workers=16)
+    line = json.loads(told.getvalue())
+    assert line.pop("time") > 0
+    expected = {"run": "first", "attempt": 2, "worker": "driver", "step": 7, "event": "grow", "workers": 16}
+    assert line == expected
+    assert silent.getvalue() == ""

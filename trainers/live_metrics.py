@@ -6,11 +6,13 @@ alerts and a dashboard over them. What they come from, and what is kept, are the
 
 import json
 import math
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from ray.util.metrics import Counter, Gauge
 
@@ -31,9 +33,12 @@ GAUGES = {
     "last_step_timestamp_seconds": "Unix time of the last step.",
     "last_checkpoint_timestamp_seconds": "Unix time of the last committed checkpoint, or of the start.",
 }
+DRIVER_GAUGES = {
+    "finished_timestamp_seconds": "Unix time at which the run ended, done or stopped on purpose."
+}
 COUNTERS = {
     "tokens": "Target tokens trained on.",
-    "productive_seconds": "Time of steps without waiting and stalling; its rate is the goodput.",
+    "productive_seconds": "Time of steps that a checkpoint holds, without waits and stalls; its rate: goodput.",
     "data_wait_seconds": "Time of steps without data to compute on.",
     "checkpoint_stall_seconds": "Time of steps that a checkpoint held up.",
     "skipped_steps": "Steps that the guard refused.",
@@ -41,6 +46,8 @@ COUNTERS = {
     "checkpoints": "Committed checkpoints.",
 }
 RENAMED = {"lr": "learning_rate"}
+SCRAPE_SECONDS_VARIABLE = "PRETRAIN_SCRAPE_SECONDS"
+"""How long a driver stays after its run's end, so that Prometheus sees it: more than its interval and Ray's 10 s."""
 REFRESH_SECONDS = 4.0
 """Ray forgets a gauge that is not set again within two of its reports (10 s each), and a step may take longer."""
 
@@ -70,8 +77,6 @@ def _event_readings(record: Record) -> Iterator[tuple[str, float]]:
 
 def _step_readings(record: Record) -> Iterator[tuple[str, float]]:
     yield "last_step_timestamp_seconds", record["time"]
-    waited, stalled = record["data_wait_seconds"], record["checkpoint_stall_seconds"]
-    yield "productive_seconds", max(0.0, record["step_seconds"] - waited - stalled)
     if not math.isfinite(record["loss"]):
         yield "nonfinite_losses", 1.0
     for key, value in record.items():
@@ -79,6 +84,26 @@ def _step_readings(record: Record) -> Iterator[tuple[str, float]]:
         is_ours = name in COUNTERS or (name in GAUGES and name not in ("step", "attempt"))
         if is_ours and value is not None and math.isfinite(value):
             yield name, value
+
+
+class Productive:
+    """Adds up what steps took, and gives it out once a checkpoint holds them.
+
+    A step that is lost in a failure is done again: counted at once it would be counted twice.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[int, float] = {}
+
+    def committed(self, record: Record) -> float:
+        """Seconds that a record makes count: 0 but for that of a checkpoint."""
+        if "step_seconds" in record:
+            lost = record["data_wait_seconds"] + record["checkpoint_stall_seconds"]
+            self._pending[record["step"]] = max(0.0, record["step_seconds"] - lost)
+        if record.get("event") != "checkpoint":
+            return 0.0
+        held = [step for step in list(self._pending) if step <= record["step"]]
+        return sum(self._pending.pop(step) for step in held)
 
 
 class LiveMetrics:
@@ -91,13 +116,15 @@ class LiveMetrics:
         self._tags = {"run": run}
         self._gauges = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in GAUGES.items()}
         self._counters = {name: Counter(PREFIX + name, text, ("run",)) for name, text in COUNTERS.items()}
+        self._productive = Productive()
         self._last: dict[str, float] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._refresh, name="live metrics", daemon=True)
 
     def observe(self, record: Record) -> None:
         """Takes a record with attempt and time. From any thread."""
-        for name, value in readings(record):
+        found = [*readings(record), ("productive_seconds", self._productive.committed(record))]
+        for name, value in found:
             if name in self._gauges:
                 self._gauges[name].set(value, self._tags)
                 self._last[name] = value
@@ -120,7 +147,7 @@ class LiveMetrics:
                 self._gauges[name].set(value, self._tags)
 
 
-def event_log(run: str, worker: int, stream: TextIO | None = None) -> Callable[[Record], None]:
+def event_log(run: str, worker: int | str, stream: TextIO | None = None) -> Callable[[Record], None]:
     """Writes each event as a line of JSON for a log collector: run, attempt, worker, step, and what belongs to it."""
 
     def write(record: Record) -> None:
@@ -129,3 +156,37 @@ def event_log(run: str, worker: int, stream: TextIO | None = None) -> Callable[[
             print(json.dumps(line), file=stream or sys.stdout, flush=True)
 
     return write
+
+
+class DriverLog:
+    """What the driver says of its run: a line of JSON as the workers', and the metric that it ended.
+
+    tell = driver_event_log(config.run.name, config.run.log_events)
+    tell("group_start", attempt=3, step=480, workers=16)     # also group_failure, grow, takeover, hang
+    tell("finished", attempt=3, step=1_000)                  # or "stopped": no alert waits for a next step
+    """
+
+    ENDS = ("finished", "stopped")
+
+    def __init__(self, run: str, log_events: bool, stream: TextIO | None = None) -> None:
+        self._tags, self._log_events = {"run": run}, log_events
+        self._write = event_log(run, "driver", stream)
+        self._gauges = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in DRIVER_GAUGES.items()}
+
+    def __call__(self, event: str, *, attempt: int = 0, step: int = 0, **details: Any) -> None:
+        if self._log_events:
+            self._write({"time": time.time(), "step": step, "attempt": attempt, "event": event, **details})
+        if event in self.ENDS:
+            self._end()
+
+    def _end(self) -> None:
+        """Shows the end for as long as a scrape may take; not at all where nothing scrapes."""
+        now = time.time()
+        ends = now + float(os.environ.get(SCRAPE_SECONDS_VARIABLE, "0"))
+        self._gauges["finished_timestamp_seconds"].set(now, self._tags)
+        while (left := ends - time.time()) > 0:
+            time.sleep(min(left, REFRESH_SECONDS))
+            self._gauges["finished_timestamp_seconds"].set(now, self._tags)
+
+
+driver_event_log = DriverLog
