@@ -6,15 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+import yaml
 
 from cluster.config import ConfigError, load_config, to_dict, to_yaml
 from cluster.session import PROJECT, ClusterConfig, cpu_problem
 from cluster.storage import open_store
+from data.tokens import TokenizerConfig, train_tokenizer
 from trainers.config import BatchConfig, PretrainConfig, absolute, changed_keys, run_store
 from trainers.model import Backbone
+from trainers.planning import resources_here
+from trainers.pretrain import main
 from trainers.run_folder import CONFIG, check_unchanged
 from trainers.shape import count_parameters
 
+# As the sample's documents are named, and in both its languages.
+DOCUMENTS = [
+    *(
+        (f"{play}/01", f"Enter the king of {play}. He speaks. " * 20)
+        for play in ("macbeth", "hamlet", "lear")
+    ),
+    *((f"review/{number}", f"今天天气真好，我们去公园吧。{number}" * 20) for number in range(3)),
+]
 GIVEN = ["--corpus.uri", "raw", "--corpus.prepared", "prepared"]
 PRESETS = sorted((PROJECT / "trainers" / "configs").glob("*.yaml"))
 
@@ -49,13 +62,55 @@ def test_sizes_that_do_not_fit_name_key_value_and_remedy(arguments, named):
     assert all(word in str(error.value) for word in named)
 
 
+def arguments_of(preset: Path, raw: str = "raw", folder: str = "") -> list[str]:
+    """A preset with its sources, whatever they are called, all in one place."""
+    written = yaml.safe_load(preset.read_text())
+    sources = written.get("corpus", {}).get("sources") or written.get("order", {}).get("weights") or {}
+    uris = {f"corpus.sources.{name}": raw for name in sources} or {"corpus.uri": raw}
+    uris |= {"corpus.prepared": f"{folder}prepared", "run.storage": f"{folder}runs"}
+    return ["--config", str(preset), *(part for key, value in uris.items() for part in (f"--{key}", value))]
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid_and_their_models_have_the_counted_parameters_on_meta_tensors(preset):
-    config = load("--config", str(preset))
+    config = load_config(PretrainConfig, arguments_of(preset), description="").config
     shape = replace(config.model, vocab_size=config.corpus.tokenizer.vocab_size)
     with torch.device("meta"):
         model = Backbone(shape)
     assert sum(p.numel() for p in model.parameters()) == count_parameters(shape).total
+
+
+@pytest.fixture(scope="module")
+def small_export(tmp_path_factory) -> Path:
+    """A model to go on from."""
+    folder = tmp_path_factory.mktemp("export")
+    shape = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer = train_tokenizer([text for _, text in DOCUMENTS], TokenizerConfig(vocab_size=300))
+    (folder / "tokenizer.json").write_text(tokenizer.json)
+    return folder
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_dry_run_of_every_preset_prints_its_plan_and_writes_nothing(preset, small_export, tmp_path, capsys):
+    lines = [json.dumps({"id": name, "text": text}, ensure_ascii=False) for name, text in DOCUMENTS]
+    raw = open_store(f"{tmp_path}/raw")
+    raw.put("part-0.jsonl", "\n".join(lines).encode())
+    arguments = arguments_of(preset, raw.uri, f"{tmp_path}/")
+    if preset.stem == "continue":
+        arguments += ["--run.init_from", str(small_export)]
+    main([*arguments, "--dry-run"])
+    plan = capsys.readouterr().out
+    config = load_config(PretrainConfig, arguments, description="").config
+    assert f"{config.run.steps:,} steps x {config.batch.rows_per_step:,} rows" in plan
+    assert all(
+        f"\n{name} " in plan for name in ("model", "compute", "workers", "memory", "checkpoints", "time")
+    )
+    needs_gpus = config.cluster.gpus_per_worker * config.cluster.num_workers > resources_here()["GPU"]
+    assert ("not on this machine" in plan and "GPUs" in plan) or not needs_gpus
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
 def test_large_presets_have_the_published_numbers_of_parameters():
