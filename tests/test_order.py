@@ -1,6 +1,7 @@
 import pickle
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -132,6 +133,49 @@ def test_an_epoch_trains_every_row_once_except_the_counted_remainder(case):
         finished_by_all_lanes = int(taken[:, source].min()) // epochs.lane_rows
         for epoch in range(finished_by_all_lanes):
             assert sum(row[:2] == (source, epoch) for row in trained) == epochs.rows - left
+
+
+def rows_of_workers(case: Case, workers: int, start: int, stop: int) -> list[tuple[int, ...]]:
+    """What so many workers train from one step to another, by windows as they read them, with an order made anew."""
+    order = case.order()
+    last = order.slots.window_of(stop - 1) if stop > start else -1
+    numbers = range(order.slots.window_of(start), last + 1)
+    trained = []
+    for worker in range(workers):
+        pairs = [(number, lane) for number in numbers for lane in range(worker, order.lanes, workers)]
+        windows = order.windows(*zip(*pairs, strict=True), start=start, stop=stop) if pairs else []
+        trained += [row for window in windows for row in identities(window.rows())]
+    return trained
+
+
+@settings(max_examples=25, deadline=None)
+@given(cases(max_sources=2), st.data())
+def test_over_two_epochs_three_restarts_and_changing_workers_every_row_is_trained_exactly_once(case, data):
+    case.config = replace(
+        case.config, weights={}, schedule=()
+    )  # so that all sources end their epochs together
+    order, lanes = case.order(), case.config.lanes
+    steps = 0
+    while (order.slots.mixture.counts_before(steps, np.arange(lanes)) < two_epochs(order)).any():
+        steps += order.slots.window_steps
+    stops = sorted(data.draw(st.lists(st.integers(0, steps), min_size=3, max_size=3)))
+    trained = []
+    for start, stop in pairwise([0, *stops, steps]):
+        trained += rows_of_workers(case, data.draw(st.integers(1, lanes)), start, stop)
+    assert len(trained) == steps * case.rows_per_step
+    assert len(set(trained)) == len(trained)
+    num_rows = (np.maximum(case.manifest.fragments.num_tokens - 1, 0) // SEQ_LEN).tolist()
+    for source, name in enumerate(order.source_names):
+        whole = {(part, row) for part in case.manifest.select("train", name) for row in range(num_rows[part])}
+        for epoch in (0, 1):
+            found = [row[2:4] for row in trained if row[:2] == (source, epoch)]
+            assert set(found) <= whole and len(set(found)) == len(found)
+            assert len(whole) - len(found) == order.remainder()[name]["rows"] < lanes
+
+
+def two_epochs(order: Order) -> list[int]:
+    """Rows of each source that a lane takes in two epochs."""
+    return [2 * epochs.lane_rows for epochs in order.epochs]
 
 
 def test_epochs_without_a_remainder_train_the_same_rows():
