@@ -339,11 +339,28 @@ def test_more_than_the_cluster_has_is_refused():
         ({"backbone": {"uri": "nowhere"}}, "backbone.uri=.*nowhere holds no exported model"),
         ({"batch": {"max_tokens": 4096}}, "batch.max_tokens=4,096 is more than the backbone's 128 positions"),
         ({"batch": {"max_tokens": 8}}, "records of t are longer than 8 tokens"),
+        (
+            {"adapt": {"train": "lora", "lora_targets": ("qvk_proj",)}},
+            "names qvk_proj, .*; nearest: qkv_proj",
+        ),
+        (
+            {"adapt": {"train": "lora", "lora_targets": ("up_proj",)}},
+            "nothing would be adapted; it has down_proj",
+        ),
     ],
 )
 def test_bad_input_is_one_error_before_training(place, changes, message):
     with pytest.raises(ConfigError, match=message):
         finetune(config(place, "bad", **changes))
+
+
+def test_a_head_alone_is_refused_where_there_is_none(place, tmp_path):
+    uri = put_lines(tmp_path / "g.jsonl", [{"text": f"{n}", "label": f"{n}"} for n in range(80)])
+    task = put_task(tmp_path / "g.yaml", name="g", kind="generation", data={"uri": uri})
+    settings = config(place, "nothing", adapt={"train": "head"})
+    settings = replace(settings, run=replace(settings.run, task=task))
+    with pytest.raises(ConfigError, match="adapt.train=head trains nothing"):
+        finetune(settings)
 
 
 def test_a_backbone_with_a_foreign_tokenizer_is_refused(place, tmp_path):

@@ -14,6 +14,7 @@ from cluster.config import ConfigError
 from cluster.storage import open_store
 from trainers.task import SPLITS, TaskConfig, TaskFiles, TaskSplit, load_task
 from trainers.task_data import PreparedTask, choose_budget, prepare_task
+from trainers.task_records import read_examples
 
 
 def prepared(tmp_path, records, **content) -> PreparedTask:
@@ -141,3 +142,13 @@ def test_another_seed_splits_otherwise_and_under_another_name(tmp_path):
     other = prepare_task(config, open_store(str(tmp_path / "p")))
     assert one.digest != other.digest
     assert {e.id for e in one.read_test()} != {e.id for e in other.read_test()}
+
+
+@pytest.mark.parametrize(("inside", "ending"), [("\u2028", "\n"), ("\u0085", "\n"), (" ", "\r\n")])
+def test_a_line_ends_where_json_lines_do_and_not_within_a_text(tmp_path, inside, ending):
+    records = sentences(9)
+    records[7]["text"] = f"first{inside}second"
+    lines = "".join(json.dumps(record, ensure_ascii=False) + ending for record in records)
+    (tmp_path / "r.jsonl").write_bytes(lines.encode())
+    config = TaskConfig(name="t", kind="classification", data=TaskFiles(uri=str(tmp_path / "r.jsonl")))
+    assert [e.id for e in read_examples(config, config.data.uri)] == [record["id"] for record in records]

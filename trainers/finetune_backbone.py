@@ -2,22 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from tokenizers import Tokenizer
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, nearest
 from cluster.storage import open_store
 from data.tokens import special_ids
 from trainers.export import Exported, load_exported
 from trainers.finetune_config import FinetuneConfig
 from trainers.formats import read_stored, weight_files
 from trainers.local_copy import local_copy
-from trainers.model import initialize
+from trainers.model import Backbone, initialize
 from trainers.shape import ModelConfig
 from trainers.task import TaskConfig
 from trainers.task_encoding import Encoder, framed
+from trainers.task_model import AdaptConfig
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,31 @@ def misfits(config: FinetuneConfig, task: TaskConfig, facts: BackboneFacts) -> I
         )
     if task.kind == "generation" and shape.attention != "causal":
         yield f"kind=generation needs a decoder; backbone.uri={uri} is an encoder"
+    if task.kind == "generation" and config.adapt.train == "head":
+        yield "adapt.train=head trains nothing: kind=generation has no new head; nearest: adapt.train=lora"
+    if config.adapt.train == "lora":
+        yield from lora_misfits(config.adapt.lora_targets, shape)
+
+
+def lora_misfits(targets: Sequence[str], shape: ModelConfig) -> Iterator[str]:
+    """A line for each target that no backbone has, or one where this backbone has none of them."""
+    names = linear_names(shape)
+    known = sorted(names | set(AdaptConfig.lora_targets))
+    for target in targets:
+        if target not in known:
+            remedy = nearest(target, known) or f"one of {', '.join(known)}"
+            yield f"adapt.lora_targets names {target}, which is no linear layer of a block; nearest: {remedy}"
+    if not names & set(targets):
+        yield (
+            f"adapt.lora_targets={list(targets)} are no layers of this backbone: nothing would be adapted; it has "
+            f"{', '.join(sorted(names))}"
+        )
+
+
+def linear_names(shape: ModelConfig) -> set[str]:
+    """Names of the linear layers in the backbone's blocks."""
+    with torch.device("meta"):
+        blocks = Backbone(replace(shape, num_layers=1)).layers
+    return {
+        name.rpartition(".")[2] for name, part in blocks.named_modules() if isinstance(part, torch.nn.Linear)
+    }

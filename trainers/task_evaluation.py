@@ -71,6 +71,8 @@ def written_answers(
 ) -> list[Answer]:
     """What the model writes after each prompt, the likeliest token at a time."""
     backbone: Any = model.backbone
+    if not encoded:
+        return []  # a worker without a share of the records
     prompts = [row.ids[: row.target] for row in encoded]
     closing = prompts[0][0]  # the boundary, which opens each prompt, also ends an answer
     texts = [""] * len(prompts)

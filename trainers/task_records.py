@@ -103,7 +103,8 @@ def read_rows(store: Store, path: str) -> list[dict[str, Any]]:
                 return pa.csv.read_csv(
                     stream, parse_options=pa.csv.ParseOptions(newlines_in_values=True)
                 ).to_pylist()
-            lines = stream.read().decode().splitlines()
+            # Not splitlines, which also ends a line at characters that JSON may hold within a text.
+            lines = stream.read().decode().split("\n")
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ConfigError([f"{store.uri}/{path} cannot be read: {error}"]) from None
     return [_parsed(line, f"{store.uri}/{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]

@@ -89,7 +89,7 @@ def write_task_report(run: Store, prepared: PreparedTask) -> str:
     """Make the page of one seed's run and put it there; returns its URI."""
     task = prepared.task
     result = json.loads(run.read("result.json"))
-    answers = [json.loads(line) for line in run.read("answers.jsonl").decode().splitlines()]
+    answers = [json.loads(line) for line in run.read("answers.jsonl").decode().split("\n") if line]
     curve = [(r["step"], r["validation"][task.judged_by]) for r in validations_of(read_metrics(run))]
     page = {
         "name": run.uri.rstrip("/").rpartition("/runs/")[2] or run.uri,

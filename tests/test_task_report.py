@@ -1,0 +1,36 @@
+"""The page of a run, whatever its answers hold."""
+
+import json
+
+import pytest
+from task_files import put_lines
+
+from cluster.storage import open_store
+from trainers.task import TaskConfig, TaskFiles
+from trainers.task_data import prepare_task
+from trainers.task_report import write_task_report
+
+
+@pytest.fixture
+def written(tmp_path):
+    records = [{"text": f"word {n}", "label": f"answer {n}"} for n in range(60)]
+    data = TaskFiles(uri=put_lines(tmp_path / "r.jsonl", records))
+    task = TaskConfig(name="t", kind="generation", metric="loss", data=data)
+    return prepare_task(task, open_store(str(tmp_path / "p")))
+
+
+def test_a_page_is_written_for_texts_with_any_separator_and_metrics_that_validation_did_not_measure(
+    written, tmp_path
+):
+    run = open_store(str(tmp_path / "run"))
+    answers = [
+        {"id": "1", "text": "a\u2028b", "pair": "", "target": "x\u0085y", "answer": "z", "confidence": None}
+    ]
+    run.put("answers.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers).encode())
+    test = {"metrics": {"loss": 1.5, "chrf": 0.25}, "records": 1, "truncated": 0}
+    result = {"best_step": 1, "steps": 2, "validation": {"loss": 1.25}, "test": test}
+    run.put("result.json", json.dumps(result | {"train_records": 40, "validation_records": 6}).encode())
+    run.put("config.yaml", b"run: {}")
+    write_task_report(run, written)
+    page = run.read("report.html").decode()
+    assert "0.2500" in page and "1.2500" in page and "x\u0085y" in page
