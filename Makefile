@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 STORE ?= local
 RUN ?= sample
+MLM ?= sample-mlm
+ZH ?= sample-zh
 ARGS ?=
 
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain pretrain-mlm pretrain-zh finetune sweep test test-fast bench check k8s-check constraints clean
+.PHONY: help setup pretrain pretrain-mlm pretrain-zh finetune sweep test test-fast bench check k8s-check soak constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,14 +26,22 @@ $(SETUP): pyproject.toml constraints.txt
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# The same two commands on either store; the S3 server's address and keys reach them through the environment.
+# The same commands on either store; the S3 server's address and keys reach them through the environment.
+GENRES := news reviews dictionary dialogues
 ifeq ($(STORE),s3)
   RAW := s3://corpus/shakespeare
+  RAW_ZH := s3://corpus/chinese
+  RUNS := s3://checkpoints/runs
   WITH_STORE := $(PY) cluster/local_s3.py --dir corpora/s3 --
-  URIS := --corpus.uri $(RAW) --corpus.prepared s3://corpus/prepared --run.storage s3://checkpoints/runs
+  URIS := --corpus.uri $(RAW) --corpus.prepared s3://corpus/prepared --run.storage $(RUNS)
+  URIS_ZH := $(foreach genre,$(GENRES),--corpus.sources.$(genre) $(RAW_ZH)/$(genre)) \
+    --corpus.prepared s3://corpus/prepared-chinese --run.storage $(RUNS)
 else
   RAW := corpora/shakespeare
+  RAW_ZH := corpora/chinese
+  RUNS := runs
   URIS :=
+  URIS_ZH :=
 endif
 
 pretrain: $(SETUP)  ## the main job on the sample corpus; STORE=s3 uses a real S3 server on loopback
@@ -46,17 +56,19 @@ sweep: $(SETUP)  ## 20 trials of that task by Ray Tune
 	@$(PY) data/sample_tasks.py --output corpora/tasks movies
 	@$(PY) tune/sweep.py --config tune/configs/movies.yaml --base.backbone.uri runs/$(RUN)/export $(ARGS)
 
-pretrain-mlm: $(SETUP)  ## masked words and next sentences on the same corpus: an encoder as BERT
-	@$(PY) data/sample.py --output corpora/shakespeare
-	@$(PY) trainers/pretrain.py --config trainers/configs/sample-mlm.yaml $(ARGS)
+pretrain-mlm: $(SETUP)  ## masked words and next sentences on the same corpus: an encoder as BERT; MLM=name of its run
+	@$(WITH_STORE) sh -c '$(PY) data/sample.py --output $(RAW) && exec $(PY) trainers/pretrain.py \
+	  --config trainers/configs/sample-mlm.yaml --run.name $(MLM) $(URIS) $(ARGS)'
 
-pretrain-zh: $(SETUP)  ## the same on Chinese text: whole words, by a segmenter
-	@$(PY) data/sample.py --corpus chinese --output corpora/chinese
-	@$(PY) trainers/pretrain.py --config trainers/configs/sample-zh.yaml $(ARGS)
-	@$(PY) trainers/fill_mask.py --model runs/sample-zh/export --text '今天天气真[MASK]，我们去公园吧。' \
-	  --word 好 --word 棒 --word 美
-	@$(PY) trainers/next_sentence.py --model runs/sample-zh/export --first 猫在沙发上睡觉。 \
-	  --second 它看起来很舒服。 --second 太阳从东方升起。
+pretrain-zh: $(SETUP)  ## the same on Chinese text, and a model that also continues text; ZH=name of the runs
+	@$(WITH_STORE) sh -c '$(PY) data/sample.py --corpus chinese --output $(RAW_ZH) \
+	  && $(PY) trainers/pretrain.py --config trainers/configs/sample-zh.yaml --run.name $(ZH) $(URIS_ZH) $(ARGS) \
+	  && $(PY) trainers/pretrain.py --config trainers/configs/sample-zh-mixed.yaml --run.name $(ZH)-mixed $(URIS_ZH) $(ARGS) \
+	  && $(PY) trainers/fill_mask.py --model $(RUNS)/$(ZH)/export --text "今天天气真[MASK]，我们去公园吧。" \
+	    --word 好 --word 棒 --word 美 \
+	  && $(PY) trainers/next_sentence.py --model $(RUNS)/$(ZH)/export --first 猫在沙发上睡觉。 \
+	    --second 它看起来很舒服。 --second 太阳从东方升起。 \
+	  && $(PY) trainers/generate.py --model $(RUNS)/$(ZH)-mixed/export --prompt 人工智能是 --max-new-tokens 60'
 
 test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (more than half an hour on 2 cores)
 	@$(PY) -m pytest $(ARGS)
@@ -75,6 +87,9 @@ k8s-check: $(SETUP)  ## render every manifest and hold it against schemas and ru
 
 bench: $(SETUP)  ## the table of speeds, each as a ratio within one run
 	@$(PY) benchmarks/run.py $(ARGS)
+
+soak: $(SETUP)  ## 20 minutes of a run under faults, one a minute; ARGS='--minutes 5'
+	@$(PY) benchmarks/soak.py $(ARGS)
 
 constraints: $(SETUP)  ## write down the exact versions of what is installed now
 	@$(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu//; s/ @ .*//' > constraints.txt

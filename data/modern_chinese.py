@@ -1,6 +1,7 @@
 """Modern Chinese text as documents: reviews, news, everyday dialogues, and a dictionary's definitions.
 
-Record ids tell the genre: `reviews/…`, `news/…`, `dialogues/…`, `dictionary/…`; one shard per genre.
+Record ids tell the genre: `reviews/…`, `news/…`, `dialogues/…`, `dictionary/…`; each genre has a folder of its own, so
+that it can be a source with a weight.
 """
 
 import io
@@ -38,7 +39,7 @@ def documents(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, dict[st
             case _:
                 continue
         for number, text in enumerate(texts, start=1):
-            yield genre, {"id": f"{prefix}{number:05}", "text": text}
+            yield f"{genre}/all", {"id": f"{prefix}{number:05}", "text": text}
 
 
 def reviews(lines: str) -> Iterator[str]:

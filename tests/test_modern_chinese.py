@@ -41,7 +41,7 @@ def test_dialogues_have_a_line_per_turn_and_reviews_one_document_per_line():
     assert list(reviews("好书 \r\n\n 还行\n")) == ["好书", "还行"]
 
 
-def test_every_genre_has_its_shard_and_other_files_are_left_alone():
+def test_every_genre_has_its_folder_and_other_files_are_left_alone():
     listed = io.BytesIO()
     with zipfile.ZipFile(listed, "w") as inner:
         inner.writestr("words.txt", "晨风\t清晨的风。\n")
@@ -54,8 +54,8 @@ def test_every_genre_has_its_shard_and_other_files_are_left_alone():
         ("chatterbot_corpus/data/english/food.yml", b"conversations: []"),
     ]
     assert [(shard, record["id"], record["text"]) for shard, record in documents(files)] == [
-        ("reviews", "reviews/pos-00001", "好书"),
-        ("news", "news/00001", "报。"),
-        ("dictionary", "dictionary/00001", "晨风：清晨的风。"),
-        ("dialogues", "dialogues/food-00001", "吃\n好"),
+        ("reviews/all", "reviews/pos-00001", "好书"),
+        ("news/all", "news/00001", "报。"),
+        ("dictionary/all", "dictionary/00001", "晨风：清晨的风。"),
+        ("dialogues/all", "dialogues/food-00001", "吃\n好"),
     ]

@@ -8,7 +8,9 @@ import tarfile
 import zipfile
 
 import pytest
+import yaml
 
+from cluster.session import PROJECT
 from cluster.storage import open_store
 from data.sample import SAMPLES, members, put_shards
 
@@ -49,3 +51,17 @@ def test_every_package_is_pinned_by_version_and_hash_and_says_its_licence(sample
         assert re.fullmatch(r"[\w-]+==[\d.]+", package.requirement)
         assert re.fullmatch(r"[0-9a-f]{64}", package.sha256)
         assert package.licence
+
+
+@pytest.mark.parametrize("presets", [("sample", "sample-mlm"), ("sample-zh", "sample-zh-mixed")])
+def test_presets_of_one_sample_share_its_preparation(presets):
+    first, second = (
+        yaml.safe_load((PROJECT / "trainers" / "configs" / f"{name}.yaml").read_text()) for name in presets
+    )
+    assert first["corpus"] == second["corpus"]
+
+
+def test_the_chinese_preset_weighs_every_genre_of_its_sample():
+    preset = yaml.safe_load((PROJECT / "trainers" / "configs" / "sample-zh.yaml").read_text())
+    genres = {"news", "reviews", "dictionary", "dialogues"}
+    assert set(preset["corpus"]["sources"]) == set(preset["order"]["weights"]) == genres
