@@ -152,3 +152,25 @@ def test_a_line_ends_where_json_lines_do_and_not_within_a_text(tmp_path, inside,
     (tmp_path / "r.jsonl").write_bytes(lines.encode())
     config = TaskConfig(name="t", kind="classification", data=TaskFiles(uri=str(tmp_path / "r.jsonl")))
     assert [e.id for e in read_examples(config, config.data.uri)] == [record["id"] for record in records]
+
+
+@pytest.mark.parametrize("kind", ["generation", "regression", "question_answering"])
+@pytest.mark.parametrize("similarity", [0.7, 1.0])
+def test_several_good_answers_to_one_question_stay_together(tmp_path, kind, similarity):
+    context = "Anna and Berta and Carla went home"
+    records = []
+    for number in range(60):
+        for answer in ("Anna", "Berta", "Berta"):
+            label = len(answer) if kind == "regression" else answer
+            records.append({"text": f"{number} {number * 7}?", "pair": context, "label": label})
+    columns = {"pair": "pair"} if kind == "question_answering" else {}
+    if columns:  # alike contexts would make one group of all
+        records = [r | {"pair": f"{context} in {r['text'] * 5}"} for r in records]
+    task = prepared(tmp_path, records, kind=kind, columns=columns, split={"similarity": similarity})
+    splits = everything(task)
+    assert task.left_out == {"contradiction": 0, "repeated": 60}
+    where = {name: [e.text for e in examples] for name, examples in splits.items()}
+    assert all(len(texts) == 2 * len(set(texts)) > 0 for texts in where.values())
+    assert not set(where["train"]) & {*where["validation"], *where["test"]} | {*where["validation"]} & {
+        *where["test"]
+    }

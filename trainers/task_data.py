@@ -98,26 +98,35 @@ def digest_of(task: TaskConfig, given: Mapping[str, Sequence[Example]]) -> str:
 Left = dict[str, list[Example]]
 
 
-def settled(examples: Sequence[Example]) -> tuple[list[Example], Left]:
-    """One example of each content. Contents with several targets contradict themselves: all are left out."""
+def settled(task: TaskConfig, examples: Sequence[Example]) -> tuple[list[Example], Left]:
+    """One example of each content and target.
+
+    A content with several labels contradicts itself: all are left out. Several answers to one question, or several
+    people's numbers, may all be right: they stay, and being of one content never fall into two splits.
+    """
     same: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         same[folded(example.content)].append(example)
     kept: list[Example] = []
     left_out: Left = {"contradiction": [], "repeated": []}
     for group in same.values():
-        if len({json.dumps(example.target, sort_keys=True) for example in group}) > 1:
+        first: dict[str, Example] = {}
+        for example in group:
+            first.setdefault(json.dumps(example.target, sort_keys=True), example)
+        if len(first) > 1 and task.has_labels:
             left_out["contradiction"] += group
-        else:
-            kept.append(group[0])
-            left_out["repeated"] += group[1:]
+            continue
+        kept += first.values()
+        left_out["repeated"] += [
+            example for example in group if all(example is not one for one in first.values())
+        ]
     return kept, left_out
 
 
 def split_by_content(task: TaskConfig, examples: Sequence[Example]) -> tuple[dict[str, list[Example]], Left]:
     """Deal groups of near-duplicates to the splits by the smallest content hash of a group: neither the order
     of the records nor other groups have a say."""
-    kept, left_out = settled(examples)
+    kept, left_out = settled(task, examples)
     groups = group_near_duplicates([example.content for example in kept], task.split.similarity)
     hashes = [content_hash(folded(example.content).encode()) for example in kept]
     leader: dict[int, bytes] = {}
@@ -145,7 +154,7 @@ def keep_apart(
     splits, left_out = split_by_content(replace(task, split=fractions), given["train"])
     for name in ("validation", "test"):
         if name in given:
-            splits[name], others = settled(given[name])
+            splits[name], others = settled(task, given[name])
             left_out = {reason: some + others[reason] for reason, some in left_out.items()}
     owners = [(name, example) for name in KEEPING_ORDER for example in splits[name]]
     groups = group_near_duplicates([example.content for _, example in owners], task.split.similarity)
