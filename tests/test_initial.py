@@ -1,17 +1,19 @@
 """A run that starts from a folder has its shape, its tokenizer and its weights, and trains on from them."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from cluster.config import ConfigError
 from cluster.storage import open_store
 from data.corpus import CorpusConfig
 from data.tokens import FixedTokenizer, TokenizerConfig, train_tokenizer
 from trainers.config import BatchConfig, PretrainConfig, RunConfig
-from trainers.export import export
+from trainers.export import export, load_exported
 from trainers.formats import read_stored
 from trainers.initial import load_initial, with_initial
 from trainers.model import build
@@ -78,6 +80,54 @@ def test_a_hugging_face_folder_gives_shape_tokenizer_and_equal_logits(fixed, kin
         theirs = reference(tokens)
         expected = theirs.prediction_logits if kind == "bert" else theirs.logits
         assert (logits_of(model, tokens)[..., :70] - expected).abs().max() < 1e-4
+
+
+def of_old_norms(stored, model):
+    """As converted from TensorFlow."""
+    names = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+    for now, before in names:
+        stored = {name.replace(now, before): tensor for name, tensor in stored.items()}
+    return stored
+
+
+def of_a_masked_model_alone(stored, model):
+    return stored | {"architectures": ["BertForMaskedLM"]}
+
+
+def with_computed_frequencies(stored, model):
+    names = (f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(2))
+    return stored | {name: model.model.rotary_emb.inv_freq.clone() for name in names}
+
+
+def with_a_tied_head(stored, model):
+    return stored | {
+        "lm_head.weight": stored["model.embed_tokens.weight"].clone(),
+        "tie_word_embeddings": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("bert", of_old_norms),
+        ("bert", of_a_masked_model_alone),
+        ("llama", with_computed_frequencies),
+        ("llama", with_a_tied_head),
+    ],
+)
+def test_a_folder_as_others_write_it_gives_equal_logits(fixed, kind, change, tmp_path):
+    reference, path = saved(kind, tmp_path, fixed.json), tmp_path / "model.safetensors"
+    changed = change(load_file(path), reference)
+    fields = {name: value for name, value in changed.items() if not isinstance(value, torch.Tensor)}
+    save_file({name: value for name, value in changed.items() if name not in fields}, path, {"format": "pt"})
+    described = json.loads((tmp_path / "config.json").read_text()) | fields
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    if change is with_a_tied_head:
+        reference.lm_head.weight = reference.model.embed_tokens.weight
+    model = load_exported(open_store(str(tmp_path))).model
+    tokens = torch.randint(6, 70, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (logits_of(model, tokens) - reference(tokens)[0]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -40,6 +40,7 @@ _IN_LAYER = {
     "post_mlp_layernorm": "output.LayerNorm",
 }
 _QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
+_PAIR_HEAD = ("bert.pooler.", "cls.seq_relationship.")
 _HEAD_BIAS, _DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
 
 
@@ -81,8 +82,10 @@ def from_bert(found: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tupl
     Raises:
         ValueError: query, key or value of a layer is missing.
     """
-    by_name = dict(found)
+    by_name = {_today(name): tensor for name, tensor in found.items()}
     by_name.pop("bert.embeddings.position_ids", None)  # 0, 1, 2, … in folders that old versions wrote
+    if not config.pair_head:  # of BertForMaskedLM, whose folder may hold what its class does not use
+        by_name = {name: tensor for name, tensor in by_name.items() if not name.startswith(_PAIR_HEAD)}
     # A folder holds one of the bias's names or both; the decoder's is the one that transformers computes with.
     head_bias = by_name.pop(_HEAD_BIAS, None)
     head_bias = by_name.pop(_DECODER_BIAS, head_bias)
@@ -103,6 +106,13 @@ def from_bert(found: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tupl
 
 _OURS = {theirs: ours for ours, theirs in _TOP.items()}
 _OURS_IN_LAYER = {theirs: ours for ours, theirs in _IN_LAYER.items()}
+
+
+def _today(name: str) -> str:
+    """A name as transformers writes it today: folders converted from TensorFlow call a norm's parts gamma and beta."""
+    for before, now in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        name = name.replace(before, now)
+    return name
 
 
 def _ours(name: str) -> str:

@@ -39,9 +39,11 @@ def to_llama(pairs: Iterable[tuple[str, Tensor]], config: ModelConfig) -> Iterat
 
 
 def from_llama(found: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the decoder's parameters out of LlamaForCausalLM's."""
-    by_name = dict(found)
-    for name in list(found):
+    """Yield the decoder's parameters out of LlamaForCausalLM's; what it ties or computes is left out."""
+    by_name = {name: tensor for name, tensor in found.items() if not name.endswith(".rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        by_name.pop("lm_head.weight", None)
+    for name in list(by_name):
         for fused, parts in fused_rows(config).items():
             first, *others = parts
             if f".{first}." in name and all(name.replace(first, other) in by_name for other in others):
