@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from cluster.storage import Store
 
@@ -128,7 +128,10 @@ def tokenizer_path(fingerprint: str) -> str:
 
 
 def fix_tokenizer(serialised: str, origin: str, boundary: str) -> FixedTokenizer:
-    """Make a given tokenizer fit for pretraining: no truncation or padding, and a boundary token.
+    """Make a given tokenizer fit for pretraining: no truncation, padding or post-processor, and a boundary token.
+
+    What frames a text is put in here as ids, and by an export in the way of its model: the post-processor is no part of
+    what tells tokenizers apart.
 
     Args:
         serialised: Content of tokenizer.json.
@@ -147,6 +150,7 @@ def fix_tokenizer(serialised: str, origin: str, boundary: str) -> FixedTokenizer
         raise TokenizerError(f"{origin} is not a readable tokenizer.json: {broken}") from broken
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.post_processor = None
     tokenizer.add_special_tokens([boundary])
     fixed = tokenizer.to_str()
     ids = tokenizer.get_vocab(with_added_tokens=True)
@@ -162,6 +166,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> FixedToken
     parts = (part for text in texts for part in cut(text))
     train = _train_bpe if config.kind == "bpe" else _train_wordpiece
     tokenizer = train(parts, config.vocab_size, [config.boundary, *SPECIAL_TOKENS], config)
+    # In a text with hidden words, whoever encodes it, a mask stands for a word with the blank before it.
+    tokenizer.add_special_tokens([AddedToken("[MASK]", lstrip=True, special=True)])
     reached = tokenizer.get_vocab_size()
     if reached < config.vocab_size:
         raise TokenizerError(
@@ -214,10 +220,6 @@ def _train_wordpiece(
     vocabulary = trained(vocab_size, inner)
     tokenizer = _wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]"), normalizer)
     tokenizer.add_special_tokens(special_tokens)
-    # For whoever uses an exported encoder in transformers; here, special tokens are put in as ids.
-    tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
-    )
     return tokenizer
 
 

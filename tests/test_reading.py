@@ -2,13 +2,14 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import transformers
 
 from cluster.storage import open_store
-from data.tokens import FixedTokenizer, TokenizerConfig, train_tokenizer
+from data.tokens import FixedTokenizer, TokenizerConfig, fix_tokenizer, train_tokenizer
 from trainers import embed, fill_mask, next_sentence
 from trainers.bert import SWITCHES
 from trainers.export import export, load_exported
@@ -121,7 +122,7 @@ def test_an_encoder_refuses_to_continue_a_text(folder):
     ("ask", "message"),
     [
         (lambda reader: reader.fill("今天"), r"no \[MASK\] in '今天'"),
-        (lambda reader: reader.fill("[MASK]", words=["天气"]), "'天气' is no token"),
+        (lambda reader: reader.goes_on([("", "天")]), "has no tokens"),
         (lambda reader: reader.fill("天" * 50 + "[MASK]"), "53 tokens.*40 positions"),
         (lambda reader: reader.embed(["天", ""]), "has no tokens"),
     ],
@@ -148,10 +149,38 @@ def test_what_the_model_lacks_is_refused_by_name(fixed, tmp_path):
         reader.goes_on([("a", "b")])
 
 
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_transformers_frames_texts_of_an_export_as_they_are_read_here(kind, tmp_path):
+    size = {"bpe": 300, "wordpiece": 70}[kind]
+    fixed = train_tokenizer(SAMPLE, TokenizerConfig(kind=kind, vocab_size=size))
+    folder = exported_to(tmp_path, fixed, replace(BERT, vocab_size=size))
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(folder),
+        Reader(load_exported(open_store(folder))),
+    )
+    for texts in [("the love of [MASK] and kings",), ("the kings", "of [MASK]."), (TEXT,), ("[MASK] of",)]:
+        expected, [rows] = theirs(*texts), ours._batches([texts], 1)
+        assert rows.tokens_BT.tolist() == [expected["input_ids"]]
+        assert rows.types_BT.tolist() == [expected["token_type_ids"]]
+
+
+def test_an_export_keeps_the_fingerprint_of_its_corpus(fixed, folder):
+    stored = open_store(folder).read("tokenizer.json").decode()
+    assert "TemplateProcessing" in stored
+    assert fix_tokenizer(stored, "here", "<|endoftext|>").fingerprint == fixed.fingerprint
+
+
+def test_a_blank_before_a_mask_belongs_to_the_hidden_word(tmp_path):
+    fixed = train_tokenizer(SAMPLE, TokenizerConfig(vocab_size=300))
+    reader = Reader(load_exported(open_store(exported_to(tmp_path, fixed, replace(BERT, vocab_size=300)))))
+    with_blank, without = (reader.fill(f"the love{blank}[MASK] Denmark", top=3) for blank in (" ", ""))
+    assert with_blank == without
+
+
 def test_the_entries_print_what_was_asked(folder, capsys, monkeypatch):
-    fill_mask.main(["--model", folder, "--text", TEXT, "--word", "好", "--top", "3"])
+    fill_mask.main(["--model", folder, "--text", TEXT, "--word", "好", "--word", "天气", "--top", "3"])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == TEXT and len(printed) == 5
+    assert printed[0] == TEXT and len(printed) == 7 and printed[3].strip() == "天气: no token"
     assert len(printed[1].removeprefix("  [MASK] 1: ").split("  ")) == 3 and "好: rank" in printed[2]
     next_sentence.main(["--model", folder, "--first", "今天", "--second", "天气", "--second", "公园"])
     probabilities = [float(line.split()[0]) for line in capsys.readouterr().out.splitlines()]

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import yaml
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from cluster.config import from_dict
@@ -71,11 +72,12 @@ def export(
     boundary = tokenizer.id_to_token(boundary_id)
     if boundary is None:
         raise ValueError(f"boundary_id={boundary_id} is not in the tokenizer; give the one of the manifest")
-    target.put("tokenizer.json", tokenizer_json)
     if config.attention == "causal":
+        target.put("tokenizer.json", tokenizer_json)
         put_json(target, "tokenizer_config.json", tokenizer_config(config, boundary))
         put_json(target, "generation_config.json", generation_config(boundary_id))
     else:
+        target.put("tokenizer.json", framing(tokenizer, ids).to_str().encode())
         put_json(target, "tokenizer_config.json", encoder_tokenizer_config(config, tokenizer, ids))
     put_json(target, "config.json", form.fields(config, ids, dtype))
 
@@ -130,6 +132,18 @@ def write_weights(named: Iterable[tuple[str, Tensor]], target: Store) -> None:
     for info in target.list("model"):  # of an earlier export with other files, which would be read instead
         if info.path not in index.values() and (info.path != INDEX or WEIGHTS in index.values()):
             target.delete(info.path)
+
+
+def framing(tokenizer: Tokenizer, ids: SpecialIds) -> Tokenizer:
+    """The tokenizer as it puts the texts of an encoder between special tokens, where it has these."""
+    if ids.cls is not None and ids.sep is not None:
+        opening, closing = tokenizer.id_to_token(ids.cls), tokenizer.id_to_token(ids.sep)
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{opening} $A {closing}",
+            pair=f"{opening} $A {closing} $B:1 {closing}:1",
+            special_tokens=[(opening, ids.cls), (closing, ids.sep)],
+        )
+    return tokenizer
 
 
 def tokenizer_config(config: ModelConfig, boundary: str) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             shown = "  ".join(f"{each.token} {each.probability:.4f}" for each in filled.candidates)
             print(f"  [MASK] {number}: {shown}")
             for word, place in filled.words.items():
-                print(f"    {word}: rank {place.rank:,}, probability {place.probability:.2g}")
+                found = f"rank {place.rank:,}, probability {place.probability:.2g}" if place else "no token"
+                print(f"    {word}: {found}")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ class Filled:
 
     candidates: list[Candidate]
     """The likeliest tokens, likeliest first."""
-    words: dict[str, Place]
-    """Where the words that were asked for stand among all tokens."""
+    words: dict[str, Place | None]
+    """Where the words that were asked for stand among all tokens; None for one that is no token."""
 
 
 class _Rows(NamedTuple):
@@ -76,8 +76,7 @@ class Reader:
         """Say what each [MASK] of a text may stand for.
 
         Raises:
-            ValueError: there is no [MASK], in the text or the tokenizer; a word is no single token; the text is too
-                long.
+            ValueError: there is no [MASK], in the text or the tokenizer; the text is too long.
         """
         if self._ids.mask is None:
             raise ValueError(f"the tokenizer has no {MASK}: the model was not trained to fill it")
@@ -106,7 +105,7 @@ class Reader:
         """Return the probability of each pair that its second text follows the first.
 
         Raises:
-            ValueError: the model has no pair head, or a pair is too long.
+            ValueError: the model has no pair head, or a text is too long or has no tokens.
         """
         if self._model.pair_head is None:
             raise ValueError("the model has no pair head: train it with objective.kind=masked_next_sentence")
@@ -118,7 +117,7 @@ class Reader:
         """Return a vector for each text, float32 [B, D]: the mean over its tokens, or the state of the first position.
 
         Raises:
-            ValueError: a text is too long, or has no tokens to take the mean of.
+            ValueError: a text is too long, or has no tokens.
         """
         vectors = [self._model.embed_tokens.weight.new_empty(0, self._model.config.hidden_size)]
         for rows in self._batches([(text,) for text in texts], batch_size):
@@ -127,8 +126,6 @@ class Reader:
                 vectors.append(hidden_BTD[:, 0])
                 continue
             weights_BT1 = rows.content_BT[:, :, None].to(hidden_BTD)
-            if not bool(rows.content_BT.any(dim=1).all()):
-                raise ValueError("a text has no tokens; leave empty texts out")
             vectors.append((hidden_BTD * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1))
         return torch.cat(vectors).float().cpu()
 
@@ -144,6 +141,8 @@ class Reader:
 
     def _framed(self, texts: Sequence[tuple[str, ...]]) -> _Rows:
         encoded = [[self._encoded(part) for part in parts] for parts in texts]
+        if any(not part for parts in encoded for part in parts):
+            raise ValueError("a text has no tokens; leave empty texts out")
         ids, room = self._ids, self._model.config.max_positions
         framed = [list(self._frame(parts, ids)) for parts in encoded]
         longest = max(map(len, framed))
@@ -178,18 +177,18 @@ class Reader:
     def _encoded(self, text: str) -> list[int]:
         if self._ids.mask is None:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
-        pieces = [self._tokenizer.encode(piece, add_special_tokens=False).ids for piece in text.split(MASK)]
+        # A mask stands for a word with the blank before it: byte-level tokens hold it, and would leave it alone.
+        *before, last = text.split(MASK)
+        texts = [*(piece.removesuffix(" ") for piece in before), last]
+        pieces = [self._tokenizer.encode(piece, add_special_tokens=False).ids for piece in texts]
         return [*pieces[0], *(token for piece in pieces[1:] for token in (self._ids.mask, *piece))]
 
     def _ids_of(self, word: str) -> list[int]:
-        """The tokens that spell a word, with a blank before it or without."""
+        """The tokens that spell a word, with a blank before it or without; none where several would."""
         texts, inner = self._vocabulary.texts, self._vocabulary.inner
-        spelled = [
+        return [
             token for token, text in enumerate(texts) if text.strip() == word.encode() and not inner[token]
         ]
-        if not spelled:
-            raise ValueError(f"{word!r} is no token of this tokenizer: one {MASK} stands for one token")
-        return spelled
 
     def _spelled(self, token: int) -> str:
         """A token's text without blanks; a special one's name. Ids beyond the tokenizer's have none."""
@@ -198,7 +197,9 @@ class Reader:
         return self._vocabulary.texts[token].decode(errors="replace").strip()
 
 
-def _place(probabilities_V: Tensor, ids: Sequence[int]) -> Place:
+def _place(probabilities_V: Tensor, ids: Sequence[int]) -> Place | None:
     """The best place of several tokens; equally likely ones share the better rank."""
+    if not ids:
+        return None
     probability = probabilities_V[list(ids)].max()
     return Place(int((probabilities_V > probability).sum()) + 1, probability.item())
