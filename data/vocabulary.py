@@ -7,11 +7,13 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from data.tokens import special_ids
 
 # What a special token is in running text: no word and no sentence goes across it.
 _BREAK = b"\n\n"
@@ -30,7 +32,8 @@ class Vocabulary:
     texts: Sequence[bytes]
     """By id: what it adds to the text; a blank before it included, where it begins a word after one."""
     special: np.ndarray
-    """bool [V]: stands for no text, as [MASK] or the boundary of documents, or for any, as [UNK]."""
+    """bool [V]: stands for no text, as [MASK] or the boundary of documents, or for any, as [UNK]. Old folders list such
+    tokens in the vocabulary alone."""
     inner: np.ndarray
     """bool [V]: marked as the inside of a word, as `##ing`."""
     marks_inner: bool
@@ -42,6 +45,7 @@ class Vocabulary:
         fields = json.loads(tokenizer_json)
         ids = Tokenizer.from_buffer(tokenizer_json).get_vocab(with_added_tokens=True)
         added = {token["content"]: token["special"] for token in fields["added_tokens"]}
+        framing = {*asdict(special_ids(tokenizer_json)).values()}
         prefix = fields["model"].get("continuing_subword_prefix") or "##"
         marks_inner = fields["model"]["type"] == "WordPiece"
         bytes_of = _byte_level if _has_byte_level(fields) else _spelled
@@ -52,6 +56,8 @@ class Vocabulary:
         for token, number in ids.items():
             if token == unknown:
                 special[number], texts[number] = True, _UNKNOWN
+            elif number in framing:
+                special[number], texts[number] = True, _BREAK
             elif token in added:
                 special[number] = added[token]
                 texts[number] = _BREAK if added[token] else token.encode()

@@ -43,6 +43,14 @@ def test_documents_of_one_sentence_are_refused_for_pairs(kind, tmp_path):
     assert found(tmp_path, PROSE[:60], kind, *PAIRS) == []
 
 
+def test_a_validation_split_without_pairs_is_refused_by_name(tmp_path):
+    texts = {"train": PROSE[:60], "validation": ["This alone is said."] * 40}
+    store = open_store(f"{tmp_path}/prepared")
+    manifest = put_text_corpus(store, texts, tokenizer(), fragment_tokens=1_000)
+    [problem] = objective_problems(load(tmp_path, "masked_next_sentence", *PAIRS), manifest)
+    assert "of the validation split" in problem
+
+
 def test_one_document_alone_is_refused_for_next_sentences_and_has_orders(tmp_path):
     one = ["It rains. We wait. " * 40]
     assert len(found(tmp_path, one, "masked_next_sentence", *PAIRS)) == 1

@@ -71,6 +71,14 @@ def test_an_id_that_the_tokenizer_skips_stands_for_no_text(bpe):
     assert len(vocabulary.texts) == far + 1
 
 
+def test_tokens_that_frame_texts_are_special_also_where_only_the_vocabulary_lists_them(bpe):
+    fields = json.loads(bpe.json)
+    fields["added_tokens"] = []
+    vocabulary = Vocabulary.from_tokenizer(json.dumps(fields).encode())
+    framing = [fields["model"]["vocab"][name] for name in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
+    assert vocabulary.special[framing].all()
+
+
 @given(st.text(st.characters(codec="utf-8"), max_size=30))
 def test_characters_begin_where_their_utf8_begins(text):
     assert character_begins(text).tolist() == [len(text[:i].encode()) for i in range(len(text) + 1)]

@@ -7,7 +7,7 @@ import numpy as np
 
 from cluster.hardware import peak_of, this_host, worker_watts
 from cluster.session import cpu_problem
-from cluster.storage import open_store
+from cluster.storage import Store, open_store
 from data.assemble import given_tokenizer
 from data.documents import corpus_problems
 from data.epochs import Rows
@@ -86,21 +86,27 @@ def objective_problems(config: PretrainConfig, manifest: Manifest) -> Iterator[s
     framing = config.objective.framing
     if problems or framing is None or not config.objective.has_pairs:
         return
-    fragments = manifest.select("train")
-    tried = fragments[permute(np.arange(len(fragments)), max(1, len(fragments)), key=0)][:FRAGMENTS_TRIED]
     maker = framing_of(framing, config.corpus.prepared, manifest, config.batch.seq_len)
-    for fragment in tried:
-        whole = read_fragment(corpus, manifest, int(fragment))
-        start = np.arange(0, max(1, len(whole) - 1), config.batch.seq_len)[:ROWS_TRIED]
-        rows = Rows(start * 0, start * 0, start * 0 + fragment, np.arange(len(start)), start)
-        if (maker.frame(whole, rows)[1] != NO_LABEL).any():
-            return
-    yield (
-        f"objective.kind={config.objective.kind} finds no pair in the {len(tried):,} fragments of the train split that "
-        "were tried: it needs documents of two sentences or more, and for next sentences several documents in a "
-        "fragment; raise corpus.fragment_tokens, give longer documents, or set objective.kind=masked and "
-        "model.pair_head=false"
-    )
+    for split in ("train", "validation"):
+        fragments = manifest.select(split)
+        tried = fragments[permute(np.arange(len(fragments)), max(1, len(fragments)), key=0)][:FRAGMENTS_TRIED]
+        if any(_has_pair(maker, corpus, manifest, int(fragment)) for fragment in tried):
+            continue
+        if split == "train" or len(tried):
+            yield (
+                f"objective.kind={config.objective.kind} finds no pair in the {len(tried):,} fragments of the {split} "
+                "split that were tried: it needs documents of two sentences or more, and for next sentences several "
+                "documents in a fragment; raise corpus.fragment_tokens, give longer documents, or set "
+                "objective.kind=masked and model.pair_head=false"
+            )
+
+
+def _has_pair(maker: Framing, corpus: Store, manifest: Manifest, fragment: int) -> bool:
+    """Whether a pair can be made of the first rows of a fragment."""
+    whole = read_fragment(corpus, manifest, fragment)
+    start = np.arange(0, max(1, len(whole) - 1), maker.seq_len)[:ROWS_TRIED]
+    rows = Rows(start * 0, start * 0, start * 0 + fragment, np.arange(len(start)), start)
+    return bool((maker.frame(whole, rows)[1] != NO_LABEL).any())
 
 
 def manifest_problems(config: PretrainConfig, manifest: Manifest) -> Iterator[str]:
