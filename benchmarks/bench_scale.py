@@ -2,9 +2,9 @@
 
     python benchmarks/bench_scale.py [--petabytes 1] [--workers 1024] [--fragment-tokens 8388608]
 
-Real are manifest, order and the plans of the reads; nothing is read. `balance` is the largest share of a step's rows
-over the smallest; `read again` the tokens fetched over those trained on, for a window takes whole fragments; rates hold
-at `--tokens-per-second` of all workers. A task's bytes are what Ray has to carry to a reader.
+Prints a table in Markdown, within seconds. Real are manifest, order and the plans of the reads; nothing is read.
+Balance is the largest share of a window's rows over the smallest; fetched over trained counts tokens, for a window
+takes whole fragments; rates hold at `--tokens-per-second` of all workers. A task's bytes are what Ray has to carry to a reader.
 """
 
 import argparse
@@ -55,10 +55,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan_seconds, plan_bytes = time.perf_counter() - started, peak_bytes() - before
     tokens = int(manifest.fragments.num_tokens.sum())
     columns = sum(column.nbytes for column in vars(manifest.fragments).values())
-    print(f"{tokens / 1e12:.0f} T tokens in {num_fragments:,} fragments, {len(manifest.shards):,} shards")
-    print(f"manifest in memory     {columns / 1e9:.2f} GB")
-    print(f"order planned          {plan_seconds:.1f} s, {plan_bytes / 1e9:.2f} GB more")
-    print_reads(order, manifest, options)
+    print("| what | result |\n|---|---|")
+    for what, result in [
+        (
+            "corpus",
+            f"{tokens / 1e12:.0f} T tokens in {num_fragments:,} fragments, {len(manifest.shards):,} shards",
+        ),
+        ("manifest in memory", f"{columns / 1e9:.2f} GB"),
+        ("order planned", f"{plan_seconds:.1f} s, {plan_bytes / 1e9:.2f} GB more"),
+        *reads_of(order, manifest, options),
+    ]:
+        print(f"| {what} | {result} |")
 
 
 def larger_fragments(manifest: Manifest, tokens: int) -> Manifest:
@@ -67,8 +74,8 @@ def larger_fragments(manifest: Manifest, tokens: int) -> Manifest:
     return replace(manifest, fragments=replace(manifest.fragments, num_tokens=scaled.astype(np.int64)))
 
 
-def print_reads(order: Order, manifest: Manifest, options: argparse.Namespace) -> None:
-    """What the readers of the first windows would do."""
+def reads_of(order: Order, manifest: Manifest, options: argparse.Namespace) -> list[tuple[str, str]]:
+    """What the readers of the first windows would do, in words."""
     lanes = list(range(order.lanes))
     started = time.perf_counter()
     reads: list[WindowRead] = []
@@ -85,15 +92,18 @@ def print_reads(order: Order, manifest: Manifest, options: argparse.Namespace) -
     shards = manifest.fragments.shard[fragments]
     busiest = np.bincount(shards).max()
     token_bytes = np.dtype(manifest.token_dtype).itemsize
-    print(f"one window of all lanes planned in {seconds:.2f} s, trained on in {window_seconds:,.0f} s")
-    print(f"balance                {rows.max() / rows.min():.3f} rows of a window, by worker")
-    print(f"fragments a read       {touched.mean():.2f} (at most {touched.max()})")
-    print(f"read again             {fetched / used:.2f} x")
-    print(f"fragment reads/s       {len(fragments) / WINDOWS_LOOKED_AT / window_seconds:,.0f}")
     rate = fetched / used * options.tokens_per_second * token_bytes / 1e6
-    print(f"fetched                {rate:,.0f} MB/s, uncompressed")
-    print(f"reads of one object    at most {busiest} of {len(fragments):,}")
-    print(f"a task                 {np.mean([len(pickle.dumps(read)) for read in reads[:64]]) / 1e3:,.1f} kB")
+    task_bytes = np.mean([len(pickle.dumps(read)) for read in reads[:64]])
+    return [
+        ("one window of all workers", f"planned in {seconds:.2f} s, trained on in {window_seconds:,.0f} s"),
+        ("balance of the workers' rows", f"{rows.max() / rows.min():.3f}"),
+        ("fragments in a read", f"{touched.mean():.2f} (at most {touched.max()})"),
+        ("fetched over trained", f"{fetched / used:.2f}"),
+        ("requests", f"{len(fragments) / WINDOWS_LOOKED_AT / window_seconds:,.1f} fragments/s"),
+        ("fetched", f"{rate:,.0f} MB/s, uncompressed"),
+        ("reads of one object", f"at most {busiest} of {len(fragments):,}"),
+        ("a task", f"{task_bytes / 1e3:,.1f} kB"),
+    ]
 
 
 if __name__ == "__main__":
