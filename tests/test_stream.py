@@ -164,25 +164,42 @@ def test_the_stream_waits_for_an_object_store_that_is_away(s3, s3_uri, start_gro
     assert len(before[0]) == 15
 
 
-def test_a_block_out_of_order_stops_the_stream(corpus):
+def test_a_worker_that_gets_anothers_blocks_stops(corpus):
     prepared, manifest = corpus
-    order = order_of(manifest)
-    stream = TokenStream(
-        order,
-        manifest,
-        prepared,
-        rank=0,
-        world_size=2,
-        start_step=0,
-        stop_step=9,
-        broadcast=lambda value: value,
-    )
-    with stream:
-        table = next(iter(stream._tasks(range(0, 1))))()
-        stream._checked(table, window=0, turn=0)
-        for window, turn in ((0, 1), (1, 0)):
-            with pytest.raises(StreamError, match="got lane 0, steps 0 to 4"):
-                stream._checked(table, window=window, turn=turn)
+    handed = []
+
+    def swapped(parts):
+        handed[:] = parts[::-1] if parts else handed
+        return handed
+
+    options = {"world_size": 2, "start_step": 0, "stop_step": 9, "broadcast": swapped}
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(TokenStream(order_of(manifest), manifest, prepared, rank=rank, **options))
+            for rank in (0, 1)
+        ]
+        for rank, stream in enumerate(streams):
+            with pytest.raises(
+                StreamError, match=f"got lane {1 - rank}, steps 0 to 4, instead of lane {rank}"
+            ):
+                next(stream)
+
+
+def test_opening_takes_as_long_at_the_end_of_an_epoch_as_at_its_beginning(corpus, start_group):
+    prepared, manifest = corpus
+    epoch_steps = 1 / max(order_of(manifest).epochs_before(1).values())
+    # The last in an epoch so late that whoever reads, or counts, from the beginning does not arrive.
+    starts = [int(epochs * epoch_steps) for epochs in (0.01, 0.99, 100_000.99)]
+    seconds = {start: [] for start in starts}
+    for start in 2 * starts:
+        began = time.monotonic()
+        group = start_group(prepared, 1, start, start + 5)
+        [[first]] = group.call("take", 1)
+        seconds[start].append(time.monotonic() - began)
+        assert first["step"] == start
+        group.call("close")
+    fastest = [min(each) for each in seconds.values()]
+    assert max(fastest) < 3 * min(fastest)
 
 
 def test_a_step_says_how_long_it_was_waited_for(corpus, start_group):
