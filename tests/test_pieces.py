@@ -1,0 +1,74 @@
+"""Laws of a piece of work: its name follows from what changes its result, and from nothing else."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.storage import open_store
+from data.corpus import CorpusConfig, RawShard
+from data.pieces import Piece, digest_of, record_path, survey
+from data.splits import SplitConfig
+from data.tokens import TokenizerConfig
+
+PIECE = Piece((RawShard("web", "a.jsonl", 10, "v1"), RawShard("web", "b.jsonl", 20, "v1")))
+CONFIG = CorpusConfig(uri="raw", prepared="prepared")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(CONFIG, text_column="body"),
+        replace(CONFIG, id_column="name"),
+        replace(CONFIG, normalization="NFKC"),
+        replace(CONFIG, max_record_bytes=4_096),
+        replace(CONFIG, splits=SplitConfig(test=0.5)),
+    ],
+)
+def test_a_survey_of_texts_that_are_read_otherwise_has_another_name(changed):
+    assert PIECE.survey_digest(changed) != PIECE.survey_digest(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": "v2"}, {"path": "c.jsonl"}, {"num_bytes": 11}, {"source": "books"}]
+)
+def test_a_survey_of_another_shard_has_another_name(change):
+    first, *others = PIECE.shards
+    assert Piece((replace(first, **change), *others)).survey_digest(CONFIG) != PIECE.survey_digest(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(CONFIG, uri="elsewhere"),
+        replace(CONFIG, prepared="elsewhere"),
+        replace(CONFIG, cpus_per_piece=0.5),
+        replace(CONFIG, tokenizer=TokenizerConfig(vocab_size=300)),
+        replace(CONFIG, fragment_tokens=512),
+    ],
+)
+def test_what_a_survey_does_not_read_changes_its_name_in_nothing(changed):
+    assert PIECE.survey_digest(changed) == PIECE.survey_digest(CONFIG)
+
+
+def test_the_names_of_finished_pieces_never_change():
+    # A change here prepares every corpus anew that was ever prepared: raise FORMAT if that is meant.
+    assert PIECE.survey_digest(CONFIG) == SURVEY
+    assert digest_of("tokens", "a", 1) == TOKENS
+
+
+def test_a_survey_done_twice_writes_the_same_bytes_and_its_record_last(tmp_path):
+    raw = open_store(f"{tmp_path}/raw")
+    raw.put("a.jsonl", b'{"id": "x", "text": "one"}\n{"id": "y", "text": "two"}\n{"no": "text"}\n')
+    piece = Piece((RawShard("corpus", "a.jsonl", 80, "v1"),))
+    written = []
+    for name in ("first", "second"):
+        config = CorpusConfig(uri=raw.uri, prepared=f"{tmp_path}/{name}")
+        survey(piece, config)
+        store = open_store(config.prepared)
+        written.append({info.path: store.read(info.path) for info in store.list()})
+        newest = max(store.list(), key=lambda info: int(info.version.split("-")[0]))
+        assert newest.path == record_path("survey", piece.survey_digest(config))
+    assert written[0] == written[1] and len(written[0]) == 3
+
+
+SURVEY, TOKENS = "d3f2ba01c1d2eab1", "e9f1a247f080f56d"
