@@ -3,6 +3,7 @@ import re
 import pytest
 
 from cluster.config import ConfigError, load_config
+from trainers.config import PretrainConfig
 from trainers.plan_cluster import ClusterPlanConfig, main, options, room
 from trainers.throughput import Strategy
 
@@ -59,3 +60,13 @@ def test_room_is_less_than_the_memory() -> None:
 
     assert all(0 < room(gpu) < gpu.memory_bytes for gpu in GPUS.values())
     assert Strategy(zero_stage=0, micro_batch_rows=1).offload == "none"
+
+
+def test_at_least_more_workers_than_at_most_is_one_error_that_names_both_keys() -> None:
+    with pytest.raises(ConfigError) as found:
+        load_config(
+            PretrainConfig, ["--cluster.min_workers", "9", "--cluster.num_workers", "4"], description=""
+        )
+    (problem,) = [line for line in found.value.problems if "min_workers" in line]
+    assert "cluster.min_workers=9" in problem
+    assert "cluster.num_workers=4" in problem
