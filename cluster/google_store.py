@@ -70,7 +70,8 @@ class GoogleStore(RemoteStore):
 
         def upload(http: "_Client", at: str) -> None:
             with open(local, "rb") as file:
-                http.insert(at, _MEDIA, file, _BYTES)
+                # An empty file has no length for requests, which would send it in chunks.
+                http.insert(at, _MEDIA, file if local.stat().st_size else b"", _BYTES)
 
         self._call("write", path, upload)
 

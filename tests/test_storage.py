@@ -74,6 +74,13 @@ def test_every_part_of_an_object_is_read_as_it_was_put(store: Store) -> None:
     assert store.read("a/b.bin") == b"over it"
 
 
+def test_files_of_any_size_are_uploaded(store: Store, tmp_path: Path) -> None:
+    for content in (b"", b"1", CONTENT):
+        (tmp_path / "local").write_bytes(content)
+        store.upload(tmp_path / "local", "x")
+        assert store.read("x") == content
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moves=st.lists(st.tuples(st.integers(0, 320_000), st.integers(0, 90_000)), max_size=5))
 def test_an_open_object_reads_as_a_file_does(store: Store, moves: list[tuple[int, int]]) -> None:
