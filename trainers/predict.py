@@ -1,12 +1,16 @@
 """Answer records without labels with a fine-tuned model, as a Ray Data job; goes on where it was interrupted.
 
-python trainers/predict.py --model runs/NAME/seed-0/export --input s3://bucket/texts --output s3://bucket/answers
+    python trainers/predict.py --model runs/NAME/seed-0/export --input s3://bucket/texts --output s3://bucket/answers
+
+JSON lines and Parquet are read by many workers at a time, a CSV or a compressed file by one. A record that cannot be
+answered has a line with its error. Answers of another model, or of inputs that have changed since, are refused.
 """
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,57 +18,117 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, from_dict
 from cluster.session import ClusterConfig, ray_session
-from cluster.storage import open_store
-from trainers.prediction import Piece, Predictor, pieces_of
+from cluster.storage import Store, open_store
+from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
+from trainers.prediction_rows import Piece, column_problems, pieces_of
+from trainers.task import TaskConfig
+from trainers.task_export import TASK
+from trainers.task_records import find_files
+
+JOB = "predict.json"
 
 
 class PieceAnswers:
     """What an actor of Ray Data runs."""
 
-    def __init__(self, model_uri: str, output_uri: str, rows_per_batch: int, threads: int) -> None:
-        self._predictor = Predictor(model_uri, output_uri, rows_per_batch, threads)
+    def __init__(self, *settings: Any) -> None:
+        self._predictor = Predictor(*settings)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return self._predictor.answer(Piece(**row))
+    def __call__(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        name = row.pop("name")
+        for counts in self._predictor.answer(Piece(**row)):
+            yield {"piece": name, "ended": False, **asdict(counts)}
+        yield {"piece": name, "ended": True, **asdict(Counts())}
 
 
-def predict(options: argparse.Namespace) -> dict[str, int]:
-    """Answer every piece that has no answers yet; the numbers of records of this start, by how they ended."""
+def predict(options: argparse.Namespace) -> Counts:
+    """Answer every piece that has no answers yet; how the records of all starts ended.
+
+    Raises:
+        ConfigError: no input, a column that is missing, or answers that are another job's.
+    """
     # Workers have another working directory.
-    model, output = open_store(options.model).uri, open_store(options.output)
+    model, output = open_store(options.model), open_store(options.output)
     pieces = pieces_of(options.input)
-    there = {info.path for info in output.list()}
-    left = [piece for piece in pieces if piece.output not in there]
+    task = from_dict(TaskConfig, json.loads(model.read(TASK))["task"])
+    if problems := column_problems(task, pieces):
+        raise ConfigError(problems)
+    pin(output, model, options)
+    finished = finished_pieces(output)
+    left = [piece for piece in pieces if piece.name not in finished]
     print(f"{len(pieces):,} pieces, {len(pieces) - len(left):,} of them answered before")
-    totals = {"answered": 0, "refused": 0}
-    if not left:
-        return totals
-    cluster = ClusterConfig(
-        address=options.address, num_workers=options.workers, cpus_per_worker=options.cpus_per_worker
-    )
-    with ray_session(cluster):
-        import ray.data
-
-        threads = max(1, round(options.cpus_per_worker))
-        answers = ray.data.from_items([asdict(piece) for piece in left], override_num_blocks=len(left)).map(
-            PieceAnswers,  # type: ignore[arg-type]
-            fn_constructor_args=(model, output.uri, options.rows_per_batch, threads),
-            compute=ray.data.ActorPoolStrategy(size=min(options.workers, len(left))),
-            num_cpus=options.cpus_per_worker,
-            num_gpus=options.gpus_per_worker or None,
+    if left:
+        cluster = ClusterConfig(
+            address=options.address, num_workers=options.workers, cpus_per_worker=options.cpus_per_worker
         )
-        started = time.monotonic()
-        for done, row in enumerate(answers.iter_rows(), start=1):
-            totals = {name: totals[name] + row[name] for name in totals}
-            seconds = time.monotonic() - started
-            left_seconds = seconds / done * (len(left) - done)
-            print(
-                f"{done:,} of {len(left):,} pieces, {totals['answered']:,} records, {totals['refused']:,} refused, "
-                f"{totals['answered'] / seconds:,.0f} records/s, about {left_seconds:,.0f} s left"
-            )
-    return totals
+        with ray_session(cluster):
+            answer(left, model.uri, output.uri, options)
+    return sum(finished_pieces(output).values(), Counts())
+
+
+def pin(output: Store, model: Store, options: argparse.Namespace) -> None:
+    """Write down what the answers are of, or hold it against what is there. Files may be added to the input.
+
+    Raises:
+        ConfigError: the folder holds answers of another model, of files that have changed, or otherwise asked for.
+    """
+    store, paths = find_files(options.input)
+    versions = {info.path: info.version for info in store.list() if info.path in set(paths)}
+    job = {"model": listing_digest(model), "max_new_tokens": options.max_new_tokens, "input": versions}
+    if output.put_if_absent(JOB, json.dumps(job, indent=2).encode()):
+        return
+    before = json.loads(output.read(JOB))
+    problems = [
+        f"{key} is {job[key]} now, the answers there were made with {before[key]}"
+        for key in ("model", "max_new_tokens")
+        if job[key] != before[key]
+    ]
+    changed = [path for path, version in before["input"].items() if versions.get(path) != version]
+    if changed:
+        problems.append(
+            f"{len(changed):,} input files have changed or gone since, the first: {sorted(changed)[0]}"
+        )
+    if problems:
+        raise ConfigError([f"--output {output.uri}: {line}; choose another folder" for line in problems])
+    output.put(JOB, json.dumps(job, indent=2).encode())
+
+
+def answer(left: Sequence[Piece], model_uri: str, output_uri: str, options: argparse.Namespace) -> None:
+    """Run the job on Ray Data, and print how it stands with each part that is answered."""
+    import ray.data
+
+    # Each row that says a part is answered is a block of its own, and so comes here at once.
+    ray.data.DataContext.get_current().target_max_block_size = 1
+    threads = max(1, round(options.cpus_per_worker))
+    settings = (model_uri, output_uri, options.rows_per_batch, threads, options.max_new_tokens)
+    hidden = {} if options.gpus_per_worker else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+    items = [asdict(piece) | {"name": piece.name} for piece in left]
+    parts = ray.data.from_items(items, override_num_blocks=len(items)).flat_map(
+        PieceAnswers,  # type: ignore[arg-type]
+        fn_constructor_args=settings,
+        compute=ray.data.ActorPoolStrategy(size=min(options.workers, len(left))),
+        num_cpus=options.cpus_per_worker,
+        num_gpus=options.gpus_per_worker or None,
+        runtime_env=hidden,
+    )
+    started, ended, counts = time.monotonic(), 0, Counts()
+    for row in parts.iter_rows():
+        ended += row["ended"]
+        counts += Counts(row["answered"], row["refused"], row["truncated"])
+        seconds = time.monotonic() - started
+        rest = f", about {seconds / ended * (len(left) - ended):,.0f} s left" if ended else ""
+        print(
+            f"{ended:,} of {len(left):,} pieces, {told(counts)}, {counts.answered / seconds:,.0f} records/s{rest}",
+            flush=True,
+        )
+
+
+def told(counts: Counts) -> str:
+    """Counts in words."""
+    cut = f", {counts.truncated:,} of them cut to the model's length" if counts.truncated else ""
+    return f"{counts.answered:,} records answered{cut}, {counts.refused:,} refused"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,12 +145,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cpus-per-worker", type=float, default=1.0, metavar="N", help="default 1")
     parser.add_argument("--gpus-per-worker", type=float, default=0.0, metavar="N", help="default 0")
     parser.add_argument("--rows-per-batch", type=int, default=64, metavar="N", help="default 64")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="of a generated answer (default 64)"
+    )
     parser.add_argument("--address", default="auto", help="as cluster.address of a run (default auto)")
     try:
-        totals = predict(parser.parse_args(argv))
+        counts = predict(parser.parse_args(argv))
     except (ConfigError, FileNotFoundError) as error:
         raise SystemExit(f"predict: {error}") from error
-    print(f"answered {totals['answered']:,} records, refused {totals['refused']:,}")
+    print(told(counts))
 
 
 if __name__ == "__main__":

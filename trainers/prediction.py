@@ -1,119 +1,144 @@
-"""Answers of an exported task model to records without labels, piece by piece.
+"""Answers of an exported task model to records without labels, piece by piece and part by part.
 
-A piece is some MiB of one input file; its answers become one output file. A piece whose file is there is finished, so a
-job that was killed goes on with the others.
+A piece is what one worker reads from its start to its end: some MiB of JSON lines, a row group of Parquet, or a whole
+file of a format that cannot be entered in the middle. Its answers become parts of PART_ROWS records, each a file that
+is there once it is whole; `finished/` names the pieces that are done. A job that was killed goes on at the next part.
 """
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
 from cluster.storage import Store, open_store
+from trainers.local_copy import local_copy
+from trainers.prediction_rows import Piece, Row, rows_of
+from trainers.task_encoding import Encoded
 from trainers.task_evaluation import answers_to
 from trainers.task_export import load_task_model
-from trainers.task_records import example_of, find_files, read_rows
+from trainers.task_records import Example, example_of
 
-PIECE_BYTES = 4 << 20
-"""About 10,000 to 40,000 short records: minutes of a model's work, seconds of a piece that is done again."""
+PART_ROWS = 4_096
+"""Records of a file of answers, and all that a worker holds: at most this much is done again."""
+ENCODED_ROWS = 512
+"""Records that are tokenized together; among them batches are made of like lengths."""
+FINISHED = "finished/"
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of one input file: bytes [start, stop) of JSON lines, one row group of Parquet, or all of another file."""
+class Counts:
+    """How records ended."""
 
-    uri: str
-    path: str
-    start: int = 0
-    stop: int = -1
-    row_group: int = -1
+    answered: int = 0
+    refused: int = 0
+    """Those that are no example: their line holds the error."""
+    truncated: int = 0
+    """Answered ones that were longer than the model's positions, and were cut."""
 
-    @property
-    def output(self) -> str:
-        """Name of the file with its answers."""
-        digest = hashlib.blake2b(repr(self).encode(), digest_size=6).hexdigest()
-        return f"{self.path.rpartition('/')[2].partition('.')[0]}-{digest}.jsonl"
-
-
-def pieces_of(uri: str) -> list[Piece]:
-    """Cut all files at a URI. Raises `ConfigError` where there are none."""
-    store, paths = find_files(uri)
-    return [piece for path in paths for piece in _cut(store, path)]
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.answered + other.answered, self.refused + other.refused, self.truncated + other.truncated
+        )
 
 
-def _cut(store: Store, path: str) -> Iterator[Piece]:
-    if path.endswith(".jsonl"):
-        size = store.size(path)
-        for start in range(0, size, PIECE_BYTES):
-            yield Piece(store.uri, path, start, min(size, start + PIECE_BYTES))
-    elif path.endswith(".parquet"):
-        with store.open(path) as file:
-            groups = pq.ParquetFile(file).num_row_groups
-        yield from (Piece(store.uri, path, row_group=group) for group in range(groups))
-    else:
-        yield Piece(store.uri, path)
-
-
-def rows_of(piece: Piece) -> list[tuple[str, dict[str, Any]]]:
-    """The piece's records, each with its place. A JSON line belongs to the piece that it begins in."""
-    store = open_store(piece.uri)
-    if piece.row_group >= 0:
-        with store.open(piece.path) as file:
-            rows = pq.ParquetFile(file).read_row_group(piece.row_group).to_pylist()
-        return [(f"{piece.path}:{piece.row_group}:{n}", row) for n, row in enumerate(rows, 1)]
-    if piece.stop < 0:
-        return [(f"{piece.path}:{n}", row) for n, row in enumerate(read_rows(store, piece.path), 1)]
-    found = []
-    with store.open(piece.path) as file:
-        file.seek(max(0, piece.start - 1))
-        if piece.start:
-            file.readline()  # the line before: one byte of it at least, the line feed
-        while (place := file.tell()) < piece.stop and (line := file.readline()):
-            if line.strip():
-                found.append((f"{piece.path}@{place}", json.loads(line)))
-    return found
+def finished_pieces(output: Store) -> dict[str, Counts]:
+    """Names of the pieces whose answers are all there, with their counts."""
+    return {
+        info.path.removeprefix(FINISHED): Counts(**json.loads(output.read(info.path)))
+        for info in output.list(FINISHED)
+    }
 
 
 class Predictor:
     """Holds a model, and answers pieces into a folder."""
 
-    def __init__(self, model_uri: str, output_uri: str, rows_per_batch: int, threads: int) -> None:
+    def __init__(
+        self, model_uri: str, output_uri: str, rows_per_batch: int, threads: int, max_new_tokens: int = 64
+    ) -> None:
         torch.set_num_threads(threads)
-        self._model, self._encoder = load_task_model(open_store(model_uri))
+        self._model, self._encoder = load_task_model(local_copy(open_store(model_uri)))
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device)
-        self._output, self._rows = open_store(output_uri), rows_per_batch
+        self._output, self._rows, self._max_new_tokens = (
+            open_store(output_uri),
+            rows_per_batch,
+            max_new_tokens,
+        )
 
-    @torch.inference_mode()
-    def answer(self, piece: Piece) -> dict[str, int]:
-        """Answer a piece and put its file; the numbers of records answered and refused.
+    def answer(self, piece: Piece) -> Iterator[Counts]:
+        """Answer the parts of a piece that are not there yet, and name it finished; the counts of each part."""
+        there = {info.path for info in self._output.list(f"{piece.name}-")}
+        rows, total = rows_of(piece), Counts()
+        for number in itertools.count():
+            part = list(itertools.islice(rows, PART_ROWS))
+            if number and not part:
+                break
+            path = f"{piece.name}-{number:05d}.jsonl"
+            if path in there:
+                total += counts_of(self._output.read(path))
+                continue
+            lines = self.lines(part)
+            content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+            self._output.put(path, content)
+            counts = counts_of(content)
+            total += counts
+            yield counts
+        self._output.put(f"{FINISHED}{piece.name}", json.dumps(asdict(total)).encode())
 
-        A record that is no example is answered with its error, so that every record of the input has a line.
-        """
+    def lines(self, rows: list[Row]) -> list[dict[str, Any]]:
+        """A line for each record, in their order; one that is no example is answered with its error."""
         lines: list[dict[str, Any]] = []
-        places, examples = [], []
-        for place, row in rows_of(piece):
+        examples: list[tuple[int, Example]] = []
+        for place, row in rows:
             lines.append({"place": place})
             try:
+                if isinstance(row, str):
+                    raise ValueError(row)
                 example = example_of(self._encoder.task, row, place, labelled=False)
+                f"{example.id}{example.content}".encode()  # half a surrogate pair is no text for a tokenizer
             except ValueError as error:
                 lines[-1]["error"] = str(error)
-                continue
-            places.append(len(lines) - 1)
-            examples.append(example)
-        if examples:
-            encoded = self._encoder.encode(examples)
-            answers, _, _ = answers_to(
-                self._model, self._encoder, examples, encoded, rows_per_batch=self._rows, device=self._device
-            )
-            for at, example, answer in zip(places, examples, answers, strict=True):
-                sure = {} if math.isnan(answer.confidence) else {"confidence": round(answer.confidence, 6)}
-                lines[at] |= {"id": example.id, "answer": answer.value, **sure}
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self._output.put(piece.output, text.encode())
-        return {"answered": len(examples), "refused": len(lines) - len(examples)}
+            else:
+                examples.append((len(lines) - 1, example))
+        for start in range(0, len(examples), ENCODED_ROWS):
+            self._answer(examples[start : start + ENCODED_ROWS], lines)
+        return lines
+
+    @torch.inference_mode()
+    def _answer(self, examples: list[tuple[int, Example]], lines: list[dict[str, Any]]) -> None:
+        """Write answers into the lines that the examples belong to."""
+        chosen = [example for _, example in examples]
+        encoded: list[Encoded] = self._encoder.encode(chosen)
+        answers, _, _ = answers_to(
+            self._model,
+            self._encoder,
+            chosen,
+            encoded,
+            rows_per_batch=self._rows,
+            device=self._device,
+            max_new_tokens=self._max_new_tokens,
+        )
+        for (at, example), row, answer in zip(examples, encoded, answers, strict=True):
+            lines[at] |= {"id": example.id, "answer": answer.value}
+            if not math.isnan(answer.confidence):
+                lines[at]["confidence"] = round(answer.confidence, 6)
+            if row.truncated:
+                lines[at]["truncated"] = True
+
+
+def counts_of(lines: bytes) -> Counts:
+    """The counts of a part, from its lines."""
+    found = [json.loads(line) for line in lines.split(b"\n") if line]
+    refused = sum("error" in line for line in found)
+    return Counts(len(found) - refused, refused, sum(line.get("truncated", False) for line in found))
+
+
+def listing_digest(store: Store) -> str:
+    """Names what a folder holds: 24 hexadecimal digits of path, size and version of each of its files."""
+    infos = [(info.path, info.num_bytes, info.version) for info in store.list()]
+    return hashlib.blake2b(json.dumps(infos).encode(), digest_size=12).hexdigest()
