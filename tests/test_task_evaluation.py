@@ -1,9 +1,13 @@
 """Answers of a task model, whoever shares the work."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from task_files import SHAPE, small_tokenizer
 from tokenizers import Tokenizer
 
+from cluster.config import ConfigError
 from trainers.model import build
 from trainers.task import TaskConfig, TaskPrompt
 from trainers.task_encoding import Encoder, framed
@@ -33,3 +37,28 @@ def answers(model: TaskModel, encoder: Encoder, examples: list[Example], **optio
 
 def test_a_worker_without_a_record_answers_none():
     assert answers(*generator(), []) == []
+
+
+def asked(*texts: str, target: str | None = None) -> list[Example]:
+    return [Example(str(number), text, "", [], target) for number, text in enumerate(texts)]
+
+
+def test_neither_the_truth_nor_other_prompts_change_an_answer():
+    model, encoder = generator()
+    question, long = "What is a module and what is it for?", "word " * 90
+    (alone,) = answers(model, encoder, asked(question), max_new_tokens=60)
+    assert len(alone) > 20
+    for others in ([], [long], [long, "short"]):
+        for target in ("yes", "a long and winding answer " * 10):
+            found = answers(model, encoder, asked(question, *others, target=target), max_new_tokens=60)
+            assert found[0] == alone, (others, target)
+
+
+def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused_unless_it_may_be_cut():
+    _, encoder = generator()
+    long = asked("word " * 90)
+    (cut,) = encoder.ask(long, 60)
+    assert len(cut.ids) == 128 - 60 and cut.truncated and cut.ids[0] == 0
+    assert encoder.tokenizer.decode(cut.ids[-8:]).endswith("word \nA:")  # the end of a prompt asks
+    with pytest.raises(ConfigError, match="longer than 68 tokens beside an answer of 60 "):
+        replace(encoder, truncate=False).ask(long, 60)

@@ -132,6 +132,9 @@ def test_a_text_ends_where_it_ends_though_the_tokenizer_has_no_padding(tmp_path)
     }
     serialised["model"]["vocab"] = renamed
     backbone.put("tokenizer.json", json.dumps(serialised).encode())
+    fields = json.loads(backbone.read("config.json"))
+    fields.pop("pretraining", None)  # as in a folder of others, which names no tokenizer
+    backbone.put("config.json", json.dumps(fields).encode())
     model, encoder, boundary_id = made(backbone.uri, "classification")
     export_task_model(model, encoder, boundary_id, open_store(str(tmp_path / "export")))
     theirs = CLASSES["classification"].from_pretrained(tmp_path / "export")

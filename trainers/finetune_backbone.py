@@ -61,12 +61,15 @@ def load_backbone(config: FinetuneConfig, seed: int) -> Exported:
     """The pretrained model, or one of its shape with initial weights.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or not with the tokenizer that it was trained with.
     """
+    uri = config.backbone.uri
     try:
-        exported = load_exported(local_copy(open_store(config.backbone.uri)))
+        exported = load_exported(local_copy(open_store(uri)))
     except FileNotFoundError as error:
-        raise ConfigError([f"backbone.uri={config.backbone.uri} holds no exported model: {error}"]) from None
+        raise ConfigError([f"backbone.uri={uri} holds no exported model: {error}"]) from None
+    except ValueError as error:
+        raise ConfigError([f"backbone.uri={uri} cannot be adapted: {error}"]) from None
     if config.backbone.from_scratch:
         initialize(exported.model, seed)
     return exported

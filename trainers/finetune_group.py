@@ -9,7 +9,7 @@ from cluster.session import ClusterConfig
 from cluster.storage import StorageError, Store
 from trainers.finetune_backbone import make_encoder, read_facts
 from trainers.finetune_loop import OnValidation
-from trainers.finetune_order import FinetuneOrder, scale_of, training_records
+from trainers.finetune_order import FinetuneOrder, encode_all, scale_of, training_records
 from trainers.finetune_worker import work
 from trainers.metrics import read_metrics, validations_of
 from trainers.task_evaluation import TaskScore
@@ -84,6 +84,5 @@ def check_records(order: FinetuneOrder) -> int:
     examples, validation = training_records(order)
     task = order.prepared.task
     encoder = make_encoder(order.config, task, read_facts(order.config), scale_of(task, examples))
-    encoder.encode(examples)
-    encoder.encode(validation)
+    encode_all(order, encoder, examples, validation)
     return len(validation)

@@ -13,6 +13,8 @@ from trainers.finetune_config import FinetuneConfig
 from trainers.run_folder import CONFIG
 from trainers.task import TaskConfig
 from trainers.task_data import PreparedTask, choose_budget
+from trainers.task_encoding import Encoded, Encoder
+from trainers.task_evaluation import answer_tokens
 from trainers.task_records import Example
 
 ORIGIN = "origin.json"
@@ -59,6 +61,25 @@ def training_records(order: FinetuneOrder) -> tuple[list[Example], list[Example]
     examples = choose_budget(task, order.prepared.read("train"), config.batch.label_budget, order.seed)
     validation = choose_budget(task, order.prepared.read("validation"), config.validation.max_rows, seed=0)
     return examples, validation
+
+
+def encode_all(
+    order: FinetuneOrder, encoder: Encoder, examples: list[Example], validation: list[Example]
+) -> tuple[list[Encoded], list[Encoded]]:
+    """What trains and what validates, encoded. Raises `ConfigError` for records that do not fit."""
+    found = encoder.encode(examples), encoder.encode(validation)
+    if new_tokens := tokens_to_write(order):
+        encoder.ask(
+            validation, answer_tokens(new_tokens, encoder.max_tokens)
+        )  # refused now, not once trained
+    return found
+
+
+def tokens_to_write(order: FinetuneOrder) -> int:
+    """Tokens of an answer that validation has written; 0 where it needs none."""
+    task = order.prepared.task
+    writes = task.kind == "generation" and task.judged_by != "loss"
+    return order.config.validation.max_new_tokens if writes else 0
 
 
 def scale_of(task: TaskConfig, examples: list[Example]) -> tuple[float, float]:

@@ -25,7 +25,15 @@ from trainers.finetune_backbone import load_backbone, make_encoder
 from trainers.finetune_config import seed_store
 from trainers.finetune_end import Chosen, conclude, keep_chosen, read_chosen
 from trainers.finetune_loop import FinetuneParts, OnValidation, train
-from trainers.finetune_order import FinetuneOrder, identity_of, scale_of, training_records, write_start
+from trainers.finetune_order import (
+    FinetuneOrder,
+    encode_all,
+    identity_of,
+    scale_of,
+    tokens_to_write,
+    training_records,
+    write_start,
+)
 from trainers.metrics import MetricsWriter
 from trainers.schedule import rate_factor
 from trainers.task_batches import RecordOrder
@@ -111,7 +119,7 @@ def assemble(
     config, task = order.config, order.prepared.task
     examples, validation = training_records(order)
     encoder = make_encoder(config, task, exported, scale_of(task, examples))
-    encoded, encoded_validation = encoder.encode(examples), encoder.encode(validation)
+    encoded, encoded_validation = encode_all(order, encoder, examples, validation)
     record_order = RecordOrder([len(row.ids) for row in encoded], config.batch.rows_per_step, order.seed)
     rows_per_worker = math.ceil(record_order.rows_per_step / workers.world_size)
     micro_batches = math.ceil(rows_per_worker / config.engine.micro_batch_rows)
@@ -136,7 +144,7 @@ def assemble(
                 workers,
                 rows_per_batch=2 * config.engine.micro_batch_rows,
                 device=engine.device,
-                max_new_tokens=0 if task.judged_by == "loss" else config.validation.max_new_tokens,
+                max_new_tokens=tokens_to_write(order),
             )
 
     weighted = config.batch.class_weights and task.has_labels

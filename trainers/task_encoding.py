@@ -73,37 +73,60 @@ class Encoder:
     scale: tuple[float, float] = (0.0, 1.0)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Encode all.
+        """Encode all, with their targets.
 
         Raises:
             ConfigError: examples that are longer than `max_tokens`, unless they may be truncated.
         """
-        first, second = [self._parts(example) for example in examples], [example.pair for example in examples]
         if self.task.kind == "generation":
-            encodings = self.tokenizer.encode_batch(first)
+            encodings = self.tokenizer.encode_batch([prompt_of(self.task, example) for example in examples])
+            found = [
+                self._generation(e, encoding.ids) for e, encoding in zip(examples, encodings, strict=True)
+            ]
         else:
-            pairs = [(a, b) if b else a for a, b in zip(first, second, strict=True)]
+            pairs = [(e.text, e.pair) if e.pair else e.text for e in examples]
             encodings = self.tokenizer.encode_batch(pairs)
-        found = [
-            self._encoded(example, encoding) for example, encoding in zip(examples, encodings, strict=True)
-        ]
-        if not self.truncate and (cut := [e for e, f in zip(examples, found, strict=True) if f.truncated]):
-            longest = max(len(encoding.ids) for encoding in encodings)
-            raise ConfigError(
-                [
-                    f"{len(cut):,} of {len(examples):,} records of {self.task.name} are longer than "
-                    f"{self.max_tokens:,} tokens (the longest has {longest:,}; first: {cut[0].id}); set "
-                    "batch.truncate=true to cut them, or take a backbone of more positions"
-                ]
-            )
+            found = [self._encoded(e, encoding) for e, encoding in zip(examples, encodings, strict=True)]
+        self._refuse_cut(examples, found, [len(encoding.ids) for encoding in encodings], self.max_tokens)
         return found
 
-    def _parts(self, example: Example) -> str:
-        return prompt_of(self.task, example) if self.task.kind == "generation" else example.text
+    def ask(self, examples: Sequence[Example], new_tokens: int) -> list[Encoded]:
+        """Encode prompts alone, each with room for an answer of `new_tokens`: neither the target nor other prompts have
+        a say in what an answer follows.
+
+        Raises:
+            ConfigError: prompts that are longer than what is left of `max_tokens`, unless they may be truncated.
+        """
+        room = max(1, self.max_tokens - new_tokens)
+        encodings = self.tokenizer.encode_batch([prompt_of(self.task, example) for example in examples])
+        prompts = [encoding.ids[:-1] for encoding in encodings]
+        found = []
+        for prompt in prompts:
+            ids = end_of(prompt, room)
+            found.append(Encoded(ids, [0] * len(ids), len(ids), [], len(ids) < len(prompt)))
+        beside = f" beside an answer of {new_tokens:,}"
+        self._refuse_cut(examples, found, [len(prompt) for prompt in prompts], room, beside)
+        return found
+
+    def _refuse_cut(
+        self,
+        examples: Sequence[Example],
+        found: Sequence[Encoded],
+        lengths: Sequence[int],
+        room: int,
+        beside: str = "",
+    ) -> None:
+        cut = [example for example, one in zip(examples, found, strict=True) if one.truncated]
+        if cut and not self.truncate:
+            raise ConfigError(
+                [
+                    f"{len(cut):,} of {len(examples):,} records of {self.task.name} are longer than {room:,} tokens"
+                    f"{beside} (the longest has {max(lengths):,}; first: {cut[0].id}); set batch.truncate=true to "
+                    "cut them, or take a backbone of more positions"
+                ]
+            )
 
     def _encoded(self, example: Example, encoding: Any) -> Encoded:
-        if self.task.kind == "generation":
-            return self._generation(example, encoding)
         cut = len(encoding.ids) > self.max_tokens
         ids, types = encoding.ids[: self.max_tokens], encoding.type_ids[: self.max_tokens]
         spans: list[tuple[int, int]] = []
@@ -118,16 +141,14 @@ class Encoder:
             ]
         return Encoded(ids, types, self._target(example, spans), spans, cut)
 
-    def _generation(self, example: Example, encoding: Any) -> Encoded:
+    def _generation(self, example: Example, framed_prompt: list[int]) -> Encoded:
         """Prompt, answer and closing boundary in one row; the loss is on what follows the prompt."""
-        prompt = encoding.ids[:-1]  # without the closing boundary, which would end the document
-        answer = [] if example.target is None else self._answer(example.target) + encoding.ids[-1:]
-        room = self.max_tokens - len(answer)
-        cut = len(prompt) > max(0, room)
-        if cut:  # the end of a prompt asks: its beginning goes
-            prompt = [prompt[0], *prompt[len(prompt) - room + 1 :]] if room > 1 else prompt[:1]
-        ids = (prompt + answer)[: self.max_tokens]
-        return Encoded(ids, [0] * len(ids), len(prompt), [], cut)
+        prompt = framed_prompt[:-1]  # without the closing boundary, which would end the document
+        answer = [] if example.target is None else self._answer(example.target) + framed_prompt[-1:]
+        asked = end_of(prompt, max(1, self.max_tokens - len(answer)))
+        ids = (asked + answer)[: self.max_tokens]
+        cut = len(asked) < len(prompt) or len(ids) < len(asked) + len(answer)
+        return Encoded(ids, [0] * len(ids), len(asked), [], cut)
 
     def _answer(self, text: str) -> list[int]:
         return self.tokenizer.encode(self.task.prompt.before_answer + text, add_special_tokens=False).ids
@@ -152,6 +173,11 @@ class Encoder:
         if self.task.multi_label:
             return np.array([label in target for label in labels], np.float32)
         return labels.index(target)
+
+
+def end_of(prompt: list[int], room: int) -> list[int]:
+    """A prompt that fits: its end asks, so its beginning goes, but for the opening token."""
+    return prompt if len(prompt) <= room else [prompt[0], *prompt[len(prompt) - room + 1 :]]
 
 
 def word_positions(words: Sequence[str], spans: Sequence[tuple[int, int]], causal: bool) -> list[int | None]:

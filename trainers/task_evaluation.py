@@ -62,29 +62,32 @@ def answers_to(
         if batch.targets is not None and examples[rows[0]].target is not None:
             weights += target_weight(encoder.task.kind, batch, None)
     if encoder.task.kind == "generation" and max_new_tokens:
-        found = written_answers(model, encoder, encoded, rows_per_batch, max_new_tokens)
+        found = written_answers(model, encoder, examples, rows_per_batch, max_new_tokens)
     return found, losses, weights
 
 
 def written_answers(
-    model: TaskModel, encoder: Encoder, encoded: Sequence[Encoded], rows_per_batch: int, max_new_tokens: int
+    model: TaskModel, encoder: Encoder, examples: Sequence[Example], rows_per_batch: int, max_new_tokens: int
 ) -> list[Answer]:
     """What the model writes after each prompt, the likeliest token at a time."""
-    backbone: Any = model.backbone
-    if not encoded:
+    if not examples:
         return []  # a worker without a share of the records
-    prompts = [row.ids[: row.target] for row in encoded]
-    closing = prompts[0][0]  # the boundary, which opens each prompt, also ends an answer
+    backbone: Any = model.backbone
+    new_tokens = answer_tokens(max_new_tokens, encoder.max_tokens)
+    prompts = [asked.ids for asked in encoder.ask(examples, new_tokens)]
+    sampling = SamplingConfig(temperature=0, max_new_tokens=new_tokens)
     texts = [""] * len(prompts)
+    closing = prompts[0][0]  # the boundary, which opens each prompt, also ends an answer
     for rows in by_length([len(prompt) for prompt in prompts], rows_per_batch):
-        room = backbone.config.max_positions - max(len(prompts[row]) for row in rows)
-        if room < 1:
-            continue
-        sampling = SamplingConfig(temperature=0, max_new_tokens=min(room, max_new_tokens))
         written = generate(backbone, [prompts[row] for row in rows], sampling, lambda new: new[-1] == closing)
         for row, tokens in zip(rows, written, strict=True):
             texts[row] = encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return [Answer(text, math.nan) for text in texts]
+
+
+def answer_tokens(max_new_tokens: int, max_tokens: int) -> int:
+    """Tokens that an answer may take of a record's: half of them at most, so that something is asked."""
+    return max(1, min(max_new_tokens, max_tokens // 2))
 
 
 def score_of(
