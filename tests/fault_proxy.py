@@ -36,6 +36,10 @@ class FaultProxy:
     def break_next(self, fault: Fault, times: int = 1, method: str = "", target: str = "") -> None:
         self._rules.append(Rule(fault, times, method, target))
 
+    def clear(self) -> None:
+        """Break no further request."""
+        self._rules.clear()
+
     def __enter__(self) -> "FaultProxy":
         is_up = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run(is_up)))
@@ -114,14 +118,16 @@ async def _answer_badly(head: bytes, body: bytes, answer: asyncio.StreamWriter, 
     whole, middle = head + body, len(head) + len(body) // 2
     if fault == "truncate":
         answer.write(whole[:middle])
-    elif fault == "corrupt":
+    elif fault == "corrupt" and body:
         answer.write(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     elif fault == "slow":
         for piece in range(PIECES):
             answer.write(whole[len(whole) * piece // PIECES : len(whole) * (piece + 1) // PIECES])
             await asyncio.sleep(PAUSE_SECONDS)
-    else:
+    elif fault == "lost":
         return _reset(answer)
+    else:
+        answer.write(whole)
     await answer.drain()
 
 

@@ -1,0 +1,95 @@
+"""A run over several hosts with addresses of their own: submitted from one more, slowed, and cut off."""
+
+import secrets
+import subprocess
+import time
+import uuid
+
+import pytest
+
+from cluster.local_s3 import LocalS3
+from cluster.session import PROJECT
+from cluster.storage import open_store
+from tests.hosts import Hosts
+from tests.ray_nodes import RAY, RayNodes
+from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number
+from trainers.metrics import events_of, read_attempts
+from trainers.stopping import STOP
+
+pytestmark = pytest.mark.cluster
+HEAD, FIRST, SECOND, DESK = range(4)
+# A node that does not answer is given up after 6 s instead of 30: the test need not wait.
+SETTINGS = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+CHANGES = {
+    "run__steps": 100_000,
+    "cluster__num_workers": 2,
+    "cluster__min_workers": 1,
+    "checkpoint__every_steps": 50,
+    "validation__every_steps": 1_000,
+}
+
+
+@pytest.fixture
+def hosts():
+    try:
+        with Hosts(4) as made:
+            yield made
+    except OSError as reason:
+        pytest.skip(f"no hosts of their own on this machine: {reason}")
+
+
+def test_hosts_that_are_slowed_and_cut_off_cost_no_row(hosts, tmp_path):
+    token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with (
+        LocalS3(tmp_path / "s3", hosts.address),
+        RayNodes(tmp_path / "nodes.txt", settings=SETTINGS | token, head=hosts.place(HEAD)) as nodes,
+    ):
+        nodes.start_head(num_cpus=0)
+        nodes.add(1, hosts.place(FIRST))
+        nodes.add(1, hosts.place(SECOND))
+        run = SmallRun(f"s3://corpus/{uuid.uuid4().hex}", tmp_path / "log.txt")
+        put_corpus(open_store(f"{run.root}/raw"))
+        store = open_store(f"{run.root}/runs/pretrain")
+        entrypoint = ["python", "trainers/pretrain.py", *run.command(**CHANGES)[2:]]
+
+        def job(*arguments: str) -> str:
+            command = [*hosts.place(DESK).prefix, RAY, "job", *arguments, "--address", nodes.dashboard]
+            done = subprocess.run(
+                command, cwd=PROJECT, env=nodes.environment, capture_output=True, text=True, timeout=120
+            )
+            return done.stdout + done.stderr
+
+        def reach(step: int, world_size: int, seconds: float = 180.0) -> None:
+            ends = time.monotonic() + seconds
+            while True:
+                starts = events_of(read_attempts(store), "start")
+                sizes = [start["world_size"] for start in starts]
+                if max(steps_by_number(store), default=0) >= step and sizes[-1:] == [world_size]:
+                    return
+                assert time.monotonic() < ends, f"{sizes}: {job('logs', 'run')[-4000:]}"
+                time.sleep(0.5)
+
+        submitted = [RAY, "job", "submit", "--address", nodes.dashboard, "--submission-id", "run"]
+        submitted += ["--no-wait", "--working-dir", ".", "--", *entrypoint]
+        subprocess.run(
+            [*hosts.place(DESK).prefix, *submitted], cwd=PROJECT, env=nodes.environment, check=True
+        )
+        reach(10, world_size=2)
+        hosts.slow(SECOND, megabits=20)
+        reach(max(steps_by_number(store)) + 20, world_size=2)
+        hosts.cut(SECOND)
+        reach(max(steps_by_number(store)) + 20, world_size=1)
+        store.put(STOP, b"")
+        ends = time.monotonic() + 180
+        while "SUCCEEDED" not in job("status", "run"):
+            assert time.monotonic() < ends, job("logs", "run")[-4000:]
+            time.sleep(1)
+        found = steps_by_number(store)
+        assert sorted(found) == list(range(1, max(found) + 1))
+        digests = expected_digests(f"{run.root}/prepared", sorted(found))
+        assert [found[step]["digest"] for step in sorted(found)] == digests
