@@ -15,6 +15,7 @@ from trainers.bert import SWITCHES
 from trainers.export import export, load_exported
 from trainers.generate import SamplingConfig, complete
 from trainers.model import build
+from trainers.objectives import ObjectiveConfig
 from trainers.reading import Reader
 from trainers.shape import ModelConfig
 
@@ -29,14 +30,15 @@ def fixed() -> FixedTokenizer:
     return train_tokenizer(SAMPLE, TokenizerConfig(kind="wordpiece", vocab_size=70))
 
 
-def exported_to(folder, fixed: FixedTokenizer, config: ModelConfig = BERT) -> str:
+def exported_to(folder, fixed: FixedTokenizer, config: ModelConfig = BERT, objective=None) -> str:
     model = build(config, seed=1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     uri = str(folder)
-    export(model.named_parameters(), config, fixed.json.encode(), fixed.boundary_id, open_store(uri))
+    tokenizer, target = fixed.json.encode(), open_store(uri)
+    export(model.named_parameters(), config, tokenizer, fixed.boundary_id, target, objective=objective)
     return uri
 
 
@@ -168,6 +170,20 @@ def test_an_export_keeps_the_fingerprint_of_its_corpus(fixed, folder):
     stored = open_store(folder).read("tokenizer.json").decode()
     assert "TemplateProcessing" in stored
     assert fix_tokenizer(stored, "here", "<|endoftext|>").fingerprint == fixed.fingerprint
+
+
+def test_another_tokenizer_in_an_export_is_refused_by_name(fixed, tmp_path):
+    folder = exported_to(tmp_path, fixed)
+    other = train_tokenizer(SAMPLE, TokenizerConfig(kind="wordpiece", vocab_size=69))
+    (tmp_path / "tokenizer.json").write_text(other.json)
+    with pytest.raises(ValueError, match=f"{other.fingerprint}.*{fixed.fingerprint}"):
+        load_exported(open_store(folder))
+
+
+def test_a_model_that_only_continues_texts_is_not_asked_to_read_them(fixed, tmp_path):
+    folder = exported_to(tmp_path, fixed, ModelConfig(**SMALL), ObjectiveConfig())
+    with pytest.raises(ValueError, match=r"objective\.kind=causal"):
+        Reader(load_exported(open_store(folder)))
 
 
 def test_a_blank_before_a_mask_belongs_to_the_hidden_word(tmp_path):

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seq-len", type=int, metavar="N", help="target tokens per row (default: the model's)"
     )
-    parser.add_argument("--words", choices=get_args(WordKind), default="word", help=WORDS_HELP)
+    parser.add_argument("--words", choices=get_args(WordKind), help=WORDS_HELP)
     parser.add_argument("--rows-per-batch", type=int, default=8, metavar="N", help="default: 8")
     options = parser.parse_args(argv)
     if unnamed := [each for each in options.model if "=" not in each]:

@@ -29,7 +29,7 @@ from data.words import WordKind
 from trainers.evaluation import Evaluation, evaluation_of, sums_over
 from trainers.export import load_exported
 from trainers.few_shot import FewShotConfig, evaluate_few_shot
-from trainers.formats import read_stored
+from trainers.formats import PRETRAINING, read_stored
 from trainers.initial import grown
 from trainers.objectives import ObjectiveConfig, objective_of
 from trainers.task import load_task
@@ -37,7 +37,7 @@ from trainers.task_data import prepare_task
 from trainers.verdict import TestSplitError
 
 SPLITS = ("train", "validation")
-WORDS_HELP = "what is hidden as a whole from an encoder (default: word)"
+WORDS_HELP = "what is hidden as a whole from an encoder (default: as in training)"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help="of a task: solved records (default: 0)",
     )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="of a task with labels: choose by calibrated scores too"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of solved records (default: 0)")
     parser.add_argument(
         "--prepared", default="corpora/tasks/prepared", metavar="URI", help="folder of split tasks"
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seq-len", type=int, metavar="N", help="target tokens per row (default: the model's)"
     )
-    parser.add_argument("--words", choices=get_args(WordKind), default="word", help=WORDS_HELP)
+    parser.add_argument("--words", choices=get_args(WordKind), help=WORDS_HELP)
     parser.add_argument("--rows-per-batch", type=int, default=8, metavar="N", help="default: 8")
     options = parser.parse_args(argv)
     try:
@@ -91,8 +94,13 @@ def ask(options: argparse.Namespace) -> list[dict[str, Any]]:
     refuse_test_split(options.split)
     prepared = prepare_task(load_task(options.task), open_store(options.prepared))
     exported = load_exported(open_store(options.model))
-    settings = {"seed": options.seed, "max_rows": options.max_rows, "rows_per_batch": options.rows_per_batch}
+    exported.model.to(device_here())
+    settings = {key: getattr(options, key) for key in ("seed", "max_rows", "rows_per_batch", "calibrate")}
     return [evaluate_few_shot(exported, prepared, FewShotConfig(shots=n, **settings)) for n in options.shots]
+
+
+def device_here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def refuse_test_split(split: str) -> None:
@@ -119,12 +127,14 @@ def score(options: argparse.Namespace) -> Evaluation:
     if options.source not in (None, *manifest.sources):
         raise ValueError(f"--source {options.source} is none of {', '.join(manifest.sources)}")
     check_tokenizer(folder, store, manifest)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = grown(read_stored(folder), manifest.vocab_size).to(device)
+    device = device_here()
+    stored = read_stored(folder)
+    model = grown(stored, manifest.vocab_size).to(device)
     seq_len = options.seq_len or model.config.max_positions
     # Of an encoder only the hidden tokens: an export does not say which kind of pairs it was trained on.
     causal = model.config.attention == "causal"
-    config = ObjectiveConfig() if causal else ObjectiveConfig(kind="masked", words=options.words)
+    words = options.words or stored.fields.get(PRETRAINING, {}).get("words", "word")
+    config = ObjectiveConfig() if causal else ObjectiveConfig(kind="masked", words=words)
     objective = objective_of(
         config,
         read_tokenizer(store, manifest.tokenizer),

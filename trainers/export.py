@@ -24,12 +24,13 @@ from torch import Tensor
 from cluster.config import from_dict
 from cluster.storage import Store, open_store
 from data.manifest import read_manifest
-from data.tokens import SpecialIds, read_tokenizer, special_ids
+from data.tokens import SpecialIds, fix_tokenizer, read_tokenizer, special_ids
 from trainers.checkpoint import checkpoint_at
 from trainers.checkpoint_commit import CheckpointError
 from trainers.checkpoint_reader import CheckpointReader
-from trainers.formats import INDEX, WEIGHTS, checked, format_of, read_stored
+from trainers.formats import INDEX, PRETRAINING, WEIGHTS, checked, format_of, read_stored
 from trainers.model import Backbone, build_empty
+from trainers.objectives import ObjectiveConfig
 from trainers.shape import ModelConfig
 
 MAX_FILE_BYTES = 2 << 30
@@ -44,6 +45,8 @@ class Exported:
     tokenizer: Tokenizer
     boundary_id: int
     """Opens every document in training, so it opens every prompt and ends every text."""
+    objective: str | None = None
+    """What it was trained for, where the folder says so."""
 
 
 def export(
@@ -53,12 +56,14 @@ def export(
     boundary_id: int,
     target: Store,
     *,
+    objective: ObjectiveConfig | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write weights, configuration and tokenizer; config.json last, so that a cut export does not load.
 
-    `model_state` holds the model's parameters by name; one that yields them one at a time is not held as a
-    whole. Raises ValueError if its names or shapes are not those of `config`.
+    `objective` is kept beside the shape, for whoever asks the model something. `model_state` holds the model's
+    parameters by name; one that yields them one at a time is not held as a whole. Raises ValueError if its names or
+    shapes are not those of `config`.
     """
     pairs = model_state.items() if isinstance(model_state, Mapping) else model_state
     form = format_of(config)
@@ -79,7 +84,10 @@ def export(
     else:
         target.put("tokenizer.json", framing(tokenizer, ids).to_str().encode())
         put_json(target, "tokenizer_config.json", encoder_tokenizer_config(config, tokenizer, ids))
-    put_json(target, "config.json", form.fields(config, ids, dtype))
+    trained: dict[str, str] = {"objective": objective.kind, "words": objective.words} if objective else {}
+    fixed = fix_tokenizer(tokenizer_json.decode(), "tokenizer.json", boundary)
+    trained["tokenizer"] = fixed.fingerprint
+    put_json(target, "config.json", form.fields(config, ids, dtype) | {PRETRAINING: trained})
 
 
 def load_exported(source: Store) -> Exported:
@@ -87,7 +95,7 @@ def load_exported(source: Store) -> Exported:
 
     Raises:
         FileNotFoundError: the folder holds no exported model.
-        ValueError: it holds a model of a kind or shape that the backbone does not have.
+        ValueError: it holds a model of a kind or shape that the backbone does not have, or another's tokenizer.
     """
     stored = read_stored(source)
     model = build_empty(stored.config)
@@ -102,7 +110,16 @@ def load_exported(source: Store) -> Exported:
     boundary_id = next((each for each in openers if each is not None), None)
     if boundary_id is None:
         raise ValueError(f"{source.uri}/config.json: bos_token_id is missing, and no token can stand for it")
-    return Exported(model.eval(), Tokenizer.from_buffer(tokenizer_json), boundary_id)
+    tokenizer, trained = Tokenizer.from_buffer(tokenizer_json), stored.fields.get(PRETRAINING, {})
+    boundary = tokenizer.id_to_token(boundary_id)
+    if "tokenizer" in trained and boundary:
+        found = fix_tokenizer(tokenizer_json.decode(), f"{source.uri}/tokenizer.json", boundary).fingerprint
+        if found != trained["tokenizer"]:
+            raise ValueError(
+                f"{source.uri}/tokenizer.json is the tokenizer {found}, but the model was trained with "
+                f"{trained['tokenizer']}; export it again"
+            )
+    return Exported(model.eval(), tokenizer, boundary_id, trained.get("objective"))
 
 
 def write_weights(named: Iterable[tuple[str, Tensor]], target: Store) -> None:
@@ -195,7 +212,9 @@ def export_run(run: Store, which: int | Literal["best", "last"], target: Store) 
     config = replace(config, vocab_size=config.vocab_size or manifest.vocab_size)
     record = checkpoint_at(run, which)
     tokenizer = read_tokenizer(corpus, manifest.tokenizer)
-    export(CheckpointReader(run, record).values(), config, tokenizer, manifest.boundary_id, target)
+    objective = from_dict(ObjectiveConfig, sections.get("objective", {}))
+    values = CheckpointReader(run, record).values()
+    export(values, config, tokenizer, manifest.boundary_id, target, objective=objective)
     return record.name
 
 

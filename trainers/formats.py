@@ -20,6 +20,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OWN = "ray-pretraining"
 """`model_type` of shapes that transformers has no class for."""
+PRETRAINING = "pretraining"
+"""Key of config.json beside those of transformers: tokenizer's fingerprint, objective, what was hidden as a whole."""
 
 Pairs = Iterable[tuple[str, Tensor]]
 

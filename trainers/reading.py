@@ -56,10 +56,15 @@ class Reader:
     after the boundary of documents.
 
     Raises:
-        ValueError: the tokenizer lacks a special token that this takes.
+        ValueError: the tokenizer lacks a special token that this takes, or the model never saw what follows a token.
     """
 
     def __init__(self, exported: Exported) -> None:
+        if exported.objective == "causal":
+            raise ValueError(
+                "the model was trained to continue texts alone (objective.kind=causal), and reads none as a whole; "
+                "use generate.py, or a model of objective.kind=mixed or masked"
+            )
         serialised = exported.tokenizer.to_str().encode()
         self._model, self._tokenizer = exported.model, exported.tokenizer
         self._ids, self._boundary_id = special_ids(serialised), exported.boundary_id

@@ -48,6 +48,8 @@ class Task:
 
     config: PretrainConfig
     manifest_digest: str
+    judge: bool = True
+    """Read the test split and export, once trained. A sweep's trials do neither."""
 
 
 def work(arguments: dict[str, Any]) -> None:
@@ -72,7 +74,7 @@ def work(arguments: dict[str, Any]) -> None:
         parts = assemble(config, data, stream, newest, workers, run, attempt, heartbeat, began, stack)
         ending = train(parts)
         stream.close()
-        if not ending.stopped:
+        if task.judge and not ending.stopped:
             conclude(parts, data)
 
 
@@ -279,6 +281,7 @@ def conclude(parts: Parts, data: Data) -> None:
             tokenizer,
             data.manifest.boundary_id,
             run.child(EXPORT),
+            objective=config.objective,
         )
 
 
