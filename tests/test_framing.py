@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from cluster.storage import open_store
 from data.epochs import Rows
-from data.framing import GOES_ON, NO_LABEL, OTHER, Framing, FramingConfig, FramingError
+from data.evaluation_rows import evaluation_batches
+from data.framing import GOES_ON, NO_LABEL, OTHER, Framing, FramingConfig, FramingError, framing_of
 from data.tokens import Encoder, FixedTokenizer, TokenizerConfig, special_ids, train_tokenizer
+from tests.token_corpus import put_text_corpus
 
 SEQ_LEN = 64
 # English of whole sentences, without the tables and listings of the manual.
@@ -230,6 +233,30 @@ def test_a_row_at_the_end_of_a_fragment_is_padded():
     whole = fragment_of(["Short. Shorter."])  # its only row begins with the document and ends with it
     [row], [label] = framing("sentence_order").frame(whole, Rows(*np.zeros((5, 1), np.int64)))
     assert label != NO_LABEL and len(np.concatenate(texts_of(row))) == len(whole) - 1
+
+
+def test_no_pair_crosses_a_split(tmp_path):
+    """Texts of each split say which it is; every pair comes out of one fragment, and so of one split."""
+    texts = {
+        split: [f"{word} goes on. {word} stays. {word} ends." for _ in range(60)]
+        for split, word in (("train", "今天"), ("validation", "公园"))
+    }
+    store, ids = open_store(str(tmp_path)), special_ids(tokenizer().json.encode())
+    manifest = put_text_corpus(store, texts, tokenizer(), fragment_tokens=400)
+    maker = framing_of(FramingConfig("next_sentence", 0), store.uri, manifest, SEQ_LEN)
+    decode = Tokenizer.from_str(tokenizer().json).decode
+    for split, own, other in (("train", "今天", "公园"), ("validation", "公园", "今天")):
+        batches = evaluation_batches(
+            manifest, store, split, seq_len=SEQ_LEN, rows_per_batch=4, rank=0, world_size=1, framing=maker
+        )
+        seen = 0
+        for batch in batches:
+            for row, label in zip(batch.tokens, batch.labels, strict=True):
+                if label == OTHER:
+                    read = decode(row[row != ids.pad].tolist())
+                    assert own in read and other not in read
+                    seen += 1
+        assert seen
 
 
 def test_a_tokenizer_without_the_special_tokens_is_named():

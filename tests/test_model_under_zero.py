@@ -1,23 +1,29 @@
-"""The decoder under real DeepSpeed on gloo, two workers, against plain torch on the whole batch."""
+"""Decoder and encoder under real DeepSpeed on gloo, two workers, against plain torch on the whole batch."""
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from data.masking import Masking
+from trainers.bert import SWITCHES
 from trainers.causal import causal_lm
 from trainers.engine import Engine, EngineConfig
+from trainers.masked import PADDING_SEGMENT, MaskedAndPairs
 from trainers.model import build
+from trainers.objective import Term
 from trainers.optimizer import OptimizerConfig
 from trainers.shape import ModelConfig
 
 WORKERS, ROWS, SEQ_LEN, STEPS = 2, 4, 40, 3
 BOUNDARY = 5
+UNUSED = Masking(None, None, BOUNDARY, mask_id=2)  # type: ignore[arg-type]  # the rows are made here
 OPTIMIZER = OptimizerConfig(kind="adamw", learning_rate=0.01)
 
 
@@ -28,22 +34,26 @@ class Case:
     recompute: bool = False
     compile: bool = False
     masked: bool = False
+    encoder: bool = False
+    """As BERT, with a head for pairs."""
 
     @property
     def model(self) -> ModelConfig:
-        return ModelConfig(
+        size = ModelConfig(
             vocab_size=307,
             hidden_size=32,
             num_layers=2,
             num_heads=4,
-            num_kv_heads=2,
+            num_kv_heads=0 if self.encoder else 2,
             intermediate_size=48,
             tie_embeddings=self.tied,
             document_mask=self.masked,
         )
+        return replace(size, **SWITCHES, num_token_types=2, pair_head=True) if self.encoder else size
 
     def __str__(self) -> str:
-        marks = [name for name in ("tied", "recompute", "compile", "masked") if getattr(self, name)]
+        flags = ("encoder", "tied", "recompute", "compile", "masked")
+        marks = [name for name in flags if getattr(self, name)]
         return "-".join([f"stage{self.stage}", *marks])
 
 
@@ -53,11 +63,33 @@ CASES = [
     *(Case(stage, recompute=True) for stage in (1, 3)),
     Case(3, tied=True, recompute=True),
     *(Case(stage, tied=True, compile=True) for stage in (1, 3)),
+    *(Case(stage, tied=True, encoder=True) for stage in (0, 3)),
 ]
 
 
 def rows_of(step: int) -> torch.Tensor:
     return torch.randint(307, (ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(case: Case, model: Any, step: int, share: slice) -> torch.Tensor:
+    """A share of the rows' part of the global mean."""
+    rows = rows_of(step)[share]
+    if not case.encoder:
+        total = causal_lm(model, rows, torch.ones(len(rows)), BOUNDARY, case.masked).total
+        return total / (ROWS * SEQ_LEN)
+    generator = torch.Generator().manual_seed(step)
+    made = {
+        "tokens": rows_of(step)[:, 1:],
+        "segments": torch.where(torch.arange(SEQ_LEN) < 33, 0, PADDING_SEGMENT).expand(ROWS, -1),
+        "types": (torch.arange(SEQ_LEN) > 17).long().expand(ROWS, -1),
+        "slots": torch.randint(33, (ROWS, 6), generator=generator),
+        "targets": torch.randint(307, (ROWS, 6), generator=generator),
+        "weights": torch.ones(ROWS, 6),
+        "labels": torch.arange(ROWS) % 2,
+        "label_weights": torch.ones(ROWS),
+    }
+    aim = MaskedAndPairs(UNUSED, sep_id=1, document_mask=False, pairs=Term("next_sentence"), seed=0)
+    return aim.loss(model, {name: each[share] for name, each in made.items()}, [ROWS * 6, ROWS]).total
 
 
 def losses_of(case: Case, rank: int) -> list[float]:
@@ -73,8 +105,7 @@ def losses_of(case: Case, rank: int) -> list[float]:
     engine = Engine(model, config, OPTIMIZER, lambda step: 1.0, micro_batches=1)
     losses = []
     for step in range(STEPS):
-        rows = rows_of(step)[rank::WORKERS]
-        loss = causal_lm(engine, rows, torch.ones(len(rows)), BOUNDARY, case.masked).total / (ROWS * SEQ_LEN)
+        loss = loss_of(case, engine, step, slice(rank, None, WORKERS))
         engine.backward(loss)
         engine.step()
         total = loss.detach().clone()
@@ -116,9 +147,7 @@ def test_every_stage_gives_the_losses_of_plain_torch(losses, case):
         groups, lr=OPTIMIZER.learning_rate, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps
     )
     for step, found in enumerate(losses[str(case)]):
-        loss = causal_lm(model, rows_of(step), torch.ones(ROWS), BOUNDARY, case.masked).total / (
-            ROWS * SEQ_LEN
-        )
+        loss = loss_of(case, model, step, slice(None))
         assert found == pytest.approx(loss.item(), rel=2e-5), f"step {step}"
         optimizer.zero_grad()
         loss.backward()

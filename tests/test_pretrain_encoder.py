@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cluster.storage import open_store
-from tests.small_run import SmallRun, put_corpus, steps_by_number
+from tests.small_run import SmallRun, kill_tree, put_corpus, steps_by_number, wait_for_step
 
 pytestmark = pytest.mark.cluster
 
@@ -27,9 +27,13 @@ SETTINGS = {
 }
 
 
-def finished(run: SmallRun, name: str, **changes):
+def started(run: SmallRun, name: str, **changes):
     settings = {key.replace(".", "__"): value for key, value in SETTINGS.items()}
-    assert run.finish(run.start(run__name=name, **settings, **changes)) == 0, run.output()
+    return run.start(run__name=name, **settings, **changes)
+
+
+def finished(run: SmallRun, name: str, **changes):
+    assert run.finish(started(run, name, **changes)) == 0, run.output()
     return open_store(f"{run.root}/runs/{name}")
 
 
@@ -66,3 +70,19 @@ def test_rows_pairs_and_losses_do_not_depend_on_the_number_of_workers(run, alone
         assert shared[step]["digest"] == record["digest"]
         for key in ("loss", "masked_loss", "next_sentence_loss"):
             assert shared[step][key] == pytest.approx(record[key], rel=1e-3, abs=1e-3), (step, key)
+
+
+def test_a_killed_encoder_goes_on_with_the_rows_and_losses_of_an_unbroken_run(run, alone):
+    """Laws L2 and L3, of pairs and masks too."""
+    killed = open_store(f"{run.root}/runs/killed")
+    process = started(run, "killed")
+    wait_for_step(killed, 12, process)
+    kill_tree(process.pid)
+    process.wait()
+    resumed = steps_by_number(finished(run, "killed"))
+    expected = steps_by_number(alone)
+    assert resumed.keys() == expected.keys()
+    for step, record in expected.items():
+        assert resumed[step]["digest"] == record["digest"]
+        for key in ("masked_loss", "next_sentence_loss"):
+            assert resumed[step][key] == pytest.approx(record[key], rel=1e-3, abs=1e-3), (step, key)
