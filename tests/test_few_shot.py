@@ -1,6 +1,7 @@
 """Asking by prompt, against transformers' log-likelihoods."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from task_files import put_backbone, put_lines, put_task, sentences
 
 from cluster.config import ConfigError
 from cluster.storage import open_store
-from trainers import evaluate
+from trainers import evaluate, few_shot
 from trainers.export import load_exported
 from trainers.few_shot import (
     FewShotConfig,
@@ -19,6 +20,7 @@ from trainers.few_shot import (
     full_prompt,
     log_likelihoods,
 )
+from trainers.generate import Completion
 from trainers.task import load_task
 from trainers.task_data import prepare_task
 from trainers.task_encoding import prompt_of
@@ -61,7 +63,10 @@ def test_calibration_takes_off_what_is_said_without_content(place):
     task = prepared(place)
     exported = load_exported(open_store(str(place / "model")))
     examples = task.read("validation")[:5]
-    scores = choice_scores(exported, task.task, [], examples, 4)
+    plain = choice_scores(exported, task.task, [], examples, 4)
+    scores = choice_scores(exported, task.task, [], examples, 4, calibrate=True)
+    assert plain.keys() == {"sum", "per_token"}
+    assert all(np.allclose(plain[way], scores[way], atol=1e-4) for way in plain)
     taken = scores["sum"] - scores["calibrated"]
     assert np.allclose(taken, taken[0]) and not np.allclose(taken[0], 0)
 
@@ -82,12 +87,13 @@ def test_shots_come_from_train_and_stand_solved_before_the_question(place):
 def test_the_command_tells_each_number_of_shots_with_an_interval(place, capsys):
     evaluate.main(
         ["--model", str(place / "model"), "--task", str(place / "task.yaml"), "--shots", "0", "2",
-         "--prepared", str(place / "prepared")]
+         "--prepared", str(place / "prepared"), "--calibrate", "--max-rows", "8"]
     )  # fmt: skip
     found = json.loads(capsys.readouterr().out)
     assert [each["shots"] for each in found] == [0, 2]
     low, high = found[1]["calibrated"]["interval"]
     assert low <= found[1]["calibrated"]["metrics"]["accuracy"] <= high
+    assert {"sum", "per_token"} <= found[1].keys()
 
 
 def test_the_test_split_is_refused(place):
@@ -99,3 +105,74 @@ def test_prompts_that_do_not_fit_are_one_error(place):
     exported = load_exported(open_store(str(place / "model")))
     with pytest.raises(ConfigError, match="the model has 128 positions; ask with fewer --shots"):
         evaluate_few_shot(exported, prepared(place), FewShotConfig(shots=30))
+
+
+def question_answering(place, **content):
+    records = [
+        {"text": f"who is {n}?", "context": f"number {n} is Anna{n} of house {n * 7}", "label": f"Anna{n}"}
+        for n in range(60)
+    ]
+    uri = put_lines(place / "qa.jsonl", records)
+    described = {
+        "name": "qa",
+        "kind": "question_answering",
+        "data": {"uri": uri},
+        "columns": {"pair": "context"},
+    }
+    path = put_task(place / "qa.yaml", **described, **content)
+    return prepare_task(load_task(path), open_store(str(place / "prepared")))
+
+
+def test_an_answer_from_a_context_is_written_and_scored_by_squads_f1(place, monkeypatch):
+    task = question_answering(place, prompt={"template": "{pair}\n{text}"})
+    exported = load_exported(open_store(str(place / "model")))
+    asked = []
+
+    def says_half(exported, prompts, sampling):
+        asked.extend(prompts)
+        assert "\n" in sampling.stop
+        return [
+            Completion(" Anna" + re.findall(r"who is (\d+)", p)[-1] + " Bert", [], "stop") for p in prompts
+        ]
+
+    monkeypatch.setattr(few_shot, "complete", says_half)
+    found = evaluate_few_shot(exported, task, FewShotConfig(shots=1))["written"]["metrics"]
+    assert found == {"f1": pytest.approx(2 / 3), "exact_match": 0.0}
+    solved, question = asked[0].split("\n\n")
+    assert re.fullmatch(r"number (\d+) is Anna\1 of house \d+\nwho is \1\? Anna\1", solved)
+    assert re.fullmatch(r"number (\d+) is Anna\1 of house \d+\nwho is \1\?", question)
+
+
+def test_a_model_writes_answers_from_a_context(place):
+    task = question_answering(place, prompt={"template": "{pair}\n{text}"})
+    exported = load_exported(open_store(str(place / "model")))
+    found = evaluate_few_shot(exported, task, FewShotConfig(max_rows=3))
+    assert 0 <= found["written"]["metrics"]["f1"] <= 1 and found["records"] == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "content", "message"),
+    [
+        (FewShotConfig(), {}, "prompt.template='{text}' has no {pair}: context would not be asked about"),
+        (
+            FewShotConfig(calibrate=True),
+            {"prompt": {"template": "{pair} {text}"}},
+            "--calibrate is for labels",
+        ),
+        (FewShotConfig(), {"metric": "loss"}, "metric=loss needs training"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_anything_is_scored(place, config, content, message):
+    exported = load_exported(open_store(str(place / "model")))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        evaluate_few_shot(exported, question_answering(place, **content), config)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_task_is_asked_on_the_gpu_where_there_is_one(place):
+    torch.cuda.reset_peak_memory_stats()
+    evaluate.main(
+        ["--model", str(place / "model"), "--task", str(place / "task.yaml"), "--max-rows", "4",
+         "--prepared", str(place / "prepared")]
+    )  # fmt: skip
+    assert torch.cuda.max_memory_allocated() > 0

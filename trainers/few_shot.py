@@ -1,12 +1,13 @@
 """A task without training: a prompt with a few solved records, and what the model finds likeliest after it.
 
-A label is chosen by the log-likelihood of its text: summed, per token (Brown et al. 2020, section 2.4), or calibrated,
-less its log-likelihood after a prompt without content (Zhao et al. 2021, section 5), which takes off what the model
-would say anyway. Generation writes its answer.
+A label is chosen by the log-likelihood of its text: summed, per token (Brown et al. 2020, section 2.4), and by option
+calibrated, less its log-likelihood after a prompt without content (Zhao et al. 2021, section 5), which takes off what
+the model would say anyway. Generation and question answering write their answers; an answer from a context is scored by
+SQuAD's F1, whether it stands in the context or not.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,12 @@ from trainers.task_data import PreparedTask, choose_budget
 from trainers.task_encoding import prompt_of
 from trainers.task_metrics import bootstrap_interval, measure
 from trainers.task_model import is_causal
-from trainers.task_records import Example
+from trainers.task_records import Example, Target
 
 CONTENT_FREE = ("N/A", "...", "[MASK]")
 """Texts without content, whose log-likelihoods are averaged."""
-WAYS = ("sum", "per_token", "calibrated")
+WRITTEN = ("generation", "question_answering")
+"""Kinds whose answers are written freely."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class FewShotConfig:
     """Records of the split, the first ones of a keyed draw; 0: all."""
     rows_per_batch: int = 16
     """Prompts with an answer that are scored at a time."""
+    calibrate: bool = False
+    """Also choose labels by calibrated scores."""
 
 
 def evaluate_few_shot(exported: Exported, prepared: PreparedTask, config: FewShotConfig) -> dict[str, Any]:
@@ -49,16 +53,14 @@ def evaluate_few_shot(exported: Exported, prepared: PreparedTask, config: FewSho
         ConfigError: a kind that has no prompt, an encoder, or prompts that are longer than the model's positions.
     """
     task = prepared.task
-    if task.kind not in ("classification", "pairs", "generation") or task.multi_label:
-        raise ConfigError([f"kind={task.kind} (multi_label={task.multi_label}) cannot be asked by a prompt"])
-    if not is_causal(exported.model):
-        raise ConfigError(["zero- and few-shot evaluation needs a decoder; this model is an encoder"])
+    if problems := list(cannot_be_asked(exported, task, config)):
+        raise ConfigError(problems)
     examples = choose_budget(task, prepared.read("validation"), config.max_rows, seed=0)
     shots = choose_shots(prepared, config)
-    if task.kind == "generation":
+    if task.kind in WRITTEN:
         ways = {"written": written(exported, task, shots, examples)}
     else:
-        scores = choice_scores(exported, task, shots, examples, config.rows_per_batch)
+        scores = choice_scores(exported, task, shots, examples, config.rows_per_batch, config.calibrate)
         ways = {way: [task.labels[best] for best in found.argmax(axis=1)] for way, found in scores.items()}
     return {
         "task": task.name,
@@ -69,6 +71,20 @@ def evaluate_few_shot(exported: Exported, prepared: PreparedTask, config: FewSho
     }
 
 
+def cannot_be_asked(exported: Exported, task: TaskConfig, config: FewShotConfig) -> Iterator[str]:
+    """A line for each reason why the model cannot be asked this task."""
+    if task.kind not in ("classification", "pairs", *WRITTEN) or task.multi_label:
+        yield f"kind={task.kind} (multi_label={task.multi_label}) cannot be asked by a prompt"
+    if not is_causal(exported.model):
+        yield "zero- and few-shot evaluation needs a decoder; this model is an encoder"
+    if task.judged_by == "loss":
+        yield "metric=loss needs training; name another for few-shot evaluation"
+    if task.kind in ("pairs", "question_answering") and "{pair" not in task.prompt.template:
+        yield f"prompt.template={task.prompt.template!r} has no {{pair}}: {task.columns.pair} would not be asked about"
+    if config.calibrate and task.kind in WRITTEN:
+        yield f"--calibrate is for labels; kind={task.kind} writes its answer"
+
+
 def judged(task: TaskConfig, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:
     """All metrics, and the interval of the task's own."""
 
@@ -76,8 +92,6 @@ def judged(task: TaskConfig, examples: Sequence[Example], answers: Sequence[str]
         return measure(task, [examples[i] for i in rows], [answers[i] for i in rows])[task.judged_by]
 
     found = measure(task, examples, answers)
-    if task.judged_by not in found:
-        raise ConfigError([f"metric={task.judged_by} needs training; name another for few-shot evaluation"])
     return {"metrics": found, "interval": bootstrap_interval(of_rows, len(examples), resamples=200)}
 
 
@@ -90,8 +104,10 @@ def choose_shots(prepared: PreparedTask, config: FewShotConfig) -> list[Example]
     return drawn
 
 
-def answer_text(task: TaskConfig, target: str) -> str:
+def answer_text(task: TaskConfig, target: Target) -> str:
     """How an answer is written after its prompt."""
+    if task.kind == "question_answering":
+        target = target["text"]
     return task.prompt.before_answer + task.prompt.answers.get(target, target)
 
 
@@ -107,14 +123,17 @@ def choice_scores(
     shots: Sequence[Example],
     examples: Sequence[Example],
     rows_per_batch: int,
+    calibrate: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Scores of each label after each prompt, [records, labels], for each of `WAYS`."""
-    blank = [prompt_of(task, Example("", text, text, [], None)) for text in CONTENT_FREE]
+    """Scores of each label after each prompt, [records, labels], by each way of scoring."""
+    free_texts = CONTENT_FREE if calibrate else ()
+    blank = [prompt_of(task, Example("", text, text, [], None)) for text in free_texts]
     prompts = [full_prompt(task, shots, text) for text in [*(prompt_of(task, e) for e in examples), *blank]]
     answers = [answer_text(task, label) for label in task.labels]
     sums, lengths = log_likelihoods(exported, prompts, answers, rows_per_batch)
     asked, free = sums[: len(examples)], sums[len(examples) :]
-    return {"sum": asked, "per_token": asked / lengths, "calibrated": asked - free.mean(axis=0)}
+    plain = {"sum": asked, "per_token": asked / lengths}
+    return plain | ({"calibrated": asked - free.mean(axis=0)} if calibrate else {})
 
 
 @torch.inference_mode()
@@ -165,8 +184,9 @@ def log_likelihoods(
 def written(
     exported: Exported, task: TaskConfig, shots: Sequence[Example], examples: Sequence[Example]
 ) -> list[str]:
-    """What the model writes after each prompt, up to the separator."""
-    sampling = SamplingConfig(temperature=0, max_new_tokens=64, stop=(task.prompt.separator,))
+    """What the model writes after each prompt, up to the separator; of a context's answer up to the end of its line."""
+    stop = (task.prompt.separator, *(("\n",) if task.kind == "question_answering" else ()))
+    sampling = SamplingConfig(temperature=0, max_new_tokens=64, stop=stop)
     prompts = [full_prompt(task, shots, prompt_of(task, example)) for example in examples]
     found = []
     for start in range(0, len(prompts), 16):
