@@ -23,11 +23,20 @@ WORKERS, MICRO_BATCHES, SEQ_LEN = 2, 2, 16
 MODEL = ModelConfig(vocab_size=256, hidden_size=256, num_layers=8, num_heads=4, intermediate_size=704)
 OPTIMIZER = OptimizerConfig(kind="adamw")
 BUCKET = 200_000  # elements; stage 3 holds a bucket also between two steps
+# Elements: DeepSpeed's default of stage3_param_persistence_threshold. Parameters up to this size stay whole on every
+# worker, beside their partition. In a large model they are the norms alone, and the plan leaves them out.
+PERSISTENT = 100_000
 
 
 def engine_config(stage: int) -> EngineConfig:
     smaller = {"zero_optimization": {"reduce_bucket_size": BUCKET}}
     return EngineConfig(zero_stage=stage, precision="bf16", micro_batch_rows=1, deepspeed=smaller)  # type: ignore[arg-type]
+
+
+def whole_bytes() -> int:
+    """Of the parameters that stage 3 does not partition alone, in bfloat16."""
+    sizes = [parameter.numel() for parameter in build(MODEL, 0).parameters()]
+    return 2 * sum(size for size in sizes if size <= PERSISTENT)
 
 
 def held_bytes() -> int:
@@ -86,7 +95,6 @@ def test_planned_states_are_what_deepspeed_holds(measured, stage) -> None:
         energy=EnergyConfig(),
     )
     memory = memory_per_worker(job)
-    held = measured(stage) - (memory.buckets if stage == 3 else 0)
+    held = measured(stage) - (memory.buckets + whole_bytes() if stage == 3 else 0)
     print(f"stage {stage}: {memory.states:,.0f} planned, {held:,.0f} held")
-    # Stage 3 also holds parameters that it has gathered: 2 % of so small a model.
-    assert memory.states == pytest.approx(held, rel=0.025 if stage == 3 else 0.01)
+    assert memory.states == pytest.approx(held, rel=0.01)
