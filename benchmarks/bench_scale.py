@@ -3,8 +3,8 @@
     python benchmarks/bench_scale.py [--petabytes 1] [--workers 1024] [--fragment-tokens 8388608]
 
 Prints a table in Markdown, within seconds. Real are manifest, order and the plans of the reads; nothing is read.
-Balance is the largest share of a window's rows over the smallest. Fetched over trained counts tokens, for a window takes
-whole fragments. Rates hold at `--tokens-per-second` of all workers. A task's bytes are what Ray carries to a reader.
+Balance is the largest share of a window's rows over the smallest. Fetched over trained counts tokens, for a window
+takes whole fragments. Rates hold at `--tokens-per-second` of all workers. A task's bytes are what Ray carries.
 """
 
 import argparse
