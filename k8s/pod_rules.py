@@ -5,6 +5,7 @@ A rule is a pure function from a render to a line per fault. Its docstring says 
 
 import re
 from collections.abc import Iterator
+from ipaddress import ip_address, ip_network
 
 from k8s.manifests import Render, groups, name_of, namespace_of, of_kind, pod_specs, quantity, ray_clusters
 
@@ -22,6 +23,7 @@ WITHOUT_NAMESPACE = {
     "Queue",
 }
 """Kinds that belong to the cluster: Kubernetes' own, Kueue's, Volcano's."""
+METADATA = ip_address("169.254.169.254")
 ADDRESS = re.compile(r"(?P<scheme>https?|rediss?)://[^/:]+(:(?P<port>\d+))?(/.*)?")
 PORTS = {"http": 80, "https": 443, "redis": 6379, "rediss": 6379}
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
@@ -239,6 +241,19 @@ def network(render: Render) -> Iterator[str]:
             yield f"{group.at}: no NetworkPolicy limits its {' and '.join(sorted({'Ingress', 'Egress'} - directions))}"
 
 
+def metadata_service(render: Render) -> Iterator[str]:
+    """There a cloud hands out the node's own credentials; with Workload Identity, GKE's server instead the run's."""
+    accounts = of_kind(render.objects, "ServiceAccount")
+    if any("iam.gke.io/gcp-service-account" in each["metadata"].get("annotations", {}) for each in accounts):
+        return
+    for policy in of_kind(render.objects, "NetworkPolicy"):
+        for egress in policy["spec"].get("egress", []):
+            for block in (peer["ipBlock"] for peer in egress.get("to", []) if "ipBlock" in peer):
+                left_out = [ip_network(each) for each in block.get("except", [])]
+                if METADATA in ip_network(block["cidr"]) and not any(METADATA in each for each in left_out):
+                    yield f"NetworkPolicy {name_of(policy)} lets the pods out to {METADATA}; add it to `except`"
+
+
 def reachable(render: Render) -> Iterator[str]:
     """A server that a manifest names, on a port that no NetworkPolicy lets out, is waited for until the job fails."""
     allowed = {
@@ -273,5 +288,6 @@ RULES = (
     pod_security,
     quota,
     network,
+    metadata_service,
     reachable,
 )

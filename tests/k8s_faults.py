@@ -258,6 +258,16 @@ FAULTS: dict[str, Fault] = {  # what was done wrong -> the rule that finds it, t
             for i in (0, 1)
         ],
     ),
+    "metadata-in-reach": (
+        "metadata_service",
+        "base",
+        lambda o: one(o, "NetworkPolicy")["spec"]["egress"][2]["to"][0]["ipBlock"].pop("except"),
+    ),
+    "metadata-without-workload-identity": (
+        "metadata_service",
+        "overlays/gke",
+        lambda o: one(o, "ServiceAccount")["metadata"].pop("annotations"),
+    ),
     "redis-behind-the-policy": (
         "reachable",
         "components/gcs-ft-redis",
