@@ -22,8 +22,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 
 from cluster.storage import open_store
 from k8s.check import OVERLAYS, PROJECT, all_renders, dockerfile_problems, problems_of
-from k8s.manifests import load, of_kind
 from k8s.job_rules import mounted_config
+from k8s.manifests import load, of_kind
 from tests.small_run import SETTINGS, put_corpus, steps_by_number
 
 
