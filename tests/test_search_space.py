@@ -108,6 +108,7 @@ def test_tpe_comes_nearer_to_the_best_than_chance():
             "not a key of the configuration; nearest: optimizer.learning_rate",
         ),
         ("run.name", {"choice": ["a"]}, "space.run.name cannot be varied"),
+        ("validation.max_rows", {"choice": [10, 20]}, "validation.* says how trials are scored"),
         ("adapt.train", {"choice": ["full", "all"]}, 'adapt.train="all" is not'),
         ("adapt.dropout", {"uniform": [0.3, 0.1]}, "two ends of a range"),
         ("adapt.dropout", {"uniform": [0.3, 1.5]}, "adapt.dropout=1.5 must be"),
@@ -120,3 +121,21 @@ def test_tpe_comes_nearer_to_the_best_than_chance():
 def test_mistakes_are_named(key, described, message):
     with pytest.raises(ConfigError, match=message):
         parse_space({key: described}, BASE)
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ({"adapt.train": "lore"}, "adapt.train is never 'lore'; it is one of .'full', 'lora'."),
+        ({"adapt.dropout": 0.5}, "adapt.dropout is never 0.5"),
+        ("adapt.train", "must be a mapping"),
+    ],
+)
+def test_a_condition_that_never_holds_is_named(condition, message):
+    space = {
+        "adapt.train": {"choice": ["full", "lora"]},
+        "adapt.dropout": {"uniform": [0.0, 0.3]},
+        "adapt.lora_rank": {"choice": [4], "if": condition},
+    }
+    with pytest.raises(ConfigError, match=message):
+        parse_space(space, BASE)

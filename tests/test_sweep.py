@@ -15,7 +15,6 @@ from cluster.config import load_config
 from cluster.session import PROJECT
 from cluster.storage import open_store
 from trainers.finetune_config import FinetuneConfig
-from tune.sweep_config import SweepConfig, room_for_trials
 from tune.trial_records import read_trials
 
 pytestmark = pytest.mark.cluster
@@ -30,7 +29,7 @@ def place(tmp_path_factory):
     put_backbone(folder / "model")
     content = {
         "sweep": {"name": "s", "storage": str(folder / "sweeps"), "trials": TRIALS, "best": 2,
-            "seeds": 2, "search": "random"},
+            "seeds": 2, "search": "random", "scheduler": "none"},
         "base": {
             "run": {"task": str(folder / "task.yaml"), "prepared": str(folder / "prepared")},
             "backbone": {"uri": str(folder / "model")},
@@ -87,23 +86,3 @@ def test_an_interrupted_sweep_goes_on_from_what_is_finished_and_judges_its_winne
     assert best.optimizer.learning_rate in (0.001, 0.003, 0.01, 0.02)
     page = store.read("report.html").decode()
     assert page.count("<svg") >= 4 and all(trial.name in page for trial in trials.values())
-
-
-def test_a_trial_that_needs_more_than_the_cluster_is_refused(place):
-    arguments = ["--config", str(place / "sweep.yaml"), "--base.cluster.cpus_per_worker", "64"]
-    config = load_config(SweepConfig, arguments, description="").config
-    concurrent, problem = room_for_trials(config, {"CPU": 4.0})
-    assert concurrent == 0 and problem is not None and "64 CPUs" in problem and "has 4" in problem
-
-
-def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(place):
-    arguments = [
-        "--config",
-        str(place / "sweep.yaml"),
-        "--base.cluster.cpus_per_worker",
-        "2",
-        "--base.cluster.num_workers",
-        "3",
-    ]
-    config = load_config(SweepConfig, arguments, description="").config
-    assert room_for_trials(config, {"CPU": 20.0}) == (3, None)

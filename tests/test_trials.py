@@ -13,6 +13,7 @@ from trial_experiments import Doing, Training
 
 from cluster.config import ConfigError
 from cluster.storage import Store, open_store
+from tune.interrupts import interrupt
 from tune.search import search
 from tune.search_space import Dimension, SearchSpace
 from tune.sweep import claim_judgement
@@ -56,8 +57,13 @@ def test_ctrl_c_ends_the_search_before_a_winner_is_chosen(sweep):
         lambda: any(info.path.endswith("began") for info in sweep.list("trials/")),
         lambda: os.kill(os.getpid(), signal.SIGINT),
     )
-    with pytest.raises(KeyboardInterrupt):
-        searched(sweep, trial_experiments.going_on_for_long)
+    # A shell starts what runs in the background with Ctrl-C ignored; the entry takes it all the same.
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            searched(sweep, trial_experiments.going_on_for_long)
+    finally:
+        signal.signal(signal.SIGINT, before)
     began.join()
     assert {trial.status for trial in read_trials(sweep)} == {"unfinished"}
 
@@ -79,3 +85,40 @@ def test_a_sweep_judges_one_point_also_if_asked_again(tmp_path):
     claim_judgement(store, {"rate": 0.1})
     with pytest.raises(ConfigError, match="cannot judge {'rate': 0.2} too"):
         claim_judgement(store, {"rate": 0.2})
+
+
+def test_a_trial_whose_process_is_killed_is_started_again(sweep):
+    assert searched(sweep, trial_experiments.killed_once)[0].scores == (0.3,)
+    assert [trial.status for trial in read_trials(sweep)] == ["finished"] * 3
+
+
+def test_a_trial_that_falls_behind_is_stopped_and_leaves_no_checkpoint(sweep):
+    falling = SearchSpace((Dimension("rate", "choice", RATES[::-1], {}),))
+    config = SweepRunConfig(search="grid", trials=3, best=1, seeds=1, scheduler="asha")
+    experiment = Doing(trial_experiments.scored_step_by_step)
+    [winner] = search(
+        config, experiment, sweep, falling, first_seed=0, concurrent=1, console=Console(quiet=True)
+    )
+    assert winner.point == {"rate": 0.3}
+    assert [trial.status for trial in read_trials(sweep)] == ["finished", "stopped", "stopped"]
+    assert not [info.path for info in sweep.list("trials/") if "/checkpoints/" in info.path]
+
+
+def test_what_fails_by_itself_is_tried_once_and_recorded_with_its_error(sweep):
+    with pytest.raises(SystemExit, match="no trial"):
+        searched(sweep, trial_experiments.failing)
+    trials = read_trials(sweep)
+    assert [trial.status for trial in trials] == ["failed"] * 3 and {t.score for t in trials} == {None}
+    assert trials[0].error == "ValueError: no finite gradient at rate 0.1"
+    assert len([info for info in sweep.list("trials/") if "/try-" in info.path]) == 3
+
+
+def test_a_trial_whose_process_is_killed_each_time_fails_with_what_ray_says_of_it(sweep):
+    with pytest.raises(SystemExit, match="no trial"):
+        searched(sweep, trial_experiments.killed_always)
+    assert "died unexpectedly" in read_trials(sweep)[0].error
+
+
+def test_a_trial_without_gpus_sees_none(sweep):
+    searched(sweep, trial_experiments.telling_its_gpus)
+    assert {sweep.read(i.path) for i in sweep.list("trials/") if i.path.endswith("/cuda")} == {b""}

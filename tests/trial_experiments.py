@@ -34,6 +34,14 @@ def scored_by_rate(folder: Store, point: Point, seed: int, report: Report) -> Sc
     return Score(point["rate"], {"accuracy": point["rate"]})
 
 
+def scored_step_by_step(folder: Store, point: Point, seed: int, report: Report) -> Score:
+    """As training does: validations on the way, and a checkpoint to go on from."""
+    folder.put("seed-0/checkpoints/step-1/weights", b"")
+    for step in range(1, 10):
+        report(step / 10, point["rate"] * step, {"loss": 1.0})
+    return Score(point["rate"] * 10, {"loss": 1.0})
+
+
 def going_on_for_long(folder: Store, point: Point, seed: int, report: Report) -> Score:
     folder.put("began", b"")
     time.sleep(600)

@@ -29,7 +29,8 @@ def best_points(trials: Sequence[TrialRecord], seed: int, number: int) -> list[P
 
 
 def rank(points: Sequence[Point], seeds: Sequence[int], trials: Sequence[TrialRecord]) -> list[Finalist]:
-    """Points by their mean over seeds, the best first; a point that failed with a seed counts those it has."""
+    """Points by their mean over seeds, the best first. One that failed with a seed comes after all that did not: the
+    mean of fewer seeds is a luckier one."""
     found = []
     for point in points:
         scores = tuple(
@@ -37,4 +38,4 @@ def rank(points: Sequence[Point], seeds: Sequence[int], trials: Sequence[TrialRe
             if r.point == point and r.seed in seeds and r.status == "finished" and r.score is not None
         )  # fmt: skip
         found.append(Finalist(point, scores, *seeds_interval(scores)))
-    return sorted(found, key=lambda finalist: -finalist.mean)
+    return sorted(found, key=lambda finalist: (-len(finalist.scores), -finalist.mean))

@@ -1,6 +1,8 @@
 """The two phases of a sweep: the search, and the best points once more with other seeds."""
 
+import math
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -18,10 +20,14 @@ _STATUS = ("finished", "stopped", "failed")
 class ProgressLine:
     """Prints how a sweep stands whenever a trial ends."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int, earlier: Sequence[TrialRecord] = ()) -> None:
+        """`earlier`: trials that had ended before this start; they count, and say nothing of its speed."""
         self._console, self._total, self._started = console, total, time.monotonic()
         self._running: set[str] = set()
-        self._ended: dict[str, TrialRecord] = {}
+        self._ended = {record.name: record for record in earlier}
+        self._earlier = len(self._ended)
+        if earlier:
+            console.print(f"going on: {len(earlier)} of {total} trials had ended", highlight=False)
 
     def __call__(self, record: TrialRecord) -> None:
         if record.status == "unfinished":
@@ -30,15 +36,28 @@ class ProgressLine:
         self._running.discard(record.name)
         self._ended[record.name] = record
         counts = {status: sum(r.status == status for r in self._ended.values()) for status in _STATUS}
-        best = max((r.score for r in self._ended.values() if r.score is not None), default=float("nan"))
+        scores = [r.score for r in self._ended.values() if r.score is not None and math.isfinite(r.score)]
         seconds = time.monotonic() - self._started
-        left = seconds / len(self._ended) * max(0, self._total - len(self._ended))
+        left = self.seconds_left(seconds)
         told = ", ".join(f"{number} {status}" for status, number in counts.items())
+        best = f"{max(scores):.4f}" if scores else "none yet"
         self._console.print(
-            f"trials: {len(self._running)} running, {told} of {self._total}; best {best:.4f}; "
+            f"trials: {len(self._running)} running, {told} of {self._total}; best {best}; "
             f"{seconds / 60:.1f} min, about {left / 60:.1f} min left",
             highlight=False,
         )
+
+    def seconds_left(self, seconds: float) -> float:
+        """At the rate of this start, which has lasted so long."""
+        ended_now = len(self._ended) - self._earlier
+        return seconds / max(1, ended_now) * max(0, self._total - len(self._ended))
+
+
+def living_nodes() -> list[dict[str, float]]:
+    """The resources of each node of the session."""
+    from tune.trials import nodes  # here: Ray reads its variables when it is imported
+
+    return nodes()
 
 
 def search(
@@ -70,10 +89,7 @@ def search(
         point = proposals.propose()
         return None if point is None else (point, first_seed)
 
-    progress = ProgressLine(console, config.trials)
-    for record in searched:
-        if record.status != "unfinished":
-            progress(record)
+    progress = ProgressLine(console, config.trials, [r for r in searched if r.status != "unfinished"])
 
     def tell(record: TrialRecord) -> None:
         if record.status != "unfinished":

@@ -1,4 +1,4 @@
-"""What a sweep may vary: keys of the fine-tuning configuration, each with where its values come from.
+"""What a sweep may vary: keys of the configuration of fine-tuning or pretraining, each with where its values come from.
 
 optimizer.learning_rate: {loguniform: [1e-5, 3e-3]}
 adapt.train: {choice: [full, lora]}
@@ -9,19 +9,32 @@ adapt.dropout: {uniform: [0.0, 0.3]}
 
 import itertools
 import math
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 
 from cluster.config import ConfigError, from_dict, nearest, to_dict
 from cluster.keys import keys_of
+from trainers.config import PretrainConfig
 from trainers.finetune_config import FinetuneConfig
 
 KINDS = ("choice", "uniform", "loguniform", "int")
 GRID_VALUES = 3
 """Values that a grid takes of a range: its ends and the middle."""
+
+_WHERE = "says where a trial runs, not what it learns"
+FIXED = {
+    "run": _WHERE,
+    "cluster": _WHERE,
+    "checkpoint": _WHERE,
+    "validation": "says how trials are scored: they could not be compared",
+}
+"""Sections that no space varies, and why."""
+PRETRAINING = ("optimizer.", "schedule.", "batch.rows_per_step", "order.weights.")
+"""What a space over pretraining varies: tokens, model and objective stay, so that losses are comparable."""
 
 Point = dict[str, Any]
 """A value for each key that is varied; keys whose condition does not hold are absent."""
@@ -40,6 +53,13 @@ class Dimension:
 
     def applies(self, point: Point) -> bool:
         return all(point.get(key) == value for key, value in self.condition.items())
+
+    def can_be(self, value: Any) -> bool:
+        """Whether a point may have this value here."""
+        if self.kind == "choice":
+            return value in self.values
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and self.values[0] <= value <= self.values[1]
 
     @property
     def distribution(self) -> optuna.distributions.BaseDistribution:
@@ -89,7 +109,7 @@ class SearchSpace:
         return list(points.values())
 
 
-def parse_space(space: Mapping[str, Any], base: FinetuneConfig) -> SearchSpace:
+def parse_space(space: Mapping[str, Any], base: FinetuneConfig | PretrainConfig) -> SearchSpace:
     """Read and check the YAML form against the configuration that it varies.
 
     Raises:
@@ -100,7 +120,7 @@ def parse_space(space: Mapping[str, Any], base: FinetuneConfig) -> SearchSpace:
         problems.append("space is empty: name at least one key to vary, as optimizer.learning_rate")
     dimensions: list[Dimension] = []
     for key, described in space.items():
-        found = list(_problems(key, described, [d.key for d in dimensions]))
+        found = list(_problems(type(base), key, described, {d.key: d for d in dimensions}))
         problems += found
         if not found:
             kind = next(kind for kind in KINDS if kind in described)
@@ -116,12 +136,14 @@ def parse_space(space: Mapping[str, Any], base: FinetuneConfig) -> SearchSpace:
     return SearchSpace(tuple(dimensions))
 
 
-def _problems(key: str, described: Any, before: Sequence[str]) -> Iterator[str]:
-    known = list(keys_of(FinetuneConfig))
-    if key not in known:
+def _problems(base: type, key: str, described: Any, before: Mapping[str, Dimension]) -> Iterator[str]:
+    known = list(keys_of(base))
+    if path_of(base, key) is None:
         yield f"space.{key} is not a key of the configuration; nearest: {nearest(key, known) or 'see --help'}"
-    elif key.startswith(("run.", "cluster.", "checkpoint.")):
-        yield f"space.{key} cannot be varied: {key.partition('.')[0]}.* says where a trial runs, not what it learns"
+    elif base is PretrainConfig and not key.startswith(PRETRAINING):
+        yield f"space.{key} cannot be varied in pretraining; what can: {', '.join(PRETRAINING)}"
+    elif reason := FIXED.get(key.partition(".")[0]):
+        yield f"space.{key} cannot be varied: {key.partition('.')[0]}.* {reason}"
     kinds = [name for name in described if name != "if"] if isinstance(described, dict) else []
     if len(kinds) != 1 or kinds[0] not in KINDS:
         yield f"space.{key}={described!r} must be one of {', '.join(f'{{{kind}: […]}}' for kind in KINDS)}"
@@ -136,18 +158,43 @@ def _problems(key: str, described: Any, before: Sequence[str]) -> Iterator[str]:
             yield f"space.{key}.loguniform={values!r} must be above 0"
         elif kind == "int" and not all(isinstance(v, int) for v in values):
             yield f"space.{key}.int={values!r} must be whole numbers"
-    for other in described.get("if") or {}:
+    yield from _condition_problems(key, described.get("if") or {}, before)
+
+
+def _condition_problems(key: str, condition: Any, before: Mapping[str, Dimension]) -> Iterator[str]:
+    if not isinstance(condition, dict):
+        yield f"space.{key}.if={condition!r} must be a mapping of other keys to their values"
+        return
+    for other, value in condition.items():
         if other not in before:
             yield f"space.{key}.if names {other}, which does not stand before it in space"
+        elif not before[other].can_be(value):
+            found = list(before[other].values)
+            yield f"space.{key}.if: {other} is never {value!r}; it is one of {found}, of a range its ends"
 
 
-def with_point(base: FinetuneConfig, point: Point) -> FinetuneConfig:
+def path_of(base: type, key: str) -> list[str] | None:
+    """The sections and names that lead to a key, also into a mapping, as order.weights.SOURCE; None if it is none."""
+    known = keys_of(base)
+    if key in known:
+        return key.split(".")
+    for name, declared in known.items():
+        if key.startswith(f"{name}.") and typing.get_origin(declared.hint) is dict:
+            return [*name.split("."), key.removeprefix(f"{name}.")]
+    return None
+
+
+Config = TypeVar("Config", bound=FinetuneConfig | PretrainConfig)
+
+
+def with_point(base: Config, point: Point) -> Config:
     """The configuration with a point's values. Raises `ConfigError` where they do not fit."""
     merged = to_dict(base)
     for key, value in point.items():
-        *sections, name = key.split(".")
+        path = path_of(type(base), key)
+        assert path is not None, key
         section = merged
-        for part in sections:
+        for part in path[:-1]:
             section = section[part]
-        section[name] = value
-    return from_dict(FinetuneConfig, merged)
+        section[path[-1]] = value
+    return from_dict(type(base), merged)

@@ -31,9 +31,9 @@ try:
     from tune.finalists import Finalist
     from tune.finetune_trials import FinetuneTrials
     from tune.interrupts import stopped_gently
-    from tune.search import search
+    from tune.search import living_nodes, search
     from tune.search_space import Point, SearchSpace, parse_space, with_point
-    from tune.sweep_config import SweepConfig, grid_problem, room_for_trials
+    from tune.sweep_config import SweepConfig, grid_problem, room_of, unshared_problem
     from tune.sweep_folder import pin
     from tune.sweep_report import sweep_table, write_sweep_report
     from tune.trial_records import read_trials
@@ -67,10 +67,11 @@ def sweep(
 ) -> None:
     """Search, choose and judge, from where the sweep is."""
     pin(store, config, origin_of(config, prepared))
-    with ray_session(config.base.cluster) as resources:
-        concurrent, problem = room_for_trials(config, resources)
-        if problem:
+    with ray_session(config.base.cluster):
+        nodes = living_nodes()
+        if problem := unshared_problem(shared_uris(config), nodes):
             raise ConfigError([problem])
+        concurrent = room_of(config.base.cluster).on(nodes, config.sweep.max_concurrent)
         finalists = search(
             config.sweep,
             FinetuneTrials(config.base, prepared),
@@ -90,6 +91,15 @@ def sweep(
     console.print(
         f"best configuration: {store.uri.removeprefix('file://')}/best.yaml; page: {page}", highlight=False
     )
+
+
+def shared_uris(config: SweepConfig) -> dict[str, str]:
+    """What every trial reads or writes, by key."""
+    return {
+        "sweep.storage": open_store(config.sweep.storage).uri,
+        "base.run.prepared": config.base.run.prepared,
+        "base.backbone.uri": config.base.backbone.uri,
+    }
 
 
 def origin_of(config: SweepConfig, prepared: PreparedTask) -> dict[str, str]:

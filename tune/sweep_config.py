@@ -1,9 +1,11 @@
 """The configuration of a sweep."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster.config import ConfigError
+from cluster.session import ClusterConfig
 from trainers.finetune_config import FinetuneConfig
 from tune.proposals import Search
 from tune.search_space import SearchSpace
@@ -68,18 +70,59 @@ def grid_problem(config: SweepRunConfig, space: SearchSpace) -> str | None:
     )
 
 
-def room_for_trials(config: SweepConfig, resources: Mapping[str, float]) -> tuple[int, str | None]:
-    """How many trials run at a time, and why not even one could, if so: a half-started trial would wait for ever."""
-    cluster = config.base.cluster
-    wanted = {
-        "CPU": cluster.num_workers * cluster.cpus_per_worker,
-        "GPU": cluster.num_workers * cluster.gpus_per_worker,
-    }
-    room = {name: int(resources.get(name, 0.0) / number) for name, number in wanted.items() if number}
-    scarce = min(room, key=lambda name: room[name])
-    if not room[scarce]:
-        return 0, (
-            f"a trial needs {wanted[scarce]:g} {scarce}s (base.cluster.num_workers={cluster.num_workers} x "
-            f"{scarce.lower()}s_per_worker), the cluster has {resources.get(scarce, 0.0):g}; ask for less per trial"
+@dataclass(frozen=True)
+class Room:
+    """What one trial takes of a cluster."""
+
+    workers: int
+    cpus: float
+    """Of each worker; a worker lies on one node."""
+    gpus: float
+    reads: float = 0.0
+    """CPUs beside the workers', on any node."""
+
+    def on(self, nodes: Sequence[Mapping[str, float]], max_concurrent: int = 0) -> int:
+        """How many trials run at a time on nodes of these resources: a half-started one would wait for ever.
+
+        Raises:
+            ConfigError: not even one does.
+        """
+        places = sum(self._places(node) for node in nodes)
+        cpus = sum(node.get("CPU", 0.0) for node in nodes)
+        fitting = places // self.workers
+        if needed := self.workers * self.cpus + self.reads:
+            fitting = min(fitting, int(cpus / needed))
+        if not fitting:
+            raise ConfigError([self._refusal(places, cpus, nodes)])
+        return min(fitting, max_concurrent or fitting)
+
+    def _places(self, node: Mapping[str, float]) -> int:
+        """Workers that fit on one node."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        return min(int(node.get(name, 0.0) / number) for name, number in wanted.items() if number)
+
+    def _refusal(self, places: int, cpus: float, nodes: Sequence[Mapping[str, float]]) -> str:
+        gpus = f" and {self.gpus:g} GPU" if self.gpus else ""
+        reads = f" and {self.reads:g} CPUs for reads" if self.reads else ""
+        have = f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}: {cpus:g} CPUs in all"
+        have += f", {sum(node.get('GPU', 0.0) for node in nodes):g} GPUs" if self.gpus else ""
+        return (
+            f"a trial needs {self.workers} x ({self.cpus:g} CPUs{gpus}){reads}, the cluster has room for {places} such "
+            f"workers ({have}); lower base.cluster.num_workers, cpus_per_worker or gpus_per_worker"
         )
-    return min(room[scarce], config.sweep.max_concurrent or room[scarce]), None
+
+
+def room_of(cluster: ClusterConfig, reads: float = 0.0) -> Room:
+    """What a trial with these workers takes."""
+    return Room(cluster.num_workers, cluster.cpus_per_worker, cluster.gpus_per_worker, reads)
+
+
+def unshared_problem(uris: Mapping[str, str], nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """Why a trial on another node would not find what it needs, if so; `uris` by key."""
+    local = [f"{key}={uri}" for key, uri in uris.items() if uri.startswith("file://")]
+    if len(nodes) < 2 or not local:
+        return None
+    return (
+        f"the cluster has {len(nodes)} nodes, and {', '.join(local)} may be another folder on each; give s3:// or "
+        "gs:// URIs, or one node"
+    )

@@ -66,3 +66,10 @@ def read_trials(sweep: Store) -> list[TrialRecord]:
             if file == [OUTCOME] or name not in found:
                 found[name] = content
     return sorted((TrialRecord(**content) for content in found.values()), key=lambda record: record.number)
+
+
+def discard_checkpoints(sweep: Store, name: str) -> None:
+    """Remove what a trial that has ended would have gone on from: of large models it would fill the storage."""
+    for info in sweep.list(f"{FOLDER}/{name}/"):
+        if {"checkpoints", "best", "ray"} & set(info.path.split("/")[2:-1]):
+            sweep.delete(info.path)

@@ -4,17 +4,20 @@ A trial whose workers are Ray Train's is a driver without CPUs of its own, whose
 of concurrent trials is what keeps them from waiting for each other.
 """
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from cluster.storage import Store
+from cluster.storage import StorageError, Store
 from tune.experiment import Experiment
 from tune.search_space import Point
 from tune.sweep_config import SweepRunConfig
@@ -23,23 +26,56 @@ from tune.trial_records import (
     FOLDER,
     Status,
     TrialRecord,
+    discard_checkpoints,
     record_outcome,
     record_start,
     trial_name,
 )
 
 PERCENT = 100
+RESTARTS = 2
+"""Of a trial whose process was lost."""
+ERROR_CHARACTERS = 2_000
+"""Of an error that a record keeps."""
 NextTrial = Callable[[], tuple[Point, int] | None]
 """The next point and seed to try; None when there is none left."""
 Tell = Callable[[TrialRecord], None]
 
 
+class Deaths(tune.Callback):
+    """Knows why Tune gave a trial up."""
+
+    def __init__(self) -> None:
+        self._trials: Sequence[Any] = ()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._trials = trials
+
+    def cause(self, trial_id: str) -> str:
+        """What Tune wrote down last."""
+        trial = next(trial for trial in self._trials if trial.trial_id == trial_id)
+        # On the driver's disk: its own getters read the storage, which the file reaches later.
+        file = trial.error_file and Path(trial.error_file)
+        if not file or not file.exists():
+            return "it ended without a validation"
+        return file.read_text(errors="replace").rpartition("Failure # ")[2].partition("\n")[2].strip()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it was given."""
+        return {}
+
+
 class Source(Searcher):
     """Hands Tune the points of a sweep, and records how trials ended."""
 
-    def __init__(self, sweep: Store, ask: NextTrial, tell: Tell, first_number: int) -> None:
+    def __init__(
+        self, sweep: Store, ask: NextTrial, tell: Tell, first_number: int, cause: Callable[[str], str]
+    ) -> None:
         super().__init__(metric="score", mode="max")
         self._sweep, self._ask, self._tell, self._number = sweep, ask, tell, first_number
+        self._cause = cause
+        self.ended: list[str] = []
+        """Names of the trials that have ended since the start."""
         self._running: dict[str, tuple[TrialRecord, float]] = {}
         self._last: dict[str, dict[str, Any]] = {}
 
@@ -63,23 +99,33 @@ class Source(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Called once for each trial, however it ended; an outcome that its process wrote stays."""
+        """Called once for each trial, however it ended."""
         record, started = self._running.pop(trial_id)
         # The result at which a trial is stopped comes here, and not to on_trial_result.
         last = self._last.pop(trial_id, {})
         last = result if result and "score" in result else last
-        percent = last.get("percent", 0)
-        status: Status = "failed" if error or not last else "finished" if percent >= PERCENT else "stopped"
+        failure = self._failure(trial_id, record.name, error or not last)
+        whole = last.get("percent", 0) >= PERCENT
+        status: Status = "failed" if failure else "finished" if whole else "stopped"
         ended = replace(
             record,
             status=status,
-            score=None if status == "failed" else last["best_score"],
+            score=None if failure else last["best_score"],
             seconds=time.monotonic() - started,
             metrics={k.removeprefix("metrics/"): v for k, v in last.items() if k.startswith("metrics/")},
-            error="it ended without a validation; see trials/NAME/error.txt" if status == "failed" else "",
+            error=failure[:ERROR_CHARACTERS],
         )
         record_outcome(self._sweep, ended)
+        discard_checkpoints(self._sweep, record.name)
+        self.ended.append(record.name)
         self._tell(ended)
+
+    def _failure(self, trial_id: str, name: str, gave_up: bool) -> str:
+        """Why a trial failed, by its own words or by Tune's; empty if it did not."""
+        path = f"{FOLDER}/{name}/{ERROR}"
+        if self._sweep.exists(path):
+            return self._sweep.read(path).decode()
+        return self._cause(trial_id) if gave_up else ""
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles what it was given, which holds a console here, and would never load it."""
@@ -96,18 +142,26 @@ def run_trial(parameters: dict[str, Any], experiment: Experiment, sweep: Store) 
     """One trial, in a process of its own."""
     point, seed = parameters["point"], parameters["seed"]
     folder = sweep.child(f"{FOLDER}/{trial_name(point, seed)}")
+    if not experiment.resources["gpu"]:
+        # cluster/session.py tells Ray not to; and Tune gives a trial no environment of its own.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     scores: list[float] = []
 
     def report(share: float, score: float, metrics: Any) -> None:
+        if not math.isfinite(score):
+            return
         scores.append(score)
         percent = min(PERCENT - 1, int(PERCENT * share))
         tune.report({"score": score, "best_score": max(scores), "percent": percent, "metrics": dict(metrics)})
 
+    folder.delete(ERROR)
     try:
         found = experiment.train(folder, point, seed, report)
+    except StorageError:
+        raise  # no fault of the point: Tune starts it again, as one whose process was lost
     except Exception as error:
         folder.put(ERROR, f"{type(error).__name__}: {error}".encode())
-        raise
+        return  # not raised, for Tune would start again what fails again
     tune.report(
         {
             "score": found.score,
@@ -116,6 +170,11 @@ def run_trial(parameters: dict[str, Any], experiment: Experiment, sweep: Store) 
             "metrics": dict(found.metrics),
         }
     )
+
+
+def nodes() -> list[dict[str, float]]:
+    """The resources of each living node of the session."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def run_trials(
@@ -140,10 +199,12 @@ def run_trials(
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, experiment=experiment, sweep=sweep), dict(experiment.resources)
     )
+    deaths = Deaths()
+    source = Source(sweep, ask, tell, first_number, deaths.cause)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=Source(sweep, ask, tell, first_number),
+            search_alg=source,
             scheduler=scheduler(config) if early_stopping else FIFOScheduler(),
             num_samples=num_trials,
             max_concurrent_trials=concurrent,
@@ -155,9 +216,14 @@ def run_trials(
             name=f"start-{time.time_ns()}",
             storage_path=sweep.child("ray").uri.removeprefix("file://"),
             verbose=0,
+            callbacks=[deaths],
+            # Of processes that are lost with their node, or killed for memory; the trial goes on from its checkpoints.
+            failure_config=tune.FailureConfig(max_failures=RESTARTS),
         ),
     )
     tuner.fit()
+    for name in source.ended:  # a trial that was stopped may have been writing one
+        discard_checkpoints(sweep, name)
 
 
 def scheduler(config: SweepRunConfig) -> TrialScheduler:

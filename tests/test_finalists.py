@@ -1,0 +1,41 @@
+"""Finalists win by their mean over all seeds; what is left of a sweep is told by the trials of this start."""
+
+from rich.console import Console
+
+from cluster.storage import open_store
+from tune.finalists import rank
+from tune.search import ProgressLine
+from tune.trial_records import TrialRecord, discard_checkpoints
+
+LUCKY, STEADY = {"rate": 1.0}, {"rate": 0.1}
+
+
+def trial(point, seed, score):
+    status = "finished" if score is not None else "failed"
+    return TrialRecord(f"{point}-{seed}", point, seed, 1, status, score)
+
+
+def test_a_point_that_failed_with_other_seeds_does_not_win_on_one_score():
+    trials = [
+        trial(LUCKY, 0, 0.9), trial(LUCKY, 1, None), trial(LUCKY, 2, None),
+        trial(STEADY, 0, 0.8), trial(STEADY, 1, 0.7), trial(STEADY, 2, 0.75),
+    ]  # fmt: skip
+    ranked = rank([LUCKY, STEADY], [0, 1, 2], trials)
+    assert [finalist.point for finalist in ranked] == [STEADY, LUCKY]
+    assert [len(finalist.scores) for finalist in ranked] == [3, 1]
+
+
+def test_time_left_is_told_by_the_trials_of_this_start():
+    earlier = [trial({"rate": float(n)}, 0, 0.5) for n in range(8)]
+    progress = ProgressLine(Console(quiet=True), 12, earlier)
+    progress(trial(STEADY, 0, 0.5))
+    assert progress.seconds_left(60.0) == 3 * 60.0
+
+
+def test_an_ended_trial_keeps_its_metrics_and_no_checkpoint(tmp_path):
+    sweep = open_store(str(tmp_path))
+    kept = ["trials/a/trial.json", "trials/a/seed-0/metrics/1.jsonl", "trials/b/seed-0/checkpoints/step-1/x"]
+    for path in [*kept, "trials/a/seed-0/checkpoints/step-1/x", "trials/a/seed-0/best/step-1.safetensors"]:
+        sweep.put(path, b"")
+    discard_checkpoints(sweep, "a")
+    assert [info.path for info in sweep.list()] == sorted(kept)
