@@ -1,6 +1,7 @@
 """The whole path of fine-tuning, through the function and through the command that users call."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from trainers.task import load_task
 from trainers.task_data import prepare_task
 from trainers.task_evaluation import answers_to
 from trainers.task_export import load_task_model
+from trainers.task_metrics import measure
 from trainers.task_records import Example
 from trainers.task_report import write_task_report
 from trainers.verdict import VERDICT, TestSplitError, claim_test_split
@@ -156,7 +158,7 @@ def put_huggingface_bert(folder) -> str:
     return str(folder)
 
 
-def answers_again(export, answers):
+def answers_again(export, answers, max_new_tokens=64):
     """What the exported model answers to records that were judged."""
     model, encoder = load_task_model(export)
     examples = [
@@ -165,8 +167,9 @@ def answers_again(export, answers):
     ]
     with torch.inference_mode():
         return answers_to(
-            model, encoder, examples, encoder.encode(examples), rows_per_batch=7, device=torch.device("cpu")
-        )[0]
+            model, encoder, examples, encoder.encode(examples), rows_per_batch=7, device=torch.device("cpu"),
+            max_new_tokens=max_new_tokens,
+        )[0]  # fmt: skip
 
 
 @pytest.mark.parametrize("backbone", ["bert", "rotary", "huggingface"])
@@ -183,6 +186,109 @@ def test_an_encoder_is_trained_judged_and_exported_with_the_answers_that_were_ju
     for judged, found in zip(answers, answers_again(run.child("export"), answers), strict=True):
         assert found.value == judged["answer"]
         assert found.confidence == pytest.approx(judged["confidence"], abs=1e-5)
+
+
+WORDS = ["red", "green", "small", "old", "deep", "high"]
+
+
+def records_of(kind, number=48):
+    """Few and short, but none the near-duplicate of another."""
+    records = []
+    for n in range(number):
+        words = [f"{WORDS[n % 6]}{n}", f"{WORDS[n * 5 % 6]}{n * 31}", "end"]
+        text, odd = " ".join(words), n % 2
+        pair = {"pair": f"of {n * 77}"} if kind in ("pairs", "question_answering") else {}
+        label = {
+            "pairs": "odd" if odd else "even",
+            "classification": ["odd"] * odd + ["third"] * (n % 3 == 0),
+            "token_classification": ["B-X", "I-X", "O"] if odd else ["O", "O", "O"],
+            "regression": n / 7,
+            "question_answering": str(n * 77),
+            "generation": f"{n}",
+        }[kind]
+        content = {"tokens": words} if kind == "token_classification" else {"text": text}
+        records.append({"id": f"r{n}", "label": label} | content | pair)
+    return records
+
+
+KINDS = {
+    "classification": {"multi_label": True},
+    "pairs": {"columns": {"pair": "pair"}},
+    "token_classification": {},
+    "regression": {},
+    "question_answering": {"columns": {"pair": "pair"}},
+    "generation": {"prompt": {"template": "Q: {text}\nA:"}},
+}
+
+
+def task_of(place, kind, **content):
+    uri = put_lines(place / f"{kind}.jsonl", records_of(kind))
+    split = {"similarity": 1.0, "validation": 0.2}
+    content = {"name": kind, "kind": kind, "data": {"uri": uri}, "split": split} | KINDS[kind] | content
+    return put_task(place / f"{kind}.yaml", **content)
+
+
+def config_of(place, kind, name, **changes):
+    limits = {"batch": SHORT, "validation": {"times": 2, "max_new_tokens": 4}}
+    made = config(place, name, **{**limits, **changes})
+    return replace(made, run=replace(made.run, task=task_of(place, kind)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_trained_judged_reported_and_exported_with_the_answers_that_were_judged(place, kind):
+    settings = config_of(place, kind, f"kind-{kind}")
+    result = finetune(settings)
+    run = run_of(place, f"kind-{kind}")
+    task = prepare_task(load_task(settings.run.task), open_store(settings.run.prepared))
+    answers = judged_answers(run)
+    targets = {example.id: example.target for example in task.read_test()}
+    assert {a["id"]: a["target"] for a in answers} == targets
+    verdict, metric = result.seeds[0]["test"]["metrics"], task.task.judged_by
+    again = measure(task.task, task.read_test(), [a["answer"] for a in answers])
+    assert verdict == again | {"loss": verdict["loss"]} and math.isfinite(verdict["loss"])
+    assert metric in result.seeds[0]["validation"]
+    for judged, found in zip(answers, answers_again(run.child("export"), answers, 4), strict=True):
+        assert found.value == (
+            pytest.approx(judged["answer"], abs=1e-4) if kind == "regression" else judged["answer"]
+        )
+    write_task_report(run, task)
+    assert metric in run.read("report.html").decode()
+
+
+def test_adapters_are_merged_into_what_is_exported(place):
+    finetune(config(place, "lora", batch=SHORT, adapt={"train": "lora", "lora_rank": 2}))
+    run = run_of(place, "lora")
+    answers = judged_answers(run)
+    for judged, found in zip(answers, answers_again(run.child("export"), answers), strict=True):
+        assert found.value == judged["answer"]
+        assert found.confidence == pytest.approx(judged["confidence"], abs=1e-4)
+    pretrained = dict(load_backbone(config(place, "lora"), seed=0).model.named_parameters())
+    moved = {
+        name.split(".")[-2]
+        for name, p in load_task_model(run.child("export"))[0].backbone.named_parameters()
+        if not torch.equal(p, pretrained[name])
+    }
+    assert moved == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+
+def test_a_run_stops_where_validation_no_longer_improves_and_keeps_the_best(place):
+    changes = {"validation": {"times": 12, "patience": 2}, "optimizer": {"learning_rate": 1e-9}}
+    told = []
+    result = finetune(
+        config(place, "early", batch=SHORT | {"min_steps": 24, "max_steps": 24}, **changes),
+        on_validation=lambda step, score: told.append((step, score.score)), keep_model=False,
+    ).seeds[0]  # fmt: skip
+    scores = [score for _, score in told]
+    best = scores.index(max(scores))  # of equals the first
+    assert result["best_step"] == told[best][0] and result["steps"] == told[-1][0] == told[best + 2][0] < 24
+
+
+def test_each_seed_is_a_run_of_its_own_and_begins_otherwise(place):
+    result = finetune(config(place, "seeds", batch=SHORT, run={"seeds": (0, 1)}), keep_model=False)
+    assert [seed["seed"] for seed in result.seeds] == [0, 1]
+    assert len(result.values("test")) == 2
+    first, second = (losses_of(run_of(place, "seeds", seed)) for seed in (0, 1))
+    assert len(first) == len(second) == 6 and first[0] != second[0]
 
 
 def judged_answers(run):
@@ -377,3 +483,15 @@ def test_a_backbone_with_a_foreign_tokenizer_is_refused(place, tmp_path):
     target.put("tokenizer.json", json.dumps(tokenizer).encode())
     with pytest.raises(ConfigError, match="521 entries, its embedding 512"):
         finetune(config(place, "foreign", backbone={"uri": str(tmp_path / "model")}))
+
+
+def test_a_foreign_tokenizer_of_equal_size_is_refused_with_and_without_loading_the_weights(place, tmp_path):
+    target = open_store(put_backbone(tmp_path / "model"))
+    tokenizer = json.loads(target.read("tokenizer.json"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    target.put("tokenizer.json", json.dumps(tokenizer).encode())
+    foreign = config(place, "foreign", backbone={"uri": target.uri})
+    for read in (read_facts, lambda config: load_backbone(config, seed=0)):
+        with pytest.raises(ConfigError, match="is the tokenizer .*, but the model was trained with"):
+            read(foreign)

@@ -106,9 +106,8 @@ def choose_shots(prepared: PreparedTask, config: FewShotConfig) -> list[Example]
 
 def answer_text(task: TaskConfig, target: Target) -> str:
     """How an answer is written after its prompt."""
-    if task.kind == "question_answering":
-        target = target["text"]
-    return task.prompt.before_answer + task.prompt.answers.get(target, target)
+    text: str = target["text"] if task.kind == "question_answering" else target
+    return task.prompt.before_answer + task.prompt.answers.get(text, text)
 
 
 def full_prompt(task: TaskConfig, shots: Sequence[Example], text: str) -> str:

@@ -106,7 +106,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_config(FinetuneConfig, arguments, description=__doc__ or "", extra_flags=FLAGS)
     config, console = absolute(loaded.config), Console(soft_wrap=True)
     prepared = prepare_task(load_task(config.run.task), open_store(config.run.prepared))
-    encoder = make_encoder(config, prepared.task, read_facts(config))
+    facts = read_facts(config)
+    encoder = make_encoder(config, prepared.task, facts)
+    if not facts.names_tokenizer:
+        console.print(
+            f"{config.backbone.uri} does not say which tokenizer it was trained with; of its tokenizer.json only the "
+            "number of entries was compared"
+        )
     for table in task_tables(prepared, encoder):
         console.print(table)
     if "dry-run" in loaded.flags:

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 
 from cluster.config import ConfigError, nearest
 from cluster.storage import open_store
-from data.tokens import special_ids
+from data.tokens import fix_tokenizer, special_ids
 from trainers.export import Exported, load_exported
 from trainers.finetune_config import FinetuneConfig
-from trainers.formats import read_stored, weight_files
+from trainers.formats import PRETRAINING, read_stored, weight_files
 from trainers.local_copy import local_copy
 from trainers.model import Backbone, initialize
 from trainers.shape import ModelConfig
@@ -29,6 +29,8 @@ class BackboneFacts:
     shape: ModelConfig
     tokenizer: Tokenizer
     boundary_id: int
+    names_tokenizer: bool = False
+    """Whether the folder says which tokenizer it was trained with; else only the number of entries tells."""
 
 
 def facts_of(exported: Exported) -> BackboneFacts:
@@ -39,7 +41,7 @@ def read_facts(config: FinetuneConfig) -> BackboneFacts:
     """The same as of the loaded backbone, without its weights: a driver needs none.
 
     Raises:
-        ConfigError: there is no backbone.
+        ConfigError: there is no backbone, or not with the tokenizer that it was trained with.
     """
     uri = config.backbone.uri
     try:
@@ -48,13 +50,28 @@ def read_facts(config: FinetuneConfig) -> BackboneFacts:
         ids = special_ids(serialised)
         openers = (stored.fields.get("bos_token_id"), ids.boundary, ids.sep)  # as load_exported chooses
         boundary_id = next(each for each in openers if each is not None)
+        trained = stored.fields.get(PRETRAINING, {}).get("tokenizer")
+        check_tokenizer(serialised, boundary_id, trained)
     except FileNotFoundError as error:
         raise ConfigError([f"backbone.uri={uri} holds no exported model: {error}"]) from None
     except (ValueError, StopIteration) as error:
         raise ConfigError(
             [f"backbone.uri={uri} cannot be adapted: {error or 'no token opens a text'}"]
         ) from None
-    return BackboneFacts(stored.config, Tokenizer.from_buffer(serialised), boundary_id)
+    return BackboneFacts(
+        stored.config, Tokenizer.from_buffer(serialised), boundary_id, names_tokenizer=trained is not None
+    )
+
+
+def check_tokenizer(serialised: bytes, boundary_id: int, trained: str | None) -> None:
+    """As load_exported does. Raises ValueError for another tokenizer than that of this fingerprint."""
+    boundary = Tokenizer.from_buffer(serialised).id_to_token(boundary_id)
+    if trained is not None and boundary:
+        found = fix_tokenizer(serialised.decode(), "tokenizer.json", boundary).fingerprint
+        if found != trained:
+            raise ValueError(
+                f"tokenizer.json is the tokenizer {found}, but the model was trained with {trained}"
+            )
 
 
 def load_backbone(config: FinetuneConfig, seed: int) -> Exported:
