@@ -5,7 +5,7 @@ import math
 import pytest
 
 from trainers.goodput import goodput_of
-from trainers.live_metrics import COUNTERS, GAUGES, Productive, driver_event_log, event_log, readings
+from trainers.live_metrics import COUNTERS, GAUGES, DriverLog, Productive, event_log, readings
 
 STEP = {
     "step": 3,
@@ -109,8 +109,8 @@ def test_every_event_is_one_line_with_run_attempt_worker_and_step_and_steps_are_
 
 def test_the_driver_tells_events_in_the_same_words_and_only_where_it_is_asked_to() -> None:
     told, silent = io.StringIO(), io.StringIO()
-    driver_event_log("first", log_events=True, stream=told)("grow", attempt=2, step=7, workers=16)
-    driver_event_log("first", log_events=False, stream=silent)("grow", attempt=2, step=7, workers=16)
+    DriverLog("first", log_events=True, stream=told)("grow", attempt=2, step=7, workers=16)
+    DriverLog("first", log_events=False, stream=silent)("grow", attempt=2, step=7, workers=16)
     line = json.loads(told.getvalue())
     assert line.pop("time") > 0
     expected = {"run": "first", "attempt": 2, "worker": "driver", "step": 7, "event": "grow", "workers": 16}

@@ -161,9 +161,9 @@ def event_log(run: str, worker: int | str, stream: TextIO | None = None) -> Call
 class DriverLog:
     """What the driver says of its run: a line of JSON as the workers', and the metric that it ended.
 
-    tell = driver_event_log(config.run.name, config.run.log_events)
-    tell("group_start", attempt=3, step=480, workers=16)     # also group_failure, grow, takeover, hang
-    tell("finished", attempt=3, step=1_000)                  # or "stopped": no alert waits for a next step
+    tell = DriverLog(config.run.name, config.run.log_events)
+    tell("group_start", attempt=3)     # also group_failure, grow, drain, head_drains
+    tell("finished", attempt=3)        # or "stopped": no alert waits for a next step
     """
 
     ENDS = ("finished", "stopped")
@@ -187,6 +187,3 @@ class DriverLog:
         while (left := ends - time.time()) > 0:
             time.sleep(min(left, REFRESH_SECONDS))
             self._gauges["finished_timestamp_seconds"].set(now, self._tags)
-
-
-driver_event_log = DriverLog

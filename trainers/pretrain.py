@@ -101,7 +101,7 @@ def node_problems(config: PretrainConfig) -> list[str]:
     """What is wrong with the nodes of a cluster, before a worker is started on them."""
     if config.cluster.is_local:
         return []
-    return problems_of_nodes([run_store(config).uri])
+    return problems_of_nodes([run_store(config).uri, config.corpus.prepared])
 
 
 def pinned_or_prepared(config: PretrainConfig, console: Console) -> Manifest:

@@ -22,6 +22,7 @@ from cluster.storage import Store
 from cluster.store import StorageError
 from trainers.checkpoint import latest_attempt, latest_world_size
 from trainers.config import PretrainConfig, run_store
+from trainers.live_metrics import DriverLog
 from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP
 from trainers.worker import Task, work
 
@@ -68,10 +69,11 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
     group = partial(
         trainer, work, Task(config, manifest_digest), config.cluster, store, config.run.max_failures
     )
-    nodes = NodeWatch(config.cluster, store)
+    nodes, tell = NodeWatch(config.cluster, store), DriverLog(config.run.name, config.run.log_events)
     # In a thread of its own, for in the main thread Ray Train would take Ctrl-C for itself.
     with stop_on_signal(config), ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
         while True:
+            tell("group_start", attempt=latest_attempt(store) + 1)
             try:
                 with nodes:
                     thread.submit(group().fit).result()
@@ -81,15 +83,18 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
                 if not isinstance(error, ControllerError) or failures_left == 0:
                     raise
                 failures_left -= 1
+                tell("group_failure", attempt=latest_attempt(store), error=str(error))
                 print(f"the workers did not come together, trying again: {error}", flush=True)
                 threading.Event().wait(RENDEZVOUS_PAUSE_SECONDS)
                 continue
             raise_final(store)
-            reason = store.read(STOP) if store.exists(STOP) else b""
+            reason = store.read(STOP) if store.exists(STOP) else None
+            if reason in (GROW, DRAIN, HEAD_DRAINS):
+                tell(reason.decode().replace(" ", "_"), attempt=latest_attempt(store))
+            else:
+                return tell("finished" if reason is None else "stopped", attempt=latest_attempt(store))
             if reason == HEAD_DRAINS:
                 raise SystemExit(EXIT_HEAD_DRAINS)
-            if reason not in (GROW, DRAIN):
-                return
             if config.cluster.min_workers:
                 threading.Event().wait(CLAIMS_EXPIRE_SECONDS)
             store.delete(STOP)
