@@ -147,6 +147,6 @@ def test_a_relative_path_is_refused_on_a_cluster_and_a_place_of_no_store_anywher
 def test_a_run_that_was_started_needs_no_raw_corpus_any_more(tmp_path):
     config = load(tmp_path, "causal")
     config = replace(config, run=replace(config.run, storage=f"{tmp_path}/runs"))
-    assert any("corpus.uri" in problem for problem in problems_before_start(config))
+    assert any(f"{tmp_path}/raw" in problem for problem in problems_before_start(config))
     run_store(config).put(MANIFEST, b'{"digest": "d"}')
     assert list(problems_before_start(config)) == []
