@@ -1,11 +1,18 @@
+import json
 import math
+from pathlib import Path
 
 import pytest
+import yaml
+from task_files import put_backbone, put_lines, put_task, sentences
 
+from cluster.config import ConfigError
+from cluster.storage import open_store
 from trainers.task import TaskConfig
 from trainers.task_records import Example
 from tune.baselines import linear, majority
 from tune.curve import CurvePoint, saved
+from tune.label_efficiency import main
 
 
 def point(arm: str, budget: int, mean: float) -> CurvePoint:
@@ -34,3 +41,44 @@ def test_the_linear_model_learns_words_and_the_majority_does_not() -> None:
     train, validation, test = rows[:40], rows[40:60], rows[60:]
     assert linear(task, train, validation, test)["accuracy"] == 1.0
     assert math.isclose(majority(task, train, test)["accuracy"], 2 / 3)
+
+
+def test_the_command_measures_every_arm_and_checks_what_the_backbone_has_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [
+        r | {"text": f"{r['text']} number {i} " + r["text"][::-1]} for i, r in enumerate(sentences(160))
+    ]
+    uri = put_lines(tmp_path / "records.jsonl", records)
+    task = put_task(tmp_path / "task.yaml", name="toy", kind="classification", data={"uri": uri})
+    put_backbone(tmp_path / "run" / "export")
+    (tmp_path / "raw").mkdir()
+    put_lines(tmp_path / "raw" / "a.jsonl", [{"id": "a", "text": "nothing of the task " * 20}])
+    arguments = {
+        "curve.storage": tmp_path / "curves", "curve.budgets": "[10, 0]", "curve.seeds": 1,
+        "base.run.task": task, "base.run.prepared": tmp_path / "prepared",
+        "base.backbone.uri": tmp_path / "run" / "export", "base.batch.min_steps": 2, "base.batch.max_steps": 2,
+        "base.validation.times": 1, "base.engine.precision": "fp32", "base.engine.zero_stage": 0,
+    }  # fmt: skip
+    command = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
+
+    main(command)
+    assert "NOT CHECKED for the test split" in capsys.readouterr().out  # nothing says what it was trained on
+    curve = open_store(str(tmp_path / "curves" / "toy-labels"))
+    content = json.loads(curve.read("curve.json"))
+    points = {(point["arm"], point["budget"]): point["mean"] for point in content["points"]}
+    budgets = {budget for _, budget in points}
+    assert {arm for arm, _ in points} == {"pretrained", "scratch", "linear", "majority"} and len(points) == 8
+    assert 10 in budgets and len(budgets) == 2 and curve.exists("report.html")
+    [digest] = [info.path.removesuffix(".json")[-12:] for info in curve.list("linear-10-")]
+    assert any(digest in str(path) for path in (tmp_path / "prepared").iterdir())
+
+    config = {"run": {}, "corpus": {"uri": str(tmp_path / "raw"), "sources": {}}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    main(command)  # goes on: nothing is left to measure
+    assert "raw contains none of" in capsys.readouterr().out
+    put_lines(tmp_path / "raw" / "b.jsonl", records)
+    with pytest.raises(ConfigError, match="pretrained on .*raw, which contains .* test texts"):
+        main(command)
+    main([*command, "--curve.check_overlap", "false"])
+    assert "NOT CHECKED" in capsys.readouterr().out

@@ -20,16 +20,19 @@ try:
     from rich.table import Table
 
     from cluster.config import ConfigError, load_config, run_entry
-    from cluster.storage import Store, open_store
+    from cluster.storage import StorageError, Store, open_store
+    from data.corpus import CorpusError
     from data.overlap import texts_within
     from trainers.finetune import finetune
     from trainers.finetune_config import FinetuneConfig, absolute
+    from trainers.lease import lease
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, choose_budget, prepare_task
     from trainers.task_metrics import seeds_interval
     from tune.baselines import linear, majority
     from tune.curve import CurvePoint, saved, told
     from tune.curve_report import write_curve_report
+    from tune.pretraining_text import PretrainingText, pretraining_text
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
@@ -41,8 +44,8 @@ ARMS = (*NEURAL, "linear", "majority")
 class CurveConfig:
     """Which points a curve has."""
 
-    name: str = "labels"
-    """The curve's folder under `curve.storage`; the same name goes on where it was."""
+    name: str = ""
+    """The curve's folder under `curve.storage`; the same name goes on where it was. Empty: TASK-labels."""
     storage: str = "curves"
     """URI of the folder of curves."""
     budgets: tuple[int, ...] = (10, 30, 100, 300, 1_000, 0)
@@ -51,8 +54,10 @@ class CurveConfig:
     """Runs of each point: other records, another order, another head."""
     scratch_learning_rate: float = 0.0
     """Rate of the control; 0: that of `base.optimizer`. The control deserves a rate of its own."""
+    check_overlap: bool = True
+    """Read all text that the backbone was pretrained on, and refuse a curve if the test split stands in it."""
     pretraining_text: str = ""
-    """Folder of the raw text that the backbone was pretrained on: checked not to contain the test split."""
+    """Folder of that text; empty: as the configuration says that lies beside the backbone's export."""
 
     def problems(self, at: str) -> Iterator[str]:
         if self.seeds < 1:
@@ -79,7 +84,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if task.kind not in ("classification", "pairs") or task.multi_label:
         raise ConfigError([f"kind={task.kind}: a curve needs one label per record, for the linear model"])
     prepared = prepare_task(task, open_store(config.base.run.prepared))
-    store = open_store(config.curve.storage).child(config.curve.name)
+    store = open_store(config.curve.storage).child(config.curve.name or f"{task.name}-labels")
+    with lease(store, console.print):
+        measure_curve(config, prepared, store, console)
+
+
+def measure_curve(
+    config: LabelEfficiencyConfig, prepared: PreparedTask, store: Store, console: Console
+) -> None:
+    """Check, measure what is left, and make the page."""
     check_overlap(config, prepared, console)
     points = measure_points(config, prepared, store, console)
     factors = {arm: saved(points, arm) for arm in ("scratch", "linear")}
@@ -97,21 +110,33 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_overlap(config: LabelEfficiencyConfig, prepared: PreparedTask, console: Console) -> None:
     """Print whether pretraining has seen the test split; refuse to go on if it has. Reads texts, not labels."""
-    uri = config.curve.pretraining_text
-    if not uri:
+    if not config.curve.check_overlap:
+        return console.print("pretraining text: NOT CHECKED for the test split (curve.check_overlap=false)")
+    given = config.curve.pretraining_text
+    text = PretrainingText((given,), "") if given else pretraining_text(config.base.backbone.uri)
+    examples = [example.content for example in prepared.read_test()]
+    for uri in text.uris:
+        try:
+            found = texts_within(examples, uri)
+        except (CorpusError, StorageError, FileNotFoundError) as error:
+            console.print(f"pretraining text: {uri} NOT CHECKED for the test split: {error}", highlight=False)
+            continue
+        if found:
+            raise ConfigError(
+                [
+                    f"the backbone was pretrained on {uri}, which contains {len(found):,} of {len(examples):,} test "
+                    f"texts, the first: {examples[min(found)][:80]!r}; pretrain without them, or set "
+                    "curve.check_overlap=false and say so"
+                ]
+            )
         console.print(
-            "pretraining text: not named (curve.pretraining_text), so not checked for the test split"
+            f"pretraining text: {uri} contains none of {len(examples):,} test texts", highlight=False
         )
-        return
-    texts = [example.content for example in prepared.read_test()]
-    if found := texts_within(texts, uri):
-        raise ConfigError(
-            [
-                f"curve.pretraining_text={uri} contains {len(found):,} of {len(texts):,} test texts, the first: "
-                f"{texts[min(found)][:80]!r}; pretrain without them"
-            ]
+    if text.unknown:
+        console.print(
+            f"pretraining text: NOT CHECKED for the test split: {text.unknown}; name it by curve.pretraining_text",
+            highlight=False,
         )
-    console.print(f"pretraining text: contains none of {len(texts):,} test texts")
 
 
 def measure_points(
@@ -140,10 +165,10 @@ def value_of(
     if arm in NEURAL:
         found = finetune(arm_config(config, store, arm, budget, seed), prepared=prepared, keep_model=False)
         return found.seeds[0]["test"]["metrics"][metric]
-    path = f"{arm}-{budget}-{seed}.json"
+    rows = validation_rows(config, budget)
+    path = f"{arm}-{budget}-{seed}-{rows}-{prepared.digest}.json"
     if not store.exists(path):
         train = choose_budget(prepared.task, prepared.read("train"), budget, seed)
-        rows = validation_rows(config, budget)
         validation = choose_budget(prepared.task, prepared.read("validation"), rows, seed=0)
         test = prepared.read_test()
         answers = (
