@@ -1,0 +1,208 @@
+"""What adapting costs over the bare model: a fine-tuning step, answers through Ray Data, a trial of Ray Tune.
+
+    python benchmarks/bench_adapt.py [--steps 30] [--records 3000] [--trials 3]
+
+A 4-layer decoder of width 128 with initial weights, float32, one thread in everything; speeds are ratios within one
+run. The bare loop is the same model, batches and optimiser with nothing around; the bare model answers the same
+records from a list. Ray's start is told apart from its rate. A trial's overhead is the sweep's wall time less the
+trials' seconds of training, by their number.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+import torch
+from rich.console import Console
+from task_files import put_lines, put_task, sentences, small_tokenizer
+
+from cluster.config import from_dict
+from cluster.session import ClusterConfig, ray_session
+from cluster.storage import Store, open_store
+from trainers.export import export, load_exported
+from trainers.finetune import finetune
+from trainers.finetune_config import FinetuneConfig, absolute
+from trainers.metrics import read_metrics
+from trainers.model import build
+from trainers.optimizer import build_optimizer
+from trainers.prediction import Predictor
+from trainers.prediction_rows import pieces_of, rows_of
+from trainers.shape import ModelConfig
+from trainers.task import load_task
+from trainers.task_batches import RecordOrder
+from trainers.task_data import PreparedTask, prepare_task
+from trainers.task_encoding import Encoder, collate, framed
+from trainers.task_model import TaskModel, loss_sum
+from tune.finetune_trials import FinetuneTrials
+from tune.search import search
+from tune.search_space import parse_space
+from tune.sweep_config import SweepRunConfig
+from tune.trial_records import read_trials
+
+WARMUP_STEPS = 5
+ROWS = 16
+SHAPE = ModelConfig(
+    vocab_size=512, hidden_size=128, num_layers=4, num_heads=4, intermediate_size=352, max_positions=128
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=30, help="of fine-tuning")
+    parser.add_argument("--records", type=int, default=3_000, help="to be answered")
+    parser.add_argument("--trials", type=int, default=3, help="of the sweep")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        config, prepared = put_parts(Path(folder), options.steps)
+        print("| what | bare | system | |\n|---|---|---|---|")
+        system = system_step(config, prepared)
+        bare = bare_step(config, prepared)
+        print(
+            f"| fine-tuning step, ms | {bare * 1e3:.1f} | {system * 1e3:.1f} | {bare / system:.2f} of the bare speed |"
+        )
+        put_lines(
+            Path(folder, "texts.jsonl"), [{"text": r["text"]} for r in sentences(options.records, seed=9)]
+        )
+        bare, system, start = prediction_rates(Path(folder))
+        print(
+            f"| answers, records/s | {bare:,.0f} | {system:,.0f} | {system / bare:.2f} of the bare rate, after "
+            f"{start:.1f} s of start |"
+        )
+        wall, trained = sweep_seconds(config, prepared, Path(folder), options.trials)
+        print(
+            f"| sweep of {options.trials} trials, s | {trained:.1f} in training | {wall:.1f} in all | "
+            f"{(wall - trained) / options.trials:.1f} s of overhead a trial |"
+        )
+
+
+def put_parts(folder: Path, steps: int) -> tuple[FinetuneConfig, PreparedTask]:
+    """A backbone, a task and a configuration that trains `steps` steps and validates once."""
+    tokenizer, model = small_tokenizer(), build(SHAPE, seed=1)
+    backbone = open_store(str(folder / "backbone"))
+    export(dict(model.named_parameters()), SHAPE, tokenizer.json.encode(), tokenizer.boundary_id, backbone)
+    uri = put_lines(folder / "records.jsonl", sentences(600))
+    task = put_task(folder / "task.yaml", name="t", kind="classification", data={"uri": uri})
+    content = {
+        "run": {
+            "task": task,
+            "storage": str(folder / "runs"),
+            "name": "f",
+            "prepared": str(folder / "prepared"),
+        },
+        "backbone": {"uri": backbone.uri},
+        "batch": {"rows_per_step": ROWS, "min_steps": steps, "max_steps": steps},
+        "engine": {"precision": "fp32", "zero_stage": 0, "micro_batch_rows": ROWS},
+        "validation": {"times": 1, "max_rows": 32},
+        "cluster": {"address": "local", "threads_per_worker": 1},
+    }
+    config = absolute(from_dict(FinetuneConfig, content))
+    return config, prepare_task(load_task(task), open_store(config.run.prepared))
+
+
+def system_step(config: FinetuneConfig, prepared: PreparedTask) -> float:
+    """Median seconds of a step, by the run's own records."""
+    finetune(config, prepared=prepared)
+    records = read_metrics(open_store(f"{config.run.storage}/{config.run.name}/seed-0"))
+    return median([r["step_seconds"] for r in records if "step_seconds" in r][WARMUP_STEPS:])
+
+
+def bare_step(config: FinetuneConfig, prepared: PreparedTask) -> float:
+    """Median seconds of forward pass, backward pass and update on the same batches."""
+    exported = load_exported(open_store(config.backbone.uri))
+    tokenizer, pad = framed(exported.tokenizer, exported.boundary_id, causal=True)
+    encoded = Encoder(prepared.task, tokenizer, pad, SHAPE.max_positions, True, True).encode(
+        prepared.read("train")
+    )
+    model = TaskModel(exported.model, prepared.task, config.adapt, seed=0).train()
+    optimizer = build_optimizer(
+        ((n, p) for n, p in model.named_parameters() if p.requires_grad), config.optimizer
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
+    order = RecordOrder([len(row.ids) for row in encoded], ROWS, 0)
+    seconds = []
+    for step in range(config.batch.max_steps):
+        started = time.perf_counter()
+        batch = collate(prepared.task, [encoded[index] for index in order.rows(step)], pad)
+        scores = model(batch.tokens_BT, batch.mask_BT, batch.types_BT)
+        loss = loss_sum(prepared.task.kind, scores, batch.targets, batch.mask_BT, None) / ROWS
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.engine.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[WARMUP_STEPS:])
+
+
+def prediction_rates(folder: Path) -> tuple[float, float, float]:
+    """Records/s of the bare model and through Ray Data, and the seconds from Ray's start to its first answer."""
+    from trainers import prediction_rows
+    from trainers.predict import answer
+
+    model, texts = f"file://{folder}/runs/f/seed-0/export", str(folder / "texts.jsonl")
+    prediction_rows.PIECE_BYTES = 1 << 14  # so many pieces that the first one's time says little
+    pieces = pieces_of(texts)
+    bare = Predictor(model, str(folder / "bare"), 64, 1)
+    rows = [list(rows_of(piece)) for piece in pieces]
+    bare.lines(rows[0])
+    started = time.perf_counter()
+    for some in rows:
+        bare.lines(some)
+    bare_rate = sum(map(len, rows)) / (time.perf_counter() - started)
+    output = open_store(str(folder / "answers"))
+    options = argparse.Namespace(
+        workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, rows_per_batch=64, max_new_tokens=64
+    )
+    began = time.time()
+    with ray_session(ClusterConfig(address="local")):
+        answer(pieces, model, output.uri, options)
+    first, last, done = span_of(output, folder / "answers")
+    return bare_rate, done / (last - first), first - began
+
+
+def span_of(output: Store, folder: Path) -> tuple[float, float, int]:
+    """When the first and the last part of the answers were there, and the records of those after the first."""
+    parts = [folder / info.path for info in output.list() if info.path.endswith(".jsonl")]
+    parts.sort(key=lambda part: part.stat().st_mtime)
+    records = sum(len(part.read_text().splitlines()) for part in parts[1:])
+    return parts[0].stat().st_mtime, parts[-1].stat().st_mtime, records
+
+
+def sweep_seconds(
+    config: FinetuneConfig, prepared: PreparedTask, folder: Path, trials: int
+) -> tuple[float, float]:
+    """Seconds of a sweep from Ray's being up to its end, and those in which its trials trained and validated."""
+    store = open_store(str(folder / "sweep"))
+    space = parse_space({"optimizer.learning_rate": {"loguniform": [1e-4, 1e-3]}}, config)
+    settings = SweepRunConfig(trials=trials, best=1, seeds=1, search="random", scheduler="none")
+    with ray_session(replace(config.cluster, address="local")):
+        started = time.perf_counter()
+        search(
+            settings, FinetuneTrials(config, prepared), store, space,
+            first_seed=0, concurrent=1, console=Console(quiet=True),
+        )  # fmt: skip
+        wall = time.perf_counter() - started
+    trained = 0.0
+    for trial in read_trials(store):
+        records = read_metrics(store.child(f"trials/{trial.name}/seed-0"))
+        trained += sum(r.get("step_seconds", 0.0) for r in records)
+    return wall, trained
+
+
+def median(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[len(seconds) // 2]
+
+
+if __name__ == "__main__":
+    main()
