@@ -7,6 +7,9 @@ from typing import Protocol
 from cluster.storage import Store
 from tune.search_space import Point
 
+DRIVER = {"cpu": 0.0, "gpu": 0.0, "memory": 1 << 20}
+"""Resources of a trial whose own process only drives Ray Train's workers: Tune refuses to reserve nothing at all."""
+
 Report = Callable[[float, float, Mapping[str, float]], None]
 """Called with each validation: the share of the steps that are done, the score, and all that was measured."""
 

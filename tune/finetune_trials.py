@@ -9,7 +9,7 @@ from trainers.finetune import finetune
 from trainers.finetune_config import FinetuneConfig, seed_store
 from trainers.task_data import PreparedTask
 from trainers.task_evaluation import TaskScore
-from tune.experiment import Report, Score
+from tune.experiment import DRIVER, Report, Score
 from tune.search_space import Point, with_point
 from tune.watching import watched
 
@@ -24,11 +24,9 @@ class FinetuneTrials:
     @property
     def resources(self) -> Mapping[str, float]:
         cluster = self.base.cluster
-        alone = cluster.num_workers == 1
-        return {
-            "cpu": cluster.cpus_per_worker if alone else 0,
-            "gpu": cluster.gpus_per_worker if alone else 0,
-        }
+        if cluster.num_workers > 1:
+            return DRIVER
+        return {"cpu": cluster.cpus_per_worker, "gpu": cluster.gpus_per_worker}
 
     def config_at(self, folder: Store, point: Point, seed: int) -> FinetuneConfig:
         """The trial's configuration; its run lies in the trial's folder."""

@@ -1,7 +1,8 @@
 """A sweep as a table and as one page with plots."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import optuna
@@ -11,7 +12,6 @@ from rich.table import Table
 from cluster.storage import Store
 from trainers.charts import BLUE, GREY, ORANGE, Chart, draw_plain
 from trainers.report import REPORT
-from trainers.task import TaskConfig
 from trainers.units import duration
 from tune.curve_report import tune_pages
 from tune.finalists import Finalist
@@ -22,7 +22,31 @@ from tune.trial_records import TrialRecord, read_trials
 TEMPLATE = "sweep_report.html"
 
 
-def sweep_table(trials: Sequence[TrialRecord], finalists: Sequence[Finalist], task: TaskConfig) -> Table:
+class Measured(Protocol):
+    """What is searched for, and the metric that scores it: a task, or a `Measure`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def judged_by(self) -> str: ...
+
+    def oriented(self, value: float) -> float:
+        """A score, of which more is better, as the metric; and the other way round."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of which less is better."""
+
+    name: str
+    judged_by: str
+
+    def oriented(self, value: float) -> float:
+        return -value
+
+
+def sweep_table(trials: Sequence[TrialRecord], finalists: Sequence[Finalist], task: Measured) -> Table:
     """The best points with their intervals, and how many trials ended how."""
     counts = {status: sum(r.status == status for r in trials) for status in ("finished", "stopped", "failed")}
     table = Table(
@@ -54,7 +78,7 @@ def write_sweep_report(
     space: SearchSpace,
     finalists: Sequence[Finalist],
     judged: dict[str, Any] | None,
-    task: TaskConfig,
+    task: Measured,
 ) -> str:
     """Make the page of a sweep and put it there; returns its URI."""
     trials = read_trials(sweep)

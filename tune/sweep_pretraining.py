@@ -1,0 +1,142 @@
+"""Search pretraining's hyperparameters at small scale: rates, batch, schedule, and the weights of sources.
+
+    python tune/sweep_pretraining.py --config tune/configs/pretrain-rates.yaml
+
+The corpus is prepared once, and every trial is trained on as many tokens of it. Validation chooses; the test split is
+not read: `trainers/pretrain.py --config best.yaml` judges. The same command goes on where an interrupted sweep was.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+try:
+    from rich.console import Console
+
+    from cluster.config import ConfigError, load_config, run_entry, to_yaml
+    from cluster.session import ray_session
+    from cluster.storage import Store, open_store
+    from data.manifest import Manifest
+    from data.order import Order, OrderError
+    from data.prepare import EXPECTED, corpus_table, prepare
+    from data.progress import progress_line
+    from data.window import READ_CPUS
+    from trainers.config import PretrainConfig, absolute
+    from trainers.initial import with_initial
+    from trainers.lease import lease
+    from trainers.planning import objective_problems, problems_before_start
+    from trainers.prediction import listing_digest
+    from tune.interrupts import stopped_gently
+    from tune.pretrain_trials import PretrainTrials
+    from tune.search import living_nodes, search
+    from tune.search_space import SearchSpace, parse_space
+    from tune.sweep_config import SweepRunConfig, grid_problem, room_of, unshared_problem
+    from tune.sweep_folder import pin
+    from tune.sweep_report import Measure, sweep_table, write_sweep_report
+    from tune.trial_records import read_trials
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSweepConfig:
+    """A sweep over pretraining runs."""
+
+    sweep: SweepRunConfig = field(default_factory=lambda: SweepRunConfig(judge=False))
+    base: PretrainConfig = field(default_factory=PretrainConfig)
+    space: dict[str, Any] = field(default_factory=dict)
+    """What is varied: optimizer.*, schedule.*, batch.rows_per_step and order.weights.SOURCE; see
+    tune/search_space.py."""
+
+    def problems(self, at: str = "") -> Iterator[str]:
+        if self.sweep.judge:
+            yield "sweep.judge=true is not for pretraining: trainers/pretrain.py --config best.yaml judges"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a sweep from the command line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    config = load_config(PretrainSweepConfig, arguments, description=__doc__ or "").config
+    console = Console(soft_wrap=True)
+    store = open_store(config.sweep.storage).child(config.sweep.name)
+    given = absolute(config.base)
+    base = with_initial(replace(given, run=replace(given.run, storage=store.uri, name="trials")))
+    config = replace(config, base=base)
+    space = parse_space(config.space, base)
+    problems = [*problems_before_start(base)]
+    if problem := grid_problem(config.sweep, space):
+        problems.append(problem)
+    if problems:
+        raise ConfigError(problems)
+    with lease(store, console.print):
+        sweep(config, store, space, console)
+
+
+def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console: Console) -> None:
+    """Prepare, search and choose, from where the sweep is."""
+    base = config.base
+    with ray_session(base.cluster):
+        nodes = living_nodes()
+        shared = {"sweep.storage": store.uri, "base.corpus.prepared": base.corpus.prepared}
+        if problem := unshared_problem(shared, nodes):
+            raise ConfigError([problem])
+        concurrent = room_of(base.cluster, READ_CPUS).on(nodes, config.sweep.max_concurrent)
+        try:
+            with progress_line(console) as on_progress:
+                manifest = prepare(base.corpus, on_progress)
+        except EXPECTED as unusable:
+            raise ConfigError([str(unusable)]) from None
+        console.print(corpus_table(manifest))
+        trials = PretrainTrials(base, manifest.digest)
+        if problems := [*objective_problems(base, manifest), *order_problems(trials, manifest, space)]:
+            raise ConfigError(problems)
+        pin(store, config, origin_of(config, manifest))
+        finalists = search(
+            config.sweep,
+            trials,
+            store,
+            space,
+            first_seed=base.run.seed,
+            concurrent=concurrent,
+            console=console,
+        )
+    best = trials.config_at(finalists[0].point)
+    best = replace(best, run=replace(best.run, storage="runs", name=f"{config.sweep.name}-best"))
+    store.put("best.yaml", to_yaml(best).encode())
+    measure = Measure("pretraining", "loss")
+    page = write_sweep_report(store, space, finalists, None, measure)
+    console.print(sweep_table(read_trials(store), finalists, measure))
+    console.print(
+        f"best configuration: {store.uri.removeprefix('file://')}/best.yaml; page: {page}", highlight=False
+    )
+
+
+def order_problems(trials: PretrainTrials, manifest: Manifest, space: SearchSpace) -> Iterator[str]:
+    """What no order could be made of: unknown sources, sizes that do not fit; at the first and last value of each
+    key."""
+    for dimension in space.dimensions:
+        for value in {dimension.values[0], dimension.values[-1]}:
+            config = trials.config_at({dimension.key: value})
+            batch = config.batch
+            try:
+                Order(manifest, config.order, seq_len=batch.seq_len, rows_per_step=batch.rows_per_step)
+            except OrderError as error:
+                yield f"space.{dimension.key}={value}: {error}"
+
+
+def origin_of(config: PretrainSweepConfig, manifest: Manifest) -> dict[str, str]:
+    """What decides about scores and stands in no key."""
+    init_from = config.base.run.init_from
+    return {
+        "corpus": manifest.digest,
+        "init_from": listing_digest(open_store(init_from)) if init_from else "random weights",
+    }
+
+
+if __name__ == "__main__":
+    run_entry(stopped_gently(main))
