@@ -58,6 +58,7 @@ def test_gradient_is_as_near_to_the_float64_one_as_that_of_torchs_kernel(block, 
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.slow
 def test_compiled_attention_of_grouped_heads_equals_the_uncompiled_one(kv_heads):
     torch.manual_seed(0)
     q, grad = (torch.randn(2, 4, 33, 16).bfloat16() for _ in range(2))

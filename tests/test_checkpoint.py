@@ -93,6 +93,7 @@ def folder(tmp_path: Path) -> Store:
 # --- what is saved is what is read ---
 
 
+@pytest.mark.slow
 def test_a_checkpoint_reads_back_bit_by_bit_with_the_trainers_own_state(store: Store) -> None:
     save(store, 400, manifest="5f3a", data={"step": 400, "digest": "0f"})
     record = latest_checkpoint(store)
@@ -463,6 +464,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_after_kill_9_at_any_moment_the_last_checkpoint_is_whole(
     folder: Store, tmp_path: Path, caplog
 ) -> None:

@@ -206,6 +206,7 @@ class _InMemory:
         return io.BytesIO(self._content)
 
 
+@pytest.mark.slow
 def test_a_large_shard_is_read_in_bounded_memory(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     lines = jsonl([{"text": f"{number} " + "word " * 200} for number in range(2_000)])

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -55,6 +56,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_far_below_whole_logits_in_float32():
     grown = int(
         subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True, text=True).stdout

@@ -140,6 +140,7 @@ def test_activation_checkpointing_changes_no_gradient(config):
         torch.testing.assert_close(kept, recomputed)
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_the_uncompiled_ones(config):
     segments = torch.where(torch.arange(20) < 15, 0, PADDING).expand(3, 20)
     gradients = []

@@ -234,6 +234,7 @@ def test_the_entry_exports_the_checkpoint_that_was_asked_for(run, which, step, t
         (["--run", "RUN", "--step", "newest"], "--step newest"),
     ],
 )
+@pytest.mark.slow
 def test_the_entry_says_in_a_line_what_is_missing(run, arguments, named, tmp_path):
     given = [run[0].uri if argument == "RUN" else argument for argument in arguments]
     command = [sys.executable, export_module.__file__, *given, "--output", str(tmp_path / "out")]

@@ -145,6 +145,7 @@ def run_entry(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_entry_continues_the_prompts_of_an_export(tmp_path):
     export(
         MODEL.named_parameters(),
@@ -168,6 +169,7 @@ def test_the_entry_continues_the_prompts_of_an_export(tmp_path):
         (["--model", "x", "--prompt", "a", "--top-p", "2", "--temperature", "-1"], "top_p=2.0 must"),
     ],
 )
+@pytest.mark.slow
 def test_the_entry_says_in_a_line_what_is_wrong(arguments, named):
     failed = run_entry(*arguments)
     assert failed.returncode != 0

@@ -58,12 +58,14 @@ def test_a_worker_that_hangs_before_its_first_beat_is_ended_too(tmp_path: Path) 
     assert "limit 0.6 s) in phase 'start' of step 0" in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_worker_that_beats_runs_to_its_end(tmp_path: Path) -> None:
     ended = run(tmp_path, "[(heart.beat(step), spin(0.05)) for step in range(20)]")
     assert (ended.returncode, ended.stdout) == (0, "done\n")
     assert not (tmp_path / "stacks").exists()
 
 
+@pytest.mark.slow
 def test_a_slow_phase_has_its_own_limit_and_the_next_phase_the_usual_one_again(tmp_path: Path) -> None:
     body = "heart.beat(0, 'compile'); spin(1.0); print('compiled', flush=True); heart.beat(1); spin(50)"
     started = time.monotonic()
@@ -72,6 +74,7 @@ def test_a_slow_phase_has_its_own_limit_and_the_next_phase_the_usual_one_again(t
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
 def test_a_store_that_hangs_too_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     store = "type('Stuck', (), {'put': lambda self, path, data: wait_for_a_lock_that_nobody_frees()})()"
     ended = run(tmp_path, "heart.beat(7); spin(50)", store=store)
@@ -79,6 +82,7 @@ def test_a_store_that_hangs_too_does_not_keep_the_process_alive(tmp_path: Path) 
     assert "no beat for" in ended.stderr
 
 
+@pytest.mark.slow
 def test_it_lingers_so_that_the_others_can_leave_their_stacks(tmp_path: Path) -> None:
     started = time.monotonic()
     ended = run(tmp_path, "heart.beat(1); spin(50)", linger=2.0)

@@ -105,6 +105,7 @@ def loaded_by(modules: list[str]) -> set[str]:
     return set(result.stdout.split())
 
 
+@pytest.mark.slow
 def test_importing_any_module_starts_nothing() -> None:
     assert "deepspeed" not in loaded_by(list(FILES))
 

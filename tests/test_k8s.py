@@ -40,6 +40,7 @@ def one(objects: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     return of_kind(objects, kind)[0]
 
 
+@pytest.mark.slow
 def test_every_overlay_component_and_job_renders_and_breaks_no_rule() -> None:
     assert {f"overlays/{folder.name}" for folder in OVERLAYS} <= renders().keys()
     faults = [line for name, text in renders().items() for line in problems_of(text, name)]

@@ -13,6 +13,7 @@ from tests.test_k8s import objects_of
 
 
 @pytest.mark.parametrize("what", FAULTS)
+@pytest.mark.slow
 def test_a_planted_fault_is_found_by_its_rule(what: str) -> None:
     rule, name, deed = FAULTS[what]
     objects = copy.deepcopy(objects_of(name))

@@ -29,6 +29,7 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_not_after(run):
     assert not run.exists(LEASE)
 
 
+@pytest.mark.slow
 def test_the_lease_of_a_process_that_was_killed_is_taken_over(run, tmp_path):
     program = "import os; from cluster.storage import open_store; from trainers.lease import lease\n"
     program += f"with lease(open_store({str(tmp_path)!r})): os.kill(os.getpid(), 9)"
@@ -38,6 +39,7 @@ def test_the_lease_of_a_process_that_was_killed_is_taken_over(run, tmp_path):
         assert json.loads(run.read(LEASE))["pid"] == os.getpid()
 
 
+@pytest.mark.slow
 def test_another_process_under_the_same_number_does_not_keep_a_dead_driver_alive(run):
     with lease(run):
         dead = json.loads(run.read(LEASE)) | {"process_started": 1.0}
@@ -46,6 +48,7 @@ def test_another_process_under_the_same_number_does_not_keep_a_dead_driver_alive
         pass
 
 
+@pytest.mark.slow
 def test_a_driver_on_another_host_lives_as_long_as_it_renews(run, monkeypatch):
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
     told: list[str] = []
@@ -60,6 +63,7 @@ def test_a_driver_on_another_host_lives_as_long_as_it_renews(run, monkeypatch):
     assert len(told) == 2
 
 
+@pytest.mark.slow
 def test_of_many_that_find_a_dead_driver_one_takes_over(run):
     with lease(run):
         dead = json.loads(run.read(LEASE)) | {"process_started": 1.0}

@@ -52,6 +52,7 @@ def wait_for_refusal(port: int) -> None:
                 return
 
 
+@pytest.mark.slow
 def test_a_command_under_the_server_saves_when_it_is_told_to_end(tmp_path: Path) -> None:
     for lives in (1, 2):
         script, port = start(tmp_path)
@@ -62,6 +63,7 @@ def test_a_command_under_the_server_saves_when_it_is_told_to_end(tmp_path: Path)
         wait_for_refusal(port)
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_the_keyboard_lets_the_command_save(tmp_path: Path) -> None:
     script, _ = start(tmp_path)
     with script:
@@ -75,6 +77,7 @@ def test_an_interrupt_at_the_keyboard_lets_the_command_save(tmp_path: Path) -> N
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.slow
 def test_the_server_does_not_outlive_a_killed_script(tmp_path: Path) -> None:
     script, port = start(tmp_path)
     command = next(child for child in psutil.Process(script.pid).children() if "weed" not in child.name())

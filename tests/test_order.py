@@ -100,6 +100,7 @@ def test_the_workers_rows_join_to_the_steps_rows_at_any_number_of_workers(case, 
 
 @settings(deadline=None)
 @given(cases(), st.integers(0, 10**6), st.data())
+@pytest.mark.slow
 def test_a_window_read_on_its_own_has_the_rows_of_its_steps(case, step, data):
     order = case.order()
     window = step // order.slots.window_steps
@@ -120,6 +121,7 @@ def test_a_window_read_on_its_own_has_the_rows_of_its_steps(case, step, data):
 
 @settings(max_examples=25, deadline=None)
 @given(cases(max_sources=2))
+@pytest.mark.slow
 def test_an_epoch_trains_every_row_once_except_the_counted_remainder(case):
     order = case.order()
     window = order.slots.window_steps
@@ -191,6 +193,7 @@ def test_epochs_without_a_remainder_train_the_same_rows():
 
 @settings(deadline=None)
 @given(cases(), st.integers(0, 300), st.integers(1, 20))
+@pytest.mark.slow
 def test_resuming_yields_exactly_the_rows_not_yet_seen(case, stopped_at, more):
     unbroken, resumed = case.order(), case.order()
     rows_between(unbroken, 0, min(stopped_at, 5))
@@ -201,6 +204,7 @@ def test_resuming_yields_exactly_the_rows_not_yet_seen(case, stopped_at, more):
 
 @settings(deadline=None)
 @given(cases())
+@pytest.mark.slow
 def test_rows_lie_inside_their_fragments_and_share_one_cut_in_an_epoch(case):
     order = case.order()
     rows = Rows.join([order.step_rows(step) for step in range(20)])

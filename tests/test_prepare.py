@@ -222,6 +222,7 @@ print(prepare(from_dict(CorpusConfig, settings), fan_out=fan_out).digest)
 """
 
 
+@pytest.mark.slow
 def test_after_kill_9_at_any_piece_finished_pieces_stand_and_the_result_is_the_same(
     config: CorpusConfig,
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_range_past_the_end_is_an_error(store: Store) -> None:
             store.read_range("x", start, length)
 
 
+@pytest.mark.slow
 def test_one_of_many_racers_writes_an_absent_object(store: Store) -> None:
     start = threading.Barrier(24)
 
@@ -293,6 +294,7 @@ def test_what_a_killed_server_acknowledged_is_there_after_its_restart(s3: LocalS
     assert all(store.read(path) == path.encode() * 1_000 for path in acknowledged)
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_is_named_with_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")

@@ -45,8 +45,9 @@ def place(tmp_path_factory):
     return folder
 
 
-def start(place):
+def start(place, *more):
     command = [sys.executable, str(PROJECT / "tune" / "sweep.py"), "--config", str(place / "sweep.yaml")]
+    command += more
     log = open(place / "log", "ab")  # noqa: SIM115  (the process has it)
     return subprocess.Popen(
         command, stdout=log, stderr=log, cwd=place, start_new_session=True,
@@ -86,3 +87,16 @@ def test_an_interrupted_sweep_goes_on_from_what_is_finished_and_judges_its_winne
     assert best.optimizer.learning_rate in (0.001, 0.003, 0.01, 0.02)
     page = store.read("report.html").decode()
     assert page.count("<svg") >= 4 and all(trial.name in page for trial in trials.values())
+
+
+def test_a_trial_of_two_workers_runs_on_ray_train_and_tells_its_validations(place):
+    settings = {
+        "sweep.name": "two", "sweep.trials": 1, "sweep.best": 1, "sweep.seeds": 1, "sweep.judge": "false",
+        "base.cluster.num_workers": 2, "base.cluster.cpus_per_worker": 0.5,
+    }  # fmt: skip
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    assert start(place, *arguments).wait(300) == 0, (place / "log").read_text()[-3000:]
+    store = open_store(str(place / "sweeps" / "two"))
+    [trial] = read_trials(store)
+    assert trial.status == "finished" and trial.metrics["accuracy"] == trial.score
+    assert not [info.path for info in store.list() if info.path.endswith("test.json")]
