@@ -89,7 +89,7 @@ def test_an_interrupted_sweep_goes_on_from_what_is_finished_and_judges_its_winne
     assert page.count("<svg") >= 4 and all(trial.name in page for trial in trials.values())
 
 
-def test_a_trial_of_two_workers_runs_on_ray_train_and_tells_its_validations(place):
+def test_a_trial_of_two_workers_runs_on_ray_train(place):
     settings = {
         "sweep.name": "two", "sweep.trials": 1, "sweep.best": 1, "sweep.seeds": 1, "sweep.judge": "false",
         "base.cluster.num_workers": 2, "base.cluster.cpus_per_worker": 0.5,
