@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -82,6 +83,14 @@ def test_no_file_hides_a_module_of_python_or_of_a_package() -> None:
     # A script's folder leads sys.path: trainers/data.py would be what `import data` finds.
     taken = sys.stdlib_module_names | packages_distributions().keys() | set(ARROWS)
     assert not {module for module in FILES if module.rpartition(".")[2] in taken}
+
+
+def test_the_readme_has_a_line_for_each_module_and_none_for_one_that_is_gone() -> None:
+    readme = (PROJECT / "README.md").read_text()
+    named = re.findall(r"^\| `((?:cluster|data|trainers|tune|k8s)/\w+\.py)` \|", readme, re.MULTILINE)
+    modules = [path for folder in [*ARROWS, "k8s"] for path in (PROJECT / folder).glob("*.py")]
+    there = [str(path.relative_to(PROJECT)) for path in modules if path.name != "__init__.py"]
+    assert sorted(named) == sorted(there)
 
 
 IMPORT_ALL = """
