@@ -45,6 +45,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
 
 
+@pytest.fixture(autouse=True)
+def no_run_outlives_its_test() -> Iterator[None]:
+    """A failed test leaves its driver, and Ray under it, at work for ever."""
+    yield
+    if small_run := sys.modules.get("tests.small_run"):
+        for driver in small_run.STARTED:
+            if driver.poll() is None:
+                small_run.kill_tree(driver.pid)
+        small_run.STARTED.clear()
+
+
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
     """A real S3 server, to which the AWS variables of this process lead."""

@@ -58,6 +58,10 @@ def put_corpus(store: Store, num_shards: int = 3) -> None:
         store.put(f"part-{shard}.jsonl", "\n".join(lines[shard::num_shards]).encode())
 
 
+STARTED: list[subprocess.Popen[bytes]] = []
+"""Drivers of all runs; tests/conftest.py ends those that a failed test leaves behind."""
+
+
 class SmallRun:
     """One run under `root`, a URI that also holds its corpus; started as often as wanted."""
 
@@ -78,7 +82,7 @@ class SmallRun:
     def start(self, **changes: Any) -> subprocess.Popen[bytes]:
         """Start the entry in a process group of its own, from a folder that is not the project's."""
         with open(self._log, "ab") as log:
-            return subprocess.Popen(
+            driver = subprocess.Popen(
                 self.command(**changes),
                 cwd=self._log.parent,
                 stdout=log,
@@ -86,6 +90,8 @@ class SmallRun:
                 start_new_session=True,
                 env=os.environ | {"RAY_AUTH_MODE": "disabled"},
             )
+        STARTED.append(driver)
+        return driver
 
     def finish(self, process: subprocess.Popen[bytes], seconds: float = 240.0) -> int:
         """Wait for the end; the exit status."""
