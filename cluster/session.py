@@ -23,6 +23,7 @@ RAY_ENVIRONMENT = {
     # of the restarted worker group gets none. A living one renews it each time the gap has passed.
     "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2",
     "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "8",
+    "RAY_DATA_LOG_LEVEL": "WARNING",  # it says of each burst that it was read
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing about a run leaves the machine unasked
 }
 

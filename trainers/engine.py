@@ -291,6 +291,8 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # BF16_Optimizer prints memory use at any log level, after ten garbage collections of 0.27 s each.
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+    # "Untested" are all optimisers but DeepSpeed's own; tests/test_engine.py holds ours against torch.
+    deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     # Said at every collective of stage 3; the new names are for DeepSpeed to use.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     engine, *_ = deepspeed.initialize(

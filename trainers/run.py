@@ -14,7 +14,14 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.session import ClusterConfig
@@ -150,6 +157,7 @@ def trainer(
             name=uuid.uuid4().hex[:12],
             storage_path=run.child("ray").uri.removeprefix("file://"),
             failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # what it says at each start, the run says too
             worker_runtime_env={} if use_gpu else {"env_vars": CPU_ONLY | CPU_ALLOCATOR},  # type: ignore[call-arg]
         ),
     )
