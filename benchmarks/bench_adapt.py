@@ -3,9 +3,9 @@
     python benchmarks/bench_adapt.py [--steps 30] [--records 3000] [--trials 3]
 
 A 4-layer decoder of width 128 with initial weights, float32, one thread in everything; speeds are ratios within one
-run. The bare loop is the same model, batches and optimiser with nothing around; the bare model answers the same
-records from a list. Ray's start is told apart from its rate. A trial's overhead is the sweep's wall time less the
-trials' seconds of training, by their number.
+run, of the lower quartiles of steps and of pieces. The bare loop is the same model, batches and optimiser with nothing
+around; the bare model answers the same records from a list. Ray's start is told apart from its rate. A trial's overhead
+is the sweep's wall time less the trials' seconds of training, by their number.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from task_files import put_lines, put_task, sentences, small_tokenizer
 
 from cluster.config import from_dict
 from cluster.session import ClusterConfig, ray_session
-from cluster.storage import Store, open_store
+from cluster.storage import open_store
 from trainers.export import export, load_exported
 from trainers.finetune import finetune
 from trainers.finetune_config import FinetuneConfig, absolute
@@ -111,14 +111,14 @@ def put_parts(folder: Path, steps: int) -> tuple[FinetuneConfig, PreparedTask]:
 
 
 def system_step(config: FinetuneConfig, prepared: PreparedTask) -> float:
-    """Median seconds of a step, by the run's own records."""
+    """Seconds of a step, by the run's own records."""
     finetune(config, prepared=prepared)
     records = read_metrics(open_store(f"{config.run.storage}/{config.run.name}/seed-0"))
-    return median([r["step_seconds"] for r in records if "step_seconds" in r][WARMUP_STEPS:])
+    return calm([r["step_seconds"] for r in records if "step_seconds" in r][WARMUP_STEPS:])
 
 
 def bare_step(config: FinetuneConfig, prepared: PreparedTask) -> float:
-    """Median seconds of forward pass, backward pass and update on the same batches."""
+    """Seconds of forward pass, backward pass and update on the same batches."""
     exported = load_exported(open_store(config.backbone.uri))
     tokenizer, pad = framed(exported.tokenizer, exported.boundary_id, causal=True)
     encoded = Encoder(prepared.task, tokenizer, pad, SHAPE.max_positions, True, True).encode(
@@ -142,7 +142,7 @@ def bare_step(config: FinetuneConfig, prepared: PreparedTask) -> float:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
-    return median(seconds[WARMUP_STEPS:])
+    return calm(seconds[WARMUP_STEPS:])
 
 
 def prediction_rates(folder: Path) -> tuple[float, float, float]:
@@ -156,10 +156,12 @@ def prediction_rates(folder: Path) -> tuple[float, float, float]:
     bare = Predictor(model, str(folder / "bare"), 64, 1)
     rows = [list(rows_of(piece)) for piece in pieces]
     bare.lines(rows[0])
-    started = time.perf_counter()
+    seconds = []
     for some in rows:
+        started = time.perf_counter()
         bare.lines(some)
-    bare_rate = sum(map(len, rows)) / (time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
+    each = sorted(map(len, rows))[len(rows) // 2]
     output = open_store(str(folder / "answers"))
     options = argparse.Namespace(
         workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, rows_per_batch=64, max_new_tokens=64
@@ -167,16 +169,13 @@ def prediction_rates(folder: Path) -> tuple[float, float, float]:
     began = time.time()
     with ray_session(ClusterConfig(address="local")):
         answer(pieces, model, output.uri, options)
-    first, last, done = span_of(output, folder / "answers")
-    return bare_rate, done / (last - first), first - began
-
-
-def span_of(output: Store, folder: Path) -> tuple[float, float, int]:
-    """When the first and the last part of the answers were there, and the records of those after the first."""
-    parts = [folder / info.path for info in output.list() if info.path.endswith(".jsonl")]
-    parts.sort(key=lambda part: part.stat().st_mtime)
-    records = sum(len(part.read_text().splitlines()) for part in parts[1:])
-    return parts[0].stat().st_mtime, parts[-1].stat().st_mtime, records
+    times = sorted(
+        (folder / "answers" / info.path).stat().st_mtime
+        for info in output.list()
+        if info.path.endswith(".jsonl")
+    )
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    return each / calm(seconds), each / calm(gaps), times[0] - began
 
 
 def sweep_seconds(
@@ -200,8 +199,9 @@ def sweep_seconds(
     return wall, trained
 
 
-def median(seconds: Sequence[float]) -> float:
-    return sorted(seconds)[len(seconds) // 2]
+def calm(seconds: Sequence[float]) -> float:
+    """The lower quartile: what other work on the machine has slowed least."""
+    return sorted(seconds)[len(seconds) // 4]
 
 
 if __name__ == "__main__":
