@@ -145,6 +145,9 @@ def quiet_ray() -> None:
     """Keep Ray's routine messages out of the log of this process; its errors stay."""
     for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Without a dashboard it complains every second that it cannot ask it; it has nothing else to say.
-    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
-    logging.getLogger(cleaner).setLevel(logging.ERROR)
+    for name in (
+        # Without a dashboard it complains every second that it cannot ask it; it has nothing else to say.
+        "ray.train.v2._internal.execution.controller.placement_group_cleaner",
+        "ray.data._internal.progress",  # warns that there are no progress bars, as the stream wants it
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
