@@ -10,6 +10,8 @@ from typing import Any
 
 import psutil
 
+from cluster.config import ConfigError
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 # Read by Ray when it is imported, in the driver; a value that the user set stays.
@@ -45,7 +47,7 @@ class ClusterConfig:
     gpus_per_worker: float = 0.0
     """GPUs for a training worker: 1 uses NCCL, 0 uses gloo on CPUs."""
     threads_per_worker: int = 0
-    """Threads of a worker's matrix products; 0: its CPUs rounded up."""
+    """Threads of a worker's matrix products; 0: its CPUs, rounded."""
     object_store_bytes: int = 0
     """Shared memory for Ray's object store on a local cluster; 0: a tenth of the memory, at most 2 GiB."""
 
@@ -96,13 +98,13 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
     """Join or start Ray for the length of a with-block; yields the cluster's resources by name.
 
     Raises:
-        ConnectionError: `config.address` names a cluster that does not answer.
+        ConfigError: `config.address` names a cluster that does not answer, or that asks for another token.
     """
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray  # here, because it reads the variables above when imported
+    from ray.exceptions import AuthenticationError
 
-    # What Ray itself logs at every start, though nothing is wrong, would bury the run's own lines.
     variables = {name: os.environ[name] for name in RAY_ENVIRONMENT}
     if config.min_workers:
         # After a node is lost, Ray Train first tries the old size anew, for this long instead of 60 s.
@@ -121,8 +123,17 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
         arguments = {"address": None if config.address == "auto" else config.address}
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a Ray job has uploaded its working directory
             runtime_env |= {"working_dir": str(PROJECT), "excludes": ["/.venv", "/runs", "/corpora"]}
+    # What Ray itself logs at every start, though nothing is wrong, would bury the run's own lines.
     quiet_ray()
-    ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env, **arguments)
+    try:
+        ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env, **arguments)
+    except (ConnectionError, AuthenticationError) as error:
+        raise ConfigError(
+            [
+                f"cluster.address={config.address}: {error}; check that a Ray head runs there, RAY_ADDRESS, and "
+                "RAY_AUTH_MODE and RAY_AUTH_TOKEN (or its file) where it asks for a token"
+            ]
+        ) from None
     try:
         yield ray.cluster_resources()
     finally:

@@ -40,9 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.cluster)
         needed = SERVER if "s3" in fixtures else NEEDED.get(item.path.stem)
         if needed and not is_installed(needed):
-            item.add_marker(
-                pytest.mark.skip(f"{needed} is not installed: pip has it for Linux on x86-64 alone")
-            )
+            item.add_marker(pytest.mark.skip(reason_to_skip(needed)))
 
 
 @pytest.fixture(autouse=True)

@@ -82,8 +82,9 @@ def test_kill_9_of_a_worker_while_it_uploads_a_checkpoint_and_at_random_moments_
     kill(driver, lambda: uncommitted(store))
     proxy.clear()
     seed = time.time_ns()
-    print(f"moments by random.Random({seed})")
-    for moment in [random.Random(seed).uniform(0.0, 2.0) for _ in range(2)]:
+    print(f"moments and workers by random.seed({seed})")
+    random.seed(seed)
+    for moment in [random.uniform(0.0, 2.0) for _ in range(2)]:
         starts = len(events_of(read_attempts(store), "start"))
         until(driver, lambda: len(events_of(read_attempts(store), "start")) > starts)  # noqa: B023
         time.sleep(moment)

@@ -75,7 +75,8 @@ def pin(output: Store, model: Store, options: argparse.Namespace) -> None:
         ConfigError: the folder holds answers of another model, of files that have changed, or otherwise asked for.
     """
     store, paths = find_files(options.input)
-    versions = {info.path: info.version for info in store.list() if info.path in set(paths)}
+    wanted = set(paths)
+    versions = {info.path: info.version for info in store.list() if info.path in wanted}
     job = {"model": listing_digest(model), "max_new_tokens": options.max_new_tokens, "input": versions}
     if output.put_if_absent(JOB, json.dumps(job, indent=2).encode()):
         return

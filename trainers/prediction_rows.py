@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -89,7 +90,7 @@ def rows_of(piece: Piece) -> Iterator[Row]:
                 yield from (
                     (f"{piece.path}:{n}", _parsed(line)) for n, line in enumerate(lines, 1) if line.strip()
                 )
-        except (pa.ArrowException, gzip.BadGzipFile, EOFError) as error:
+        except (pa.ArrowException, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ConfigError([f"{piece.uri}/{piece.path} cannot be read: {error}"]) from None
 
 

@@ -4,8 +4,9 @@ import logging
 import math
 import signal
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +46,7 @@ CPU_ALLOCATOR = {
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 POLL_SECONDS = 5.0
+GROW_AGAIN_SECONDS = 600.0
 EXIT_HEAD_DRAINS = 75
 """Exit status where the driver's own node is going away: EX_TEMPFAIL of sysexits.h, "try again later"."""
 # Between a group whose processes did not find each other and the next try.
@@ -78,8 +80,8 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
     )
     nodes, tell = NodeWatch(config.cluster, store), DriverLog(config.run.name, config.run.log_events)
     # In a thread of its own, for in the main thread Ray Train would take Ctrl-C for itself.
-    with stop_on_signal(config), ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
-        while True:
+    with stop_on_signal(config) as asked, ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
+        while not asked.is_set():
             tell("group_start", attempt=latest_attempt(store) + 1)
             try:
                 with nodes:
@@ -92,19 +94,21 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
                 failures_left -= 1
                 tell("group_failure", attempt=latest_attempt(store), error=str(error))
                 print(f"the workers did not come together, trying again: {error}", flush=True)
-                threading.Event().wait(RENDEZVOUS_PAUSE_SECONDS)
+                asked.wait(RENDEZVOUS_PAUSE_SECONDS)
                 continue
             raise_final(store)
             reason = store.read(STOP) if store.exists(STOP) else None
-            if reason in (GROW, DRAIN, HEAD_DRAINS):
-                tell(reason.decode().replace(" ", "_"), attempt=latest_attempt(store))
-            else:
-                return tell("finished" if reason is None else "stopped", attempt=latest_attempt(store))
+            if reason is None:
+                return tell("finished", attempt=latest_attempt(store))
+            if reason not in (GROW, DRAIN, HEAD_DRAINS):
+                break
+            tell(reason.decode().replace(" ", "_"), attempt=latest_attempt(store))
             if reason == HEAD_DRAINS:
                 raise SystemExit(EXIT_HEAD_DRAINS)
-            if config.cluster.min_workers:
-                threading.Event().wait(CLAIMS_EXPIRE_SECONDS)
             store.delete(STOP)
+            if config.cluster.min_workers:
+                asked.wait(CLAIMS_EXPIRE_SECONDS)
+        tell("stopped", attempt=latest_attempt(store))
 
 
 def raise_final(store: Store) -> None:
@@ -187,8 +191,10 @@ class NodeWatch:
     def __init__(self, cluster: ClusterConfig, store: Store) -> None:
         self._cluster, self._store = cluster, store
         self._driver_node = ray.get_runtime_context().get_node_id()
-        self._draining: set[str] = set()
-        """Nodes that a group has been asked to leave already."""
+        self._left: set[str] = set()
+        """Draining nodes that a group has been asked to leave already."""
+        self._grown = (0, 0.0)
+        """Workers that a group was asked to grow to last, and when."""
 
     def __enter__(self) -> None:
         self._ended, self._former = threading.Event(), latest_attempt(self._store)
@@ -203,37 +209,50 @@ class NodeWatch:
     def _watch(self) -> None:
         while not self._ended.wait(POLL_SECONDS):
             try:
-                reason = self._reason()
-                if reason and self._store.put_if_absent(STOP, reason):
+                if self._ask():
                     return
             except (StorageError, RayError) as error:
                 logger.warning("cannot look at the nodes, training goes on: %s", error)
 
-    def _reason(self) -> bytes | None:
-        """Why the group should start anew, or None."""
+    def _ask(self) -> bool:
+        """Ask the group to save and end if there is a reason; whether it was asked."""
         nodes = ray.nodes()
         # The one way to ask; Ray Train and Ray Data ask so too (ray 2.60).
         draining = ray._private.state.state.get_draining_nodes().keys()
-        leaving = [node for node in nodes if node["NodeID"] in draining - self._draining]
-        self._draining |= {node["NodeID"] for node in leaving}
+        leaving = [node for node in nodes if node["NodeID"] in draining - self._left]
+        staying = [node for node in nodes if node["NodeID"] not in draining]
         if any(node["NodeID"] == self._driver_node for node in leaving):
-            return HEAD_DRAINS
-        if fitting_workers(self._cluster, leaving):
-            return DRAIN
-        if not self._cluster.min_workers or latest_attempt(self._store) == self._former:
-            return None  # of a fixed size, or not started yet
-        before, self._fitting = (
-            self._fitting,
-            fitting_workers(self._cluster, [node for node in nodes if node["NodeID"] not in draining]),
-        )
+            reason = HEAD_DRAINS
+        elif fitting_workers(self._cluster, leaving):
+            reason = DRAIN
+        elif self._cluster.min_workers and self._could_grow(staying):
+            reason = GROW
+        else:
+            return False
+        if not self._store.put_if_absent(STOP, reason):
+            return False
+        self._left |= {node["NodeID"] for node in leaving}
+        if reason == GROW:
+            self._grown = self._fitting, time.monotonic()
+        return True
+
+    def _could_grow(self, nodes: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether more workers fit than the group has. What fits is told by nodes as a whole: where something else
+        holds their resources, growing did not help, and is not tried again soon."""
+        if latest_attempt(self._store) == self._former:
+            return False  # it has not started yet
+        before, self._fitting = self._fitting, fitting_workers(self._cluster, nodes)
+        size, (tried, since) = latest_world_size(self._store), self._grown
+        if self._fitting <= tried and time.monotonic() - since < GROW_AGAIN_SECONDS and size < tried:
+            return False
         # Twice the same: of nodes that come together none is left behind.
-        return GROW if before == self._fitting > latest_world_size(self._store) else None
+        return before == self._fitting > size
 
 
 @contextmanager
-def stop_on_signal(config: PretrainConfig) -> Iterator[None]:
-    """Turn SIGTERM and Ctrl-C into a request to save and end; the second one ends at once."""
-    store = run_store(config)
+def stop_on_signal(config: PretrainConfig) -> Iterator[threading.Event]:
+    """Turn SIGTERM and Ctrl-C into a request to save and end, and set the event; the second one ends at once."""
+    store, asked = run_store(config), threading.Event()
 
     def request(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -241,11 +260,12 @@ def stop_on_signal(config: PretrainConfig) -> Iterator[None]:
             f"\n{signal.Signals(number).name}: the run saves after this step and ends; again: ends at once",
             flush=True,
         )
+        asked.set()
         store.put(STOP, b"")
 
     before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -42,7 +42,7 @@ FAMILIES = {"llama": "Llama", "bert": "Bert"}
 
 
 def export_task_model(model: TaskModel, encoder: Encoder, boundary_id: int, target: Store) -> None:
-    """Write the model; config.json last, so that a cut export does not load."""
+    """Write the model; config.json, or of a generating model task.json last, so that a cut export does not load."""
     tokenizer_json = encoder.tokenizer.to_str().encode()
     described = {
         "task": to_dict(encoder.task),
@@ -54,6 +54,7 @@ def export_task_model(model: TaskModel, encoder: Encoder, boundary_id: int, targ
     if model.kind == "generation":
         state: Iterable[tuple[str, Tensor]] = model.backbone.named_parameters()
         opening = opening_alone(encoder.tokenizer, boundary_id).to_str().encode()
+        target.delete(TASK)
         export(state, shape, opening, boundary_id, target)
         put_json(target, TASK, described)
         return

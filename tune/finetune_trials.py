@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cluster.storage import Store
 from trainers.finetune import finetune
-from trainers.finetune_config import FinetuneConfig, seed_store
+from trainers.finetune_config import FinetuneConfig
 from trainers.task_data import PreparedTask
 from trainers.task_evaluation import TaskScore
 from tune.experiment import DRIVER, Report, Score
 from tune.search_space import Point, with_point
-from tune.watching import watched
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,8 @@ class FinetuneTrials:
         def validated(step: int, score: TaskScore) -> None:
             report(step / total, score.score, score.metrics)
 
-        def work() -> dict[str, Any]:
-            result = finetune(
-                config, prepared=self.prepared, judge=False, keep_model=False, on_validation=validated
-            )
-            return result.seeds[0]
-
-        def seen(step: int, found: Mapping[str, float]) -> None:
-            report(step / total, found["score"], {k: v for k, v in found.items() if k != "score"})
-
-        alone = config.cluster.num_workers == 1
-        found = work() if alone else watched(seed_store(config, seed), work, seen)
+        result = finetune(
+            config, prepared=self.prepared, judge=False, keep_model=False, on_validation=validated
+        )
+        found = result.seeds[0]
         return Score(found["score"], found["validation"])

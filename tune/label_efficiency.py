@@ -9,6 +9,7 @@ interrupted one was.
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,11 +21,13 @@ try:
     from rich.table import Table
 
     from cluster.config import ConfigError, load_config, run_entry
+    from cluster.session import ray_session
     from cluster.storage import StorageError, Store, open_store
     from data.corpus import CorpusError
     from data.overlap import texts_within
     from trainers.finetune import finetune
     from trainers.finetune_config import FinetuneConfig, absolute
+    from trainers.finetune_group import trains_alone
     from trainers.lease import lease
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, choose_budget, prepare_task
@@ -85,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError([f"kind={task.kind}: a curve needs one label per record, for the linear model"])
     prepared = prepare_task(task, open_store(config.base.run.prepared))
     store = open_store(config.curve.storage).child(config.curve.name or f"{task.name}-labels")
-    with lease(store, console.print):
+    alone = trains_alone(config.base.cluster)
+    with lease(store, console.print), nullcontext() if alone else ray_session(config.base.cluster):
         measure_curve(config, prepared, store, console)
 
 
@@ -163,7 +167,10 @@ def value_of(
     """The test metric of one run."""
     metric = prepared.task.judged_by
     if arm in NEURAL:
-        found = finetune(arm_config(config, store, arm, budget, seed), prepared=prepared, keep_model=False)
+        arm_run = arm_config(config, store, arm, budget, seed)
+        found = finetune(
+            arm_run, prepared=prepared, keep_model=False, alone=trains_alone(config.base.cluster)
+        )
         return found.seeds[0]["test"]["metrics"][metric]
     rows = validation_rows(config, budget)
     path = f"{arm}-{budget}-{seed}-{rows}-{prepared.digest}.json"

@@ -96,10 +96,10 @@ def search(
             proposals.learn(record.point, record.score)
         progress(record)
 
-    if proposals.left:
+    if num_trials := max(proposals.left, len(unfinished)):
         run_trials(
             config, experiment, store, ask, tell,
-            first_number=len(known) + 1, num_trials=proposals.left, concurrent=concurrent, early_stopping=True,
+            first_number=len(known) + 1, num_trials=num_trials, concurrent=concurrent, early_stopping=True,
         )  # fmt: skip
     refuse_half_searched(store, proposals, first_seed)
     best = best_points(read_trials(store), first_seed, config.best)

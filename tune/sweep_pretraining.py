@@ -29,7 +29,7 @@ try:
     from trainers.config import PretrainConfig, absolute
     from trainers.initial import with_initial
     from trainers.lease import lease
-    from trainers.planning import objective_problems, problems_before_start
+    from trainers.planning import manifest_problems, objective_problems, problems_before_start
     from trainers.prediction import listing_digest
     from tune.interrupts import stopped_gently
     from tune.pretrain_trials import PretrainTrials
@@ -83,6 +83,7 @@ def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console
     with ray_session(base.cluster):
         nodes = living_nodes()
         shared = {"sweep.storage": store.uri, "base.corpus.prepared": base.corpus.prepared}
+        shared |= {"base.run.init_from": base.run.init_from} if base.run.init_from else {}
         if problem := unshared_problem(shared, nodes):
             raise ConfigError([problem])
         concurrent = room_of(base.cluster, READ_CPUS).on(nodes, config.sweep.max_concurrent)
@@ -93,7 +94,11 @@ def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console
             raise ConfigError([str(unusable)]) from None
         console.print(corpus_table(manifest))
         trials = PretrainTrials(base, manifest.digest)
-        if problems := [*objective_problems(base, manifest), *order_problems(trials, manifest, space)]:
+        if problems := [
+            *manifest_problems(base, manifest),
+            *objective_problems(base, manifest),
+            *order_problems(trials, manifest, space),
+        ]:
             raise ConfigError(problems)
         pin(store, config, origin_of(config, manifest))
         finalists = search(
@@ -117,10 +122,10 @@ def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console
 
 
 def order_problems(trials: PretrainTrials, manifest: Manifest, space: SearchSpace) -> Iterator[str]:
-    """What no order could be made of: unknown sources, sizes that do not fit; at the first and last value of each
-    key."""
+    """What no order could be made of: unknown sources, sizes that do not fit; at each choice, and at the ends of
+    each range."""
     for dimension in space.dimensions:
-        for value in {dimension.values[0], dimension.values[-1]}:
+        for value in dimension.values:
             config = trials.config_at({dimension.key: value})
             batch = config.batch
             try:

@@ -58,7 +58,8 @@ class Deaths(tune.Callback):
         file = trial.error_file and Path(trial.error_file)
         if not file or not file.exists():
             return "it ended without a validation"
-        return file.read_text(errors="replace").rpartition("Failure # ")[2].partition("\n")[2].strip()
+        text = file.read_text(errors="replace").rpartition("Failure # ")[2].partition("\n")[2].strip()
+        return text or "it ended without a validation"
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles what it was given."""

@@ -1,11 +1,12 @@
 """A run on Ray's workers, watched from the trial that started it: its validations are read from its metrics."""
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from cluster.storage import Store
-from trainers.metrics import read_metrics
+from cluster.storage import StorageError, Store
+from trainers.metrics import Record, read_metrics, validations_of
 
 POLL_SECONDS = 2.0
 """The workers flush their metrics every 5 s."""
@@ -17,14 +18,23 @@ def watched(
     run: Store, work: Callable[[], Result], on_validation: Callable[[int, Mapping[str, float]], None]
 ) -> Result:
     """Do `work` in a thread of its own, and tell of each validation that the run's metrics show meanwhile, in the
-    thread of the caller: finished steps, and what was measured."""
+    thread of the caller: finished steps, and what was measured, NaN where it was no number."""
     told = 0
     with ThreadPoolExecutor(1, thread_name_prefix="trial") as thread:
         working = thread.submit(work)
         while not working.done():
             wait([working], POLL_SECONDS)
-            for record in read_metrics(run):
-                if "validation" in record and record["step"] > told:
+            for record in validations(run):
+                if record["step"] > told:
                     told = record["step"]
-                    on_validation(told, record["validation"])
+                    found = record["validation"].items()
+                    on_validation(told, {key: math.nan if value is None else value for key, value in found})
     return working.result()
+
+
+def validations(run: Store) -> list[Record]:
+    """What the metrics on storage say; nothing while the storage does not answer."""
+    try:
+        return validations_of(read_metrics(run))
+    except StorageError:
+        return []
