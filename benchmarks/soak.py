@@ -44,6 +44,7 @@ from trainers.stopping import STOP
 from trainers.units import duration
 
 OUTAGE_SECONDS = 8.0
+UP_AGAIN_SECONDS = 300.0
 SETTINGS = {
     "run__steps": 10_000_000,
     "run__max_failures": -1,
@@ -156,9 +157,13 @@ def suffer(soak: Soak, seconds: float, every: float) -> list[Suffered]:
         suffered.append(Suffered(fault.__name__.replace("_", " "), time.time()))
         print(f"{duration(time.monotonic() - began):>10}  {suffered[-1].name}", flush=True)
         fault()
-    before = max(steps_by_number(soak.store), default=0)
-    while max(steps_by_number(soak.store), default=0) <= before:
+    starts = len(events_of(read_attempts(soak.store), "start"))
+    ends = time.monotonic() + UP_AGAIN_SECONDS
+    soak.driver_is_told_to_end()  # whatever state it is in: the next one is up and whole
+    while len(events_of(read_attempts(soak.store), "start")) <= starts:
         soak.keep_up(2)
+        if time.monotonic() > ends:
+            raise SystemExit(soak.run.output()[-4000:])
     return suffered
 
 

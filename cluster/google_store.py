@@ -70,8 +70,11 @@ class GoogleStore(RemoteStore):
 
         def upload(http: "_Client", at: str) -> None:
             with open(local, "rb") as file:
+                size = local.stat().st_size
                 # An empty file has no length for requests, which would send it in chunks.
-                http.insert(at, _MEDIA, file if local.stat().st_size else b"", _BYTES)
+                stored = http.insert(at, _MEDIA, file if size else b"", _BYTES)
+            if stored != size:  # sent again after a renewed token, a file that was read is empty
+                raise _RefusedError(408, f"{stored:,} bytes were stored of {size:,}")
 
         self._call("write", path, upload)
 
@@ -179,11 +182,13 @@ class _Client:
     def delete(self, at: str) -> None:
         self._send("DELETE", f"/storage/v1/b/{at}")
 
-    def insert(self, at: str, params: dict[str, str], data: Any, headers: dict[str, str]) -> None:
-        """Make the object named in `at` of `data`."""
+    def insert(self, at: str, params: dict[str, str], data: Any, headers: dict[str, str]) -> int:
+        """Make the object named in `at` of `data`; the bytes that it has."""
         bucket, _, name = at.partition("/o/")
         params = params | {"name": unquote(name)}
-        self._send("POST", f"/upload/storage/v1/b/{bucket}/o", params=params, data=data, headers=headers)
+        path = f"/upload/storage/v1/b/{bucket}/o"
+        answer = self._send("POST", path, params=params, data=data, headers=headers)
+        return int(answer.json()["size"])
 
     def _send(self, method: str, path: str, **options: Any) -> requests.Response:
         answer = self._session.request(method, self._server + path, timeout=self._timeout, **options)

@@ -61,7 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
             metadata = json.loads(about.get_payload())["metadata"]
             body = content.get_payload(decode=True)
         is_new = self.stub.insert(query["name"], body, metadata, query.get("ifGenerationMatch") == "0")
-        self._answer(200 if is_new else 412, b"{}")
+        about = {"name": query["name"], "size": str(len(body))}
+        self._answer(200 if is_new else 412, json.dumps(about).encode())
 
     def do_GET(self) -> None:
         if self._name() is None:
