@@ -40,7 +40,17 @@ STYLE: Any = {
 }
 
 
-TICKS = FuncFormatter(lambda number, _: count(number) if abs(number) >= 1000 else f"{number:g}")
+def _tick(number: float, position: int | None = None) -> str:
+    """As short as the frame's left margin is narrow."""
+    if abs(number) >= 1000:
+        return count(number)
+    if 0 < abs(number) < 0.01:
+        digits, _, exponent = f"{number:.1e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    return f"{number:g}"
+
+
+TICKS = FuncFormatter(_tick)
 
 
 @dataclass(frozen=True)
