@@ -80,8 +80,18 @@ class RayNodes:
         return head
 
     def add(self, num_cpus: int, place: Place = HERE) -> subprocess.Popen[bytes]:
-        """Start a node that joins the head; it is there some seconds later."""
-        return self._start(f"--address={self.address}", cpus=num_cpus, place=place)
+        """Start a node that joins the head, and wait until it has: two that start at once take the same sockets."""
+        before = self._num_up()
+        node = self._start(f"--address={self.address}", cpus=num_cpus, place=place)
+        ends = time.monotonic() + READY_SECONDS
+        while self._num_up() == before:
+            assert node.poll() is None and time.monotonic() < ends, self._log.read_text(errors="replace")
+            time.sleep(0.2)
+        return node
+
+    def _num_up(self) -> int:
+        """Nodes that said that they stay."""
+        return self._log.read_text(errors="replace").count("will now block forever")
 
     def _start(self, *flags: str, cpus: int, place: Place) -> subprocess.Popen[bytes]:
         options = {

@@ -32,14 +32,16 @@ FAULTS = ("503", "500", "reset", "lost", "truncate", "slow")
 
 
 @pytest.fixture
-def proxied(tmp_path, monkeypatch):
+def proxied(tmp_path):
     """A run on an S3 server that it reaches through a proxy, its folder as reached directly, and the proxy."""
     with LocalS3(tmp_path / "s3") as server, FaultProxy(server.port) as proxy:
         run = SmallRun(f"s3://corpus/{uuid.uuid4().hex}", tmp_path / "log.txt")
         put_corpus(open_store(f"{run.root}/raw"))
         store = open_store(f"{run.root}/runs/pretrain")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield run, store, proxy
+        # Undone before the server's own variables are: else they would lead to it when it is gone.
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("AWS_ENDPOINT_URL", proxy.url)
+            yield run, store, proxy
         proxy.clear()
 
 

@@ -242,8 +242,11 @@ class NodeWatch:
         if latest_attempt(self._store) == self._former:
             return False  # it has not started yet
         before, self._fitting = self._fitting, fitting_workers(self._cluster, nodes)
-        size, (tried, since) = latest_world_size(self._store), self._grown
-        if self._fitting <= tried and time.monotonic() - since < GROW_AGAIN_SECONDS and size < tried:
+        size = latest_world_size(self._store)
+        if self._fitting <= size:
+            self._grown = 0, 0.0  # what comes from now on is new
+        tried, since = self._grown
+        if self._fitting <= tried and time.monotonic() - since < GROW_AGAIN_SECONDS:
             return False
         # Twice the same: of nodes that come together none is left behind.
         return before == self._fitting > size
