@@ -80,20 +80,18 @@ class RayNodes:
         return head
 
     def add(self, num_cpus: int, place: Place = HERE) -> subprocess.Popen[bytes]:
-        """Start a node that joins the head, and wait until it has: two that start at once take the same sockets."""
-        before = self._num_up()
-        node = self._start(f"--address={self.address}", cpus=num_cpus, place=place)
-        ends = time.monotonic() + READY_SECONDS
-        while self._num_up() == before:
-            assert node.poll() is None and time.monotonic() < ends, self._log.read_text(errors="replace")
-            time.sleep(0.2)
-        return node
+        """Start a node that joins the head."""
+        return self._start(f"--address={self.address}", cpus=num_cpus, place=place)
 
     def _num_up(self) -> int:
         """Nodes that said that they stay."""
-        return self._log.read_text(errors="replace").count("will now block forever")
+        return (
+            self._log.read_text(errors="replace").count("will now block forever") if self._log.exists() else 0
+        )
 
     def _start(self, *flags: str, cpus: int, place: Place) -> subprocess.Popen[bytes]:
+        """Start a node and wait until it stands: two that start at once take the same sockets."""
+        num_up = self._num_up()
         options = {
             "dashboard-agent-listen-port": free_ports(1)[0],
             "node-ip-address": place.address,
@@ -112,6 +110,10 @@ class RayNodes:
                 start_new_session=True,
             )
         self.nodes.append(node)
+        ends = time.monotonic() + READY_SECONDS
+        while self._num_up() == num_up:
+            assert node.poll() is None and time.monotonic() < ends, self._log.read_text(errors="replace")
+            time.sleep(0.2)
         return node
 
     def __enter__(self) -> "RayNodes":
