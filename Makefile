@@ -70,7 +70,7 @@ pretrain-zh: $(SETUP)  ## the same on Chinese text, and a model that also contin
 	    --second 它看起来很舒服。 --second 太阳从东方升起。 \
 	  && $(PY) trainers/generate.py --model $(RUNS)/$(ZH)-mixed/export --prompt 人工智能是 --max-new-tokens 60'
 
-test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (about twenty minutes on 2 cores)
+test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (about half an hour on 2 cores)
 	@$(PY) -m pytest $(ARGS)
 
 test-fast: $(SETUP)  ## the tests that need no cluster and less than a second each: under a minute
