@@ -73,7 +73,7 @@ pretrain-zh: $(SETUP)  ## the same on Chinese text, and a model that also contin
 test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (about half an hour on 2 cores)
 	@$(PY) -m pytest $(ARGS)
 
-test-fast: $(SETUP)  ## the tests that need no cluster and less than a second each: under a minute
+test-fast: $(SETUP)  ## the tests that need no cluster and less than a second each (some minutes)
 	@$(PY) -m pytest -q -m "not cluster and not slow" $(ARGS)
 
 check: $(SETUP)  ## lint, format and types
