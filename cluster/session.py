@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ import psutil
 from cluster.config import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+JOIN_SECONDS = 60.0
+"""How long a driver that comes before its cluster's nodes waits for them."""
 
 # Read by Ray when it is imported, in the driver; a value that the user set stays.
 RAY_ENVIRONMENT = {
@@ -79,23 +83,11 @@ class ClusterConfig:
         return self.threads_per_worker or max(1, round(self.cpus_per_worker))
 
 
-def cpu_problem(config: ClusterConfig, read_cpus: float, num_cpus: float, at: str = "cluster") -> str | None:
-    """Why Ray Data could not read beside the workers on this many CPUs, or None: reads would wait for ever."""
-    wanted = config.fewest_workers * config.cpus_per_worker
-    if wanted + read_cpus <= num_cpus:
-        return None
-    fitting = (num_cpus - read_cpus) / config.fewest_workers
-    key = "min_workers" if config.min_workers else "num_workers"
-    return (
-        f"{at}.{key}={config.fewest_workers} x {at}.cpus_per_worker={config.cpus_per_worker:g} = {wanted:g} of "
-        f"{num_cpus:g} CPUs leave less than the {read_cpus:g} that a read of Ray Data needs; "
-        f"at most {at}.cpus_per_worker={max(0, int(fitting * 100) / 100):g} fits, or fewer workers"
-    )
-
-
 @contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
     """Join or start Ray for the length of a with-block; yields the cluster's resources by name.
+
+    Nodes of a cluster that has just started are waited for, JOIN_SECONDS at most, until the workers fit.
 
     Raises:
         ConfigError: `config.address` names a cluster that does not answer, or that asks for another token.
@@ -135,9 +127,44 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
             ]
         ) from None
     try:
-        yield ray.cluster_resources()
+        yield ray.cluster_resources() if config.is_local else joined_resources(config, ray.cluster_resources)
     finally:
         ray.shutdown()
+
+
+def joined_resources(
+    config: ClusterConfig, resources_now: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """The cluster's resources once the fewest workers fit into them, or as they are after JOIN_SECONDS."""
+    ends, told = time.monotonic() + JOIN_SECONDS, False
+    while (lacking := list(shortages(config, resources := resources_now()))) and time.monotonic() < ends:
+        if not told:
+            print(f"waiting for nodes: {'; '.join(lacking)}", flush=True)
+            told = True
+        time.sleep(0.5)
+    return resources
+
+
+def shortages(config: ClusterConfig, resources: Mapping[str, float], read_cpus: float = 0.0) -> Iterator[str]:
+    """A line for each resource of which the cluster lacks what the fewest workers need: Ray would wait for it for ever.
+
+    `read_cpus` is what must stay free beside them for Ray Data's reads.
+    """
+    fewest, key = config.fewest_workers, "min_workers" if config.min_workers else "num_workers"
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    workers = f"cluster.{key}={fewest} x cluster"
+    if (wanted := fewest * config.cpus_per_worker) + read_cpus > cpus:
+        reads = f", and {read_cpus:g} for reads of Ray Data" if read_cpus else ""
+        fitting = max(0, int((cpus - read_cpus) / fewest * 100) / 100)
+        yield (
+            f"{workers}.cpus_per_worker={config.cpus_per_worker:g} = {wanted:g} CPUs{reads}, but the cluster has "
+            f"{cpus:g}; at most cluster.cpus_per_worker={fitting:g} fits, or fewer workers"
+        )
+    if (wanted := fewest * config.gpus_per_worker) > gpus:
+        yield (
+            f"{workers}.gpus_per_worker={config.gpus_per_worker:g} = {wanted:g} GPUs, but the cluster has {gpus:g}; "
+            "take fewer workers, or add nodes"
+        )
 
 
 def prepare_process() -> None:

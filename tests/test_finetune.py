@@ -19,7 +19,7 @@ from cluster.storage import open_store
 from trainers.finetune import finetune
 from trainers.finetune_backbone import load_backbone, read_facts
 from trainers.finetune_config import FinetuneConfig
-from trainers.finetune_group import too_large, trains_alone
+from trainers.finetune_group import trains_alone
 from trainers.metrics import read_metrics, steps_of
 from trainers.task import load_task
 from trainers.task_data import prepare_task
@@ -430,13 +430,6 @@ def test_the_command_trains_itself_only_what_one_worker_does_here(cluster, alone
     assert trains_alone(ClusterConfig(**cluster)) == alone
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     assert not trains_alone(ClusterConfig(**cluster))
-
-
-def test_more_than_the_cluster_has_is_refused():
-    cluster = ClusterConfig(num_workers=3, gpus_per_worker=1.0)
-    (line,) = too_large(cluster, {"CPU": 8.0, "GPU": 2.0})
-    assert "cluster.gpus_per_worker=1 = 3 GPUs, but the cluster has 2" in line
-    assert not list(too_large(cluster, {"CPU": 3.0, "GPU": 3.0}))
 
 
 @pytest.mark.parametrize(

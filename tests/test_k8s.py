@@ -176,6 +176,7 @@ def test_the_entrypoint_runs_literally_on_a_cluster_that_asks_for_a_token(tmp_pa
     with open(log, "wb") as output:
         pods = subprocess.Popen(namespace, env=environment, stdout=output, stderr=subprocess.STDOUT)
     try:
+        # The worker may come later than the job: its driver waits for it.
         until(lambda: call(url, token) is not None, 90, "no dashboard")
         with pytest.raises(urllib.error.HTTPError, match="401|403"):
             call(url, "not the token")

@@ -157,13 +157,25 @@ def test_a_job_that_was_cut_off_answers_only_what_is_left(model, tmp_path, ray_s
     options = options_of(folder, source, tmp_path / "out")
     assert answered(Predictor(folder, options.output, 8, 1), pieces_of(options.input)[1]) == Counts(20, 0)
     before = open_store(options.output).list("part-")
-    monkeypatch.setattr(predict, "ray_session", lambda cluster: nullcontext({}))  # that of the tests is up
+    monkeypatch.setattr(
+        predict, "ray_session", lambda cluster: nullcontext({"CPU": 2.0})
+    )  # that of the tests is up
     assert predict.predict(options) == Counts(60, 0)
     assert "3 of 3 pieces" not in (told := capsys.readouterr().out) and "2 of 2 pieces, 40 records" in told
     after = open_store(options.output).list("part-")
     assert len(after) == 3 and before[0] in after
     assert predict.predict(options) == Counts(60, 0)
     assert "pieces, 3 of them answered before" in capsys.readouterr().out
+
+
+def test_more_models_than_the_cluster_has_room_for_are_refused(model, tmp_path, monkeypatch):
+    uri = put_lines(tmp_path / "r.jsonl", records(3))
+    monkeypatch.setattr(predict, "ray_session", lambda cluster: nullcontext({"CPU": 2.0}))
+    options = options_of(model[0], uri, tmp_path / "out", cpus_per_worker=3.0)
+    with pytest.raises(
+        ConfigError, match="--workers=1 x --cpus-per-worker=3 = 3 CPUs, but the cluster has 2"
+    ):
+        predict.predict(options)
 
 
 def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_path):

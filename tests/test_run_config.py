@@ -10,7 +10,7 @@ import transformers
 import yaml
 
 from cluster.config import ConfigError, load_config, to_dict, to_yaml
-from cluster.session import PROJECT, ClusterConfig, cpu_problem
+from cluster.session import PROJECT, ClusterConfig, joined_resources, shortages
 from cluster.storage import open_store
 from data.tokens import TokenizerConfig, train_tokenizer
 from trainers.config import BatchConfig, PretrainConfig, absolute, changed_keys, run_store
@@ -153,10 +153,26 @@ def test_a_changed_configuration_is_refused_by_the_run_that_has_another(tmp_path
 
 def test_workers_that_leave_no_cpu_for_reads_are_refused_with_what_fits():
     cluster = ClusterConfig(num_workers=2, cpus_per_worker=1.0)
-    problem = cpu_problem(cluster, 0.25, num_cpus=2)
-    assert problem and "cluster.cpus_per_worker=0.87" in problem
+    (problem,) = shortages(cluster, {"CPU": 2.0}, read_cpus=0.25)
+    assert "cluster.cpus_per_worker=0.87" in problem
     fitting = replace(cluster, cpus_per_worker=0.87)
-    assert cpu_problem(fitting, 0.25, num_cpus=2) is None
+    assert not list(shortages(fitting, {"CPU": 2.0}, read_cpus=0.25))
+
+
+def test_more_gpus_than_the_cluster_has_are_refused():
+    cluster = ClusterConfig(num_workers=3, gpus_per_worker=1.0)
+    (line,) = shortages(cluster, {"CPU": 8.0, "GPU": 2.0})
+    assert "cluster.gpus_per_worker=1 = 3 GPUs, but the cluster has 2" in line
+    assert not list(shortages(cluster, {"CPU": 3.0, "GPU": 3.0}))
+
+
+def test_a_driver_waits_for_the_nodes_of_a_cluster_that_just_starts(monkeypatch, capsys):
+    config, nodes = ClusterConfig(num_workers=2), iter([{}, {"CPU": 1.0}, {"CPU": 4.0}])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert joined_resources(config, lambda: next(nodes)) == {"CPU": 4.0}
+    assert "waiting for nodes: cluster.num_workers=2" in capsys.readouterr().out
+    monkeypatch.setattr("cluster.session.JOIN_SECONDS", 0.0)
+    assert joined_resources(config, lambda: {"CPU": 1.0}) == {"CPU": 1.0}, "the caller says what is lacking"
 
 
 def test_uris_are_absolute_before_they_travel_to_a_worker(monkeypatch, tmp_path):

@@ -19,13 +19,13 @@ try:
     from rich.console import Console
 
     from cluster.config import ConfigError, load_config, run_entry
-    from cluster.session import ray_session
+    from cluster.session import ray_session, shortages
     from cluster.storage import Store, open_store
     from trainers.config import changed_keys
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
     from trainers.finetune_end import RESULT
-    from trainers.finetune_group import too_large, train_in_group, trains_alone
+    from trainers.finetune_group import train_in_group, trains_alone
     from trainers.finetune_loop import OnValidation
     from trainers.finetune_order import ORIGIN, FinetuneOrder, origin_of
     from trainers.finetune_result import FinetuneResult
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = finetune(config, prepared=prepared, on_validation=tell)
     else:
         with ray_session(config.cluster) as resources:
-            if problems := list(too_large(config.cluster, resources)):
+            if problems := list(shortages(config.cluster, resources)):
                 raise ConfigError(problems)
             result = finetune(config, prepared=prepared, on_validation=tell, alone=False)
     pages = [write_task_report(seed_store(config, seed), prepared) for seed in config.run.seeds]

@@ -1,7 +1,7 @@
 """One seed's fine-tuning on a Ray Train group, as its driver sees it: checked before, watched meanwhile."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -22,17 +22,6 @@ def trains_alone(cluster: ClusterConfig) -> bool:
     """Whether the command's own process trains: one worker, on this machine. A Ray job's driver is on the head, which
     has no GPU."""
     return cluster.num_workers == 1 and not cluster.gpus_per_worker and cluster.is_local
-
-
-def too_large(cluster: ClusterConfig, resources: Mapping[str, float]) -> Iterator[str]:
-    """A line for each resource of which the cluster lacks what the workers need: Ray would wait for it for ever."""
-    for key, name in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU")):
-        each, there = getattr(cluster, key), resources.get(name, 0.0)
-        if (wanted := cluster.fewest_workers * each) > there:
-            yield (
-                f"cluster.num_workers={cluster.num_workers} x cluster.{key}={each:g} = {wanted:g} {name}s, but the "
-                f"cluster has {there:g}; lower one of them, or add nodes"
-            )
 
 
 def train_in_group(order: FinetuneOrder, run: Store, on_validation: OnValidation) -> None:

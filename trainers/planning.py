@@ -1,12 +1,11 @@
 """Before a run starts: everything that is wrong with it, and the plan of what it will take."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from cluster.hardware import peak_of, this_host, worker_watts
-from cluster.session import cpu_problem
 from cluster.storage import Store, open_store
 from data.assemble import given_tokenizer
 from data.documents import corpus_problems
@@ -17,7 +16,6 @@ from data.order import Order
 from data.permutation import permute
 from data.shards import read_fragment
 from data.tokens import read_tokenizer
-from data.window import READ_CPUS
 from trainers import run_folder
 from trainers.config import PretrainConfig, model_of, run_store
 from trainers.objectives import objective_of
@@ -122,21 +120,6 @@ def manifest_problems(config: PretrainConfig, manifest: Manifest) -> Iterator[st
         Order(manifest, config.order, seq_len=config.batch.seq_len, rows_per_step=config.batch.rows_per_step)
     except ValueError as unusable:
         yield str(unusable)
-
-
-def resource_problems(config: PretrainConfig, resources: Mapping[str, float]) -> Iterator[str]:
-    """Whether the workers fit into the cluster's resources and leave room for Ray Data's reads."""
-    if problem := cpu_problem(config.cluster, READ_CPUS, resources.get("CPU", 0)):
-        yield problem
-    fewest = config.cluster.fewest_workers
-    key = "min_workers" if config.cluster.min_workers else "num_workers"
-    wanted = fewest * config.cluster.gpus_per_worker
-    if wanted > (found := resources.get("GPU", 0)):
-        yield (
-            f"cluster.{key}={fewest} x cluster.gpus_per_worker="
-            f"{config.cluster.gpus_per_worker:g} = {wanted:g} GPUs, but the cluster has {found:g}; "
-            f"at most {found:g} workers fit"
-        )
 
 
 def resources_here() -> dict[str, float]:

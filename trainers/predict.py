@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.config import ConfigError, from_dict
-from cluster.session import ClusterConfig, ray_session
+from cluster.session import ClusterConfig, ray_session, shortages
 from cluster.storage import Store, open_store
 from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
 from trainers.prediction_rows import Piece, column_problems, pieces_of
@@ -61,11 +61,23 @@ def predict(options: argparse.Namespace) -> Counts:
     print(f"{len(pieces):,} pieces, {len(pieces) - len(left):,} of them answered before")
     if left:
         cluster = ClusterConfig(
-            address=options.address, num_workers=options.workers, cpus_per_worker=options.cpus_per_worker
+            address=options.address,
+            num_workers=min(options.workers, len(left)),
+            cpus_per_worker=options.cpus_per_worker,
+            gpus_per_worker=options.gpus_per_worker,
         )
-        with ray_session(cluster):
+        with ray_session(cluster) as resources:
+            if problems := list(shortages(cluster, resources)):
+                raise ConfigError([as_flags(line) for line in problems])
             answer(left, model.uri, output.uri, options)
     return sum(finished_pieces(output).values(), Counts())
+
+
+def as_flags(line: str) -> str:
+    """A line about keys of a cluster in this command's words."""
+    for key in ("num_workers", "cpus_per_worker", "gpus_per_worker"):
+        line = line.replace(f"cluster.{key}", "--" + key.removeprefix("num_").replace("_", "-"))
+    return line
 
 
 def pin(output: Store, model: Store, options: argparse.Namespace) -> None:

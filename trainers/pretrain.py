@@ -19,11 +19,12 @@ try:
 
     from cluster.config import ConfigError, load_config, run_entry
     from cluster.preflight import problems_of_nodes
-    from cluster.session import ray_session
+    from cluster.session import ray_session, shortages
     from cluster.storage import open_store
     from data.manifest import Manifest, read_manifest
     from data.prepare import EXPECTED, corpus_table, prepare
     from data.progress import progress_line
+    from data.window import READ_CPUS
     from trainers import closing, run_folder
     from trainers.baselines import write_baselines
     from trainers.config import PretrainConfig, absolute, run_store
@@ -36,7 +37,6 @@ try:
         place_problems,
         plan_of,
         problems_before_start,
-        resource_problems,
         resources_here,
     )
     from trainers.progress import Progress
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     problems = list(problems_before_start(config))
     if not problems:
         run_folder.check_unchanged(run, config)
-    too_large = list(resource_problems(config, resources_here())) if config.cluster.is_local else []
+    too_large = (
+        list(shortages(config.cluster, resources_here(), READ_CPUS)) if config.cluster.is_local else []
+    )
     if "dry-run" in loaded.flags and not problems:
         console.print(plan_of(config, manifest=None), highlight=False)
         return console.print(
@@ -82,7 +84,7 @@ def train(config: PretrainConfig, console: Console) -> None:
     with ray_session(config.cluster) as resources:
         from trainers.run import RunFailed, run_workers  # here: the session sets what Ray reads when imported
 
-        if problems := [*resource_problems(config, resources), *node_problems(config)]:
+        if problems := [*shortages(config.cluster, resources, READ_CPUS), *node_problems(config)]:
             raise ConfigError(problems)
         manifest = pinned_or_prepared(config, console)
         if problems := [*manifest_problems(config, manifest), *objective_problems(config, manifest)]:
