@@ -255,9 +255,15 @@ class LocalStore(Store):
             for folder, _, names in os.walk(start, followlinks=True, onerror=_refuse):
                 for path in (Path(folder, name) for name in names if not name.startswith(_UNFINISHED)):
                     inside = path.relative_to(root).as_posix()
-                    if inside.startswith(prefix):
+                    if not inside.startswith(prefix):
+                        continue
+                    try:
                         status = path.stat()
-                        yield ObjectInfo(inside, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+                    except FileNotFoundError:
+                        if path.is_symlink():  # and leads nowhere
+                            raise
+                        continue  # deleted while we walk
+                    yield ObjectInfo(inside, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
 
     def problem_writing(self) -> str | None:
         """As for every store, but makes no folder: asks the nearest one that is there."""

@@ -9,8 +9,9 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
-# reset: before the request is passed on; lost: carried out without an answer; truncate, corrupt: the body.
-Fault = Literal["503", "500", "reset", "lost", "truncate", "corrupt", "hang", "slow"]
+# reset: before the request is passed on; lost: carried out without an answer; late: the same, but carried out only at
+# `deliver`; truncate, corrupt: the body.
+Fault = Literal["503", "500", "reset", "lost", "late", "truncate", "corrupt", "hang", "slow"]
 PIECES, PAUSE_SECONDS = 10, 0.02  # of a slow answer
 _LENGTH = re.compile(rb"(?i)content-length: *(\d+)")
 
@@ -32,6 +33,7 @@ class FaultProxy:
         self._upstream_port = upstream_port
         self._rules: list[Rule] = []
         self.broken: list[Fault] = []
+        self._late: list[bytes] = []
 
     def break_next(self, fault: Fault, times: int = 1, method: str = "", target: str = "") -> None:
         self._rules.append(Rule(fault, times, method, target))
@@ -39,6 +41,20 @@ class FaultProxy:
     def clear(self) -> None:
         """Break no further request."""
         self._rules.clear()
+
+    def deliver(self) -> list[bytes]:
+        """Carry out the requests that are late; the first line of each answer."""
+        late, self._late = self._late, []
+        return [self._send(request) for request in late]
+
+    def _send(self, request: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", self._upstream_port)) as upstream:
+            upstream.sendall(request)
+            with upstream.makefile("rb") as answer:
+                line = answer.readline()
+                while b" 100 " in line or not line.strip():
+                    line = answer.readline()
+        return line
 
     def __enter__(self) -> "FaultProxy":
         is_up = threading.Event()
@@ -82,15 +98,22 @@ class FaultProxy:
                 await client.read(-1)  # until the client gives up
             elif fault == "reset":
                 _reset(answer)
+            elif fault == "late":
+                if b"100-continue" in head.lower():
+                    answer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    await answer.drain()
+                length = _LENGTH.search(head)
+                body = await client.readexactly(int(length[1]) if length else 0)
+                self._late.append(_one_a_connection(head) + body)
+                _reset(answer)
             else:
                 await self._pass(head, client, answer, fault)
 
     async def _pass(
         self, head: bytes, client: asyncio.StreamReader, answer: asyncio.StreamWriter, fault: Fault | None
     ) -> None:
-        """One request a connection: `Connection` is not signed, all other headers stay as they are."""
         upstream, request = await asyncio.open_connection("127.0.0.1", self._upstream_port)
-        request.write(re.sub(rb"\r\n(?i:connection):[^\r]*", b"", head)[:-2] + b"Connection: close\r\n\r\n")
+        request.write(_one_a_connection(head))
         sending = asyncio.ensure_future(_pump(client, request))
         try:
             if fault is None:
@@ -100,6 +123,11 @@ class FaultProxy:
         finally:
             sending.cancel()
             request.close()
+
+
+def _one_a_connection(head: bytes) -> bytes:
+    """`Connection` is not signed; all other headers stay as they are."""
+    return re.sub(rb"\r\n(?i:connection):[^\r]*", b"", head)[:-2] + b"Connection: close\r\n\r\n"
 
 
 async def _read_answer(upstream: asyncio.StreamReader, request_head: bytes) -> tuple[bytes, bytes]:

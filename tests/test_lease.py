@@ -6,12 +6,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
+import psutil
 import pytest
 
 from cluster.storage import open_store
+from tests.fault_proxy import FaultProxy
 from trainers import lease as leases
-from trainers.lease import LEASE, RunTakenError, lease
+from trainers.lease import FOLDER, RunTakenError, lease
+
+FIRST, SECOND = f"{FOLDER}/00000001.json", f"{FOLDER}/00000002.json"
+SUCCESSOR = b'{"host": "elsewhere", "pid": 7, "token": "another"}'
 
 
 @pytest.fixture
@@ -19,14 +25,23 @@ def run(tmp_path):
     return open_store(str(tmp_path))
 
 
+def put_dead(run):
+    """The lease of a process that died without a word, whose number another has by now."""
+    dead = {"host": leases.socket.gethostname(), "pid": os.getpid(), "process_started": 1.0, "token": "dead"}
+    run.put(FIRST, json.dumps(dead).encode())
+
+
+def paths(run):
+    return [info.path for info in run.list()]
+
+
 def test_a_second_driver_is_refused_while_the_first_lives_and_not_after(run):
     with lease(run):
         with pytest.raises(RunTakenError, match=f"process {os.getpid()}"), lease(run):
             pass
-        assert run.exists(LEASE), "the refused driver took the lease away"
+        assert paths(run) == [FIRST], "the refused driver left a trace"
     with lease(run):
-        pass
-    assert not run.exists(LEASE)
+        assert paths(run) == [SECOND], "what was before is not cleared away"
 
 
 @pytest.mark.slow
@@ -34,18 +49,26 @@ def test_the_lease_of_a_process_that_was_killed_is_taken_over(run, tmp_path):
     program = "import os; from cluster.storage import open_store; from trainers.lease import lease\n"
     program += f"with lease(open_store({str(tmp_path)!r})): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": "."})
-    assert run.exists(LEASE)
+    assert paths(run) == [FIRST]
     with lease(run):
-        assert json.loads(run.read(LEASE))["pid"] == os.getpid()
+        assert json.loads(run.read(SECOND))["pid"] == os.getpid()
 
 
-@pytest.mark.slow
 def test_another_process_under_the_same_number_does_not_keep_a_dead_driver_alive(run):
-    with lease(run):
-        dead = json.loads(run.read(LEASE)) | {"process_started": 1.0}
-    run.put(LEASE, json.dumps(dead).encode())
+    put_dead(run)
     with lease(run):
         pass
+
+
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+def test_a_clock_that_is_set_while_a_driver_lives_takes_the_run_from_nobody(run, monkeypatch, seconds):
+    with lease(run):
+        # What Linux says of a boot is now minus the time since then: it moves with the clock.
+        booted = psutil.boot_time() + seconds
+        monkeypatch.setattr(psutil, "boot_time", lambda: booted)
+        monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: booted)
+        with pytest.raises(RunTakenError), lease(run):
+            pass
 
 
 @pytest.mark.slow
@@ -56,19 +79,45 @@ def test_a_driver_on_another_host_lives_as_long_as_it_renews(run, monkeypatch):
         monkeypatch.setattr(leases.socket, "gethostname", lambda: "elsewhere")
         with pytest.raises(RunTakenError), lease(run, told.append, patience=0.6):
             pass
-        left = run.read(LEASE)
-    run.put(LEASE, left)  # as if it had died without a word
+    run.delete(FIRST.replace("json", "ended"))  # as if it had died without a word
     with lease(run, told.append, patience=0.6):
         pass
     assert len(told) == 2
 
 
+@pytest.mark.cluster
+def test_a_renewal_that_lands_after_the_run_was_taken_over_takes_it_from_nobody(s3, s3_uri, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.2)
+    direct, told, is_told = open_store(s3_uri), [], threading.Event()
+    with FaultProxy(s3.port) as proxy:
+        with monkeypatch.context() as environment:
+            environment.setenv("AWS_ENDPOINT_URL", proxy.url)
+            delayed = open_store(s3_uri)
+        with lease(delayed, on_lost=lambda message: (told.append(message), is_told.set())):
+            proxy.break_next("late", times=1_000, method="PUT")
+            wait_until(lambda: proxy.broken.count("late") > 3)
+            monkeypatch.setattr(leases.socket, "gethostname", lambda: "elsewhere")
+            with lease(direct, print, patience=1.0, on_lost=told.append):
+                proxy.clear()
+                answers = proxy.deliver()
+                assert len(answers) > 3 and all(b" 200 " in answer for answer in answers)
+                assert is_told.wait(30)
+                held = direct.read(SECOND.replace("json", "renewed"))
+                wait_until(lambda: direct.read(SECOND.replace("json", "renewed")) != held)
+    assert len(told) == 1 and "on elsewhere drives it" in told[0]
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_of_many_that_find_a_dead_driver_one_takes_over(run):
-    with lease(run):
-        dead = json.loads(run.read(LEASE)) | {"process_started": 1.0}
-    run.put(LEASE, json.dumps(dead).encode())
-    together, done, taken = threading.Barrier(6), threading.Barrier(6), []
+    put_dead(run)
+    together, done, taken = threading.Barrier(6), threading.Barrier(6, timeout=30), []
 
     def drive(number: int) -> None:
         together.wait()
@@ -87,7 +136,7 @@ def test_of_many_that_find_a_dead_driver_one_takes_over(run):
     assert len(taken) == 1
 
 
-@pytest.mark.parametrize("successor", [b'{"host": "elsewhere", "pid": 7, "token": "another"}', None])
+@pytest.mark.parametrize("successor", [SECOND, FIRST, None])
 def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease_alone(run, monkeypatch, successor):
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
     told, is_told = [], threading.Event()
@@ -98,12 +147,13 @@ def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease_alone(ru
 
     with lease(run, on_lost=on_lost):
         if successor:
-            run.put(LEASE, successor)
+            run.put(successor, SUCCESSOR)  # the second number; or the first, in a folder that was begun anew
         else:
-            run.delete(LEASE)  # it took over, and has ended by now
+            run.delete(FIRST)
         assert is_told.wait(20)
     assert len(told) == 1 and run.uri in told[0]
-    assert (run.read(LEASE) if run.exists(LEASE) else None) == successor
+    assert not any(path.endswith("ended") for path in paths(run))
+    assert successor is None or run.read(successor) == SUCCESSOR
 
 
 def test_a_suspended_driver_ends_at_once_without_a_trace_when_it_wakes(run, tmp_path):
@@ -124,10 +174,9 @@ with leases.lease(run):
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": "."}, **pipes) as driver:
         assert driver.stdout.readline() == "driving\n"
         driver.send_signal(signal.SIGSTOP)
-        successor = b'{"host": "elsewhere", "pid": 7, "token": "another"}'
-        run.put(LEASE, successor)
+        run.put(SECOND, SUCCESSOR)
         driver.send_signal(signal.SIGCONT)
         _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 1
     assert "process 7 on elsewhere" in errors and "Traceback" not in errors
-    assert [info.path for info in run.list()] == [LEASE] and run.read(LEASE) == successor
+    assert set(paths(run)) - {FIRST.replace("json", "renewed")} == {FIRST, SECOND}

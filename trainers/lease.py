@@ -1,6 +1,14 @@
-"""Who drives a run: one driver at a time, told by an object in the run's folder that only a living one renews.
+"""Who drives a run: one driver at a time, told by objects in the run's folder that only a living one renews.
 
-No clocks are compared, for two hosts' may differ: whoever finds another's lease watches whether it changes.
+    drivers/00000003.json      who drove it third: host, process and a token; written once, if absent
+    drivers/00000003.renewed   how often that driver said that it lives
+    drivers/00000003.ended     that it left
+
+The greatest number drives. Taking over writes the next number, which one driver alone can, and no driver writes over
+another's object: a renewal that a slow store or a repeated request carries out minutes later takes the run from nobody.
+
+No clocks are compared, for two hosts' may differ, and one may be set while a run lives: whoever finds another's lease
+watches whether it is renewed.
 
 A driver that was away for longer than that (a suspended machine, a partition) finds another's lease, or none, where
 its own was, and ends at once, without saving. Each gentler way does harm: an exception in the main thread waits for
@@ -24,12 +32,10 @@ import psutil
 from cluster.config import ConfigError
 from cluster.storage import StorageError, Store
 
-LEASE = "driver.json"
+FOLDER = "drivers"
 RENEW_SECONDS = 5.0
 # Three missed renewals, of which a slow store may explain two.
 PATIENCE_SECONDS = 15.0
-# Longer than it takes between reading a dead driver's lease and writing over it.
-SETTLE_SECONDS = 1.0
 
 
 class RunTakenError(ConfigError):
@@ -62,47 +68,71 @@ def lease(
     own = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
+        "process_started": seconds_after_boot(psutil.Process()),
         "token": uuid.uuid4().hex,
     }
-    while not run.put_if_absent(LEASE, content(own, 0)):
-        refuse_living(run, say, patience)
-        # Over the dead one's, not after deleting it: of several that take over, the last to write holds it.
-        run.put(LEASE, content(own, 0))
-        threading.Event().wait(SETTLE_SECONDS)
-        if is_held(run, own):
-            break
+    number = take(run, own, say, patience)
     ended = threading.Event()
-    renewing = threading.Thread(target=renew, args=(run, own, ended, on_lost), name="lease", daemon=True)
+    renewing = threading.Thread(
+        target=renew, args=(run, number, own, ended, on_lost), name="lease", daemon=True
+    )
     renewing.start()
     try:
         yield
     finally:
         ended.set()
         renewing.join()
-        if is_held(run, own):
-            run.delete(LEASE)
+        if is_held(run, number, own):
+            run.put(path_of(number, "ended"), b"")
 
 
-def content(own: dict[str, Any], renewals: int) -> bytes:
-    return json.dumps({**own, "renewals": renewals}).encode()
+def take(run: Store, own: dict[str, Any], say: Callable[[str], None], patience: float) -> int:
+    """Make the next lease this driver's own, once the newest is nobody's any more; its number."""
+    while True:
+        last = newest(run)
+        if last:
+            refuse_living(run, last, say, patience)
+        # Of several that take over, one makes it; the others find that it lives.
+        if run.put_if_absent(path_of(last + 1, "json"), json.dumps(own).encode()):
+            break
+    for info in run.list(f"{FOLDER}/"):
+        if number_of(info.path) <= last:
+            run.delete(info.path)
+    return last + 1
 
 
-def holder_of(run: Store) -> dict[str, Any] | None:
-    """What the lease says; None if there is none."""
+def path_of(number: int, what: str) -> str:
+    return f"{FOLDER}/{number:08d}.{what}"
+
+
+def number_of(path: str) -> int:
+    return int(path.removeprefix(f"{FOLDER}/").partition(".")[0])
+
+
+def newest(run: Store) -> int:
+    """The number of the newest lease; 0 if there is none."""
+    leases = (info.path for info in run.list(f"{FOLDER}/") if info.path.endswith(".json"))
+    return max(map(number_of, leases), default=0)
+
+
+def seconds_after_boot(process: psutil.Process) -> float:
+    """When a process started: by the clock it would be another time once the clock is set."""
+    return round(process.create_time() - psutil.boot_time(), 2)
+
+
+def is_held(run: Store, number: int, own: dict[str, Any]) -> bool:
+    """Whether the newest lease is this driver's."""
+    if newest(run) != number:
+        return False
     try:
-        return json.loads(run.read(LEASE))
+        return json.loads(run.read(path_of(number, "json")))["token"] == own["token"]
     except FileNotFoundError:
-        return None
+        return False
 
 
-def is_held(run: Store, own: dict[str, Any]) -> bool:
-    """Whether the lease that is there is this driver's."""
-    holder = holder_of(run)
-    return holder is not None and holder["token"] == own["token"]
-
-
-def renew(run: Store, own: dict[str, Any], ended: threading.Event, on_lost: Callable[[str], None]) -> None:
+def renew(
+    run: Store, number: int, own: dict[str, Any], ended: threading.Event, on_lost: Callable[[str], None]
+) -> None:
     """Show that this driver lives, until it ends or the run is another's.
 
     A store that does not answer is asked again at the next turn: whoever reads from it has the same trouble.
@@ -111,36 +141,40 @@ def renew(run: Store, own: dict[str, Any], ended: threading.Event, on_lost: Call
     while not ended.wait(RENEW_SECONDS):
         renewals += 1
         try:
-            if not is_held(run, own):
+            if not is_held(run, number, own):
                 return on_lost(lost(run))
-            run.put(LEASE, content(own, renewals))
+            run.put(path_of(number, "renewed"), str(renewals).encode())
         except StorageError:
             continue
 
 
 def lost(run: Store) -> str:
-    holder = holder_of(run)
-    who = f"process {holder['pid']} on {holder['host']} drives it now" if holder else f"its {LEASE} is gone"
+    try:
+        holder = json.loads(run.read(path_of(newest(run), "json")))
+        who = f"process {holder['pid']} on {holder['host']} drives it now"
+    except FileNotFoundError:
+        who = f"its {FOLDER}/ is gone"
     return (
         f"{run.uri}: this driver did not answer for so long that the run was taken from it ({who}); it ends without "
         "saving; run the same command again only if no other goes on with the run"
     )
 
 
-def refuse_living(run: Store, say: Callable[[str], None], patience: float) -> None:
-    """Return once the lease is gone or its holder is dead; RunTakenError if it lives."""
+def refuse_living(run: Store, number: int, say: Callable[[str], None], patience: float) -> None:
+    """Return once that lease's holder has left, or is dead; RunTakenError if it lives."""
     try:
-        seen = run.read(LEASE)
+        holder = json.loads(run.read(path_of(number, "json")))
     except FileNotFoundError:
+        return  # a later one has cleared it away
+    if run.exists(path_of(number, "ended")):
         return
-    holder = json.loads(seen)
     who = f"process {holder['pid']} on {holder['host']}"
     if holder["host"] == socket.gethostname():
         if not lives(holder):
             return
     else:
         say(f"{run.uri} was driven by {who}; waiting {patience:.0f} s to see whether it still is")
-        if not changes(run, seen, patience):
+        if not is_renewed(run, number, patience):
             return
     raise RunTakenError(
         [
@@ -153,19 +187,25 @@ def refuse_living(run: Store, say: Callable[[str], None], patience: float) -> No
 def lives(holder: dict[str, Any]) -> bool:
     """Whether the holder's process is still there, on this host; its number may be another process's by now."""
     try:
-        return psutil.Process(holder["pid"]).create_time() == holder["process_started"]
+        return seconds_after_boot(psutil.Process(holder["pid"])) == holder["process_started"]
     except psutil.NoSuchProcess:
         return False
 
 
-def changes(run: Store, seen: bytes, patience: float) -> bool:
-    """Whether the lease is renewed within the patience."""
-    pause = threading.Event()
+def is_renewed(run: Store, number: int, patience: float) -> bool:
+    """Whether that lease is renewed within the patience; not if its driver leaves meanwhile."""
+    seen, pause = renewals_of(run, number), threading.Event()
     for _ in range(3):
         pause.wait(patience / 3)
-        try:
-            if run.read(LEASE) != seen:
-                return True
-        except FileNotFoundError:
+        if run.exists(path_of(number, "ended")):
             return False
+        if renewals_of(run, number) != seen:
+            return True
     return False
+
+
+def renewals_of(run: Store, number: int) -> bytes:
+    try:
+        return run.read(path_of(number, "renewed"))
+    except FileNotFoundError:
+        return b""
