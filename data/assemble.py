@@ -23,7 +23,16 @@ from data.manifest import (
     Shard,
     read_manifest,
 )
-from data.pieces import HashGroup, HashRange, Piece, TokenWork, digest_of, hashes_path, record_path
+from data.pieces import (
+    EMPTIED,
+    HashGroup,
+    HashRange,
+    Piece,
+    TokenWork,
+    digest_of,
+    hashes_path,
+    record_path,
+)
 from data.tokens import FixedTokenizer, fix_tokenizer
 
 # Records are a few KiB: at 10 to 30 ms a request, 10,000 pieces take some 15 s.
@@ -167,7 +176,19 @@ def assemble(
     found: Sequence[Mapping[str, Any]],
     tokens: Sequence[Mapping[str, Any]],
 ) -> Manifest:
-    """Join the records of all passes, in the corpus's order, into the manifest."""
+    """Join the records of all passes, in the corpus's order, into the manifest.
+
+    Raises:
+        CorpusError: the tokenizer's own normaliser empties more documents than may be set aside.
+    """
+    emptied = sum(record["set_aside"] for record in tokens)
+    documents = sum(survey["documents"] for survey in surveys)
+    if emptied > config.set_aside_limit * documents:
+        raise CorpusError(
+            f"{emptied:,} of {documents:,} documents are {EMPTIED}, more than corpus.set_aside_limit="
+            f"{config.set_aside_limit}: give a tokenizer that keeps these characters. "
+            f"All of them: {config.prepared}/set_aside/"
+        )
     shards: list[Shard] = []
     columns: dict[str, list[np.ndarray]] = {name: [] for name in FRAGMENT_DTYPES}
     for record in tokens:
@@ -184,8 +205,8 @@ def assemble(
         for piece, split, count in zip(record["piece"], record["split"], record["count"], strict=True):
             duplicates[SPLITS[split]][pieces[piece].source] += count
     set_aside = dict.fromkeys(sources, 0)
-    for piece, survey in zip(pieces, surveys, strict=True):
-        set_aside[piece.source] += survey["set_aside"]
+    for piece, survey, record in zip(pieces, surveys, tokens, strict=True):
+        set_aside[piece.source] += survey["set_aside"] + record["set_aside"]
     return Manifest(
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,

@@ -27,16 +27,17 @@ from data.dedup import (
     record_duplicates,
     write_hashes,
 )
-from data.documents import Broken, Document, read_documents
+from data.documents import KEPT_BYTES, Broken, Document, read_documents
 from data.manifest import SPLITS
 from data.shards import ShardWriter
 from data.splits import matching_pattern, split_of
 from data.tokens import Encoder, FixedTokenizer, load_tokenizer
 
 # Part of every piece's name: raise it when the same input shall give other output.
-FORMAT = 1
+FORMAT = 2
 # Large enough that calling the tokenizer costs nothing beside its work, small enough to stay in the cache.
 BATCH_CHARACTERS = 1_048_576
+EMPTIED = "empty after the tokenizer's own normalisation"
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def tokenize(work: TokenWork, config: CorpusConfig) -> None:
     """Second half: encode the documents that stay, write token shards per split, put the record of them.
 
     The record: {"shards": [{"shard": fields of `Shard`, "fragments": columns}]}, by split in the order of
-    `SPLITS`.
+    `SPLITS`, "set_aside": documents of which the tokenizer's own normaliser leaves nothing}.
 
     Raises:
         CorpusError: the texts are not those of the survey: a raw shard was changed while it was being
@@ -222,6 +223,7 @@ def tokenize(work: TokenWork, config: CorpusConfig) -> None:
     tokenizer, encoder = _tokenizer(config.prepared, work.tokenizer, config.tokenizer.boundary)
     texts = hashlib.sha256()
     with ExitStack() as stack:
+        set_aside = stack.enter_context(_SetAside(prepared, f"set_aside/{work.digest}.jsonl"))
         writers = {
             split: stack.enter_context(
                 ShardWriter(
@@ -235,15 +237,19 @@ def tokenize(work: TokenWork, config: CorpusConfig) -> None:
             for split in SPLITS
         }
         for batch in _batches(_kept_documents(work.piece, config, left_out, texts)):
-            tokens = encoder.encode([document.text for _, document in batch])
-            for (split, document), ids in zip(batch, tokens, strict=True):
-                writers[split].add(document.id, ids, document.num_bytes)
+            tokens = encoder.encode([document.text for _, _, document in batch])
+            for (shard, split, document), ids in zip(batch, tokens, strict=True):
+                if len(ids) > 1:
+                    writers[split].add(document.id, ids, document.num_bytes)
+                else:  # the boundary alone
+                    set_aside.add(shard, Broken(document.line, EMPTIED, document.text[:KEPT_BYTES]))
         if texts.hexdigest() != work.content:
             paths = ", ".join(shard.path for shard in work.piece.shards[:4])
             raise CorpusError(f"{paths}: changed while it was being prepared; run the same command again")
         written = [shard for split in SPLITS for shard in writers[split].finish()]
     shards = [{"shard": asdict(each.shard), "fragments": each.fragments} for each in written]
-    prepared.put(record_path("tokens", work.digest), json.dumps({"shards": shards}).encode())
+    record = {"shards": shards, "set_aside": set_aside.num_records}
+    prepared.put(record_path("tokens", work.digest), json.dumps(record).encode())
 
 
 @lru_cache(maxsize=1)
@@ -255,8 +261,8 @@ def _tokenizer(prepared: str, fingerprint: str, boundary: str) -> tuple[FixedTok
 
 def _kept_documents(
     piece: Piece, config: CorpusConfig, left_out: frozenset[int], texts: "hashlib._Hash"
-) -> Iterator[tuple[str, Document]]:
-    """Documents that stay, with their splits; all hashes, also of those left out, go into `texts`."""
+) -> Iterator[tuple[RawShard, str, Document]]:
+    """Documents that stay, with their shards and splits; all hashes, also of those left out, go into `texts`."""
     ordinal = -1
     for shard, record in read_piece(piece, config):
         if isinstance(record, Broken):
@@ -264,14 +270,16 @@ def _kept_documents(
         ordinal += 1
         texts.update(record.content)
         if ordinal not in left_out:
-            yield split_of(config.splits, shard.path, record.id, record.content), record
+            yield shard, split_of(config.splits, shard.path, record.id, record.content), record
 
 
-def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
-    batch: list[tuple[str, Document]] = []
+def _batches(
+    documents: Iterable[tuple[RawShard, str, Document]],
+) -> Iterator[list[tuple[RawShard, str, Document]]]:
+    batch: list[tuple[RawShard, str, Document]] = []
     characters = 0
-    for split, document in documents:
-        batch.append((split, document))
+    for shard, split, document in documents:
+        batch.append((shard, split, document))
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
             yield batch

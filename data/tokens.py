@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -282,7 +283,8 @@ class Encoder:
         encodings = self._tokenizer.encode_batch_fast(
             [part for parts_of_text in parts for part in parts_of_text], add_special_tokens=False
         )
-        ids = iter(np.array(encoding.ids, np.uint32) for encoding in encodings)
+        # A list of ints becomes an array by way of array.array in a quarter of the time that numpy takes for it.
+        ids = iter(np.frombuffer(array("I", encoding.ids), np.uint32) for encoding in encodings)
         return [np.concatenate([self._boundary, *(next(ids) for _ in each)]) for each in parts]
 
 

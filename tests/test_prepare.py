@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from cluster.session import PROJECT
 from cluster.storage import Store, open_store
@@ -307,6 +308,23 @@ def test_more_broken_records_than_the_limit_stop_before_tokenizing(config: Corpu
         prepare(config, fan_out=work)
     assert not work.tokenized()
     assert prepare(replace(config, set_aside_limit=0.2), fan_out=one_by_one).set_aside == {"corpus": 50}
+
+
+def test_texts_that_the_tokenizer_itself_empties_are_set_aside_or_one_error(
+    config: CorpusConfig, raw: Store, tmp_path: Path
+) -> None:
+    bert = Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1}, unk_token="[UNK]"))
+    bert.normalizer, bert.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    bert.save(path := str(tmp_path / "bert.json"))
+    config = replace(config, tokenizer=TokenizerConfig(path=path, boundary="[SEP]"))
+    raw.put("e.jsonl", json.dumps({"text": "\ufeff\u200b"}).encode())  # neither is white space
+    assert prepare(config, fan_out=one_by_one).set_aside == {"corpus": 1}
+    (path,) = (each.path for each in open_store(config.prepared).list("set_aside/"))
+    kept = json.loads(open_store(config.prepared).read(path))
+    assert (kept["shard"], kept["line"]) == ("e.jsonl", 1)
+    assert kept["reason"] == "empty after the tokenizer's own normalisation"
+    with pytest.raises(CorpusError, match=r"1 of 401 documents are empty after .* keeps these characters"):
+        prepare(replace(config, set_aside_limit=0.001), fan_out=one_by_one)
 
 
 def test_sources_are_counted_apart_and_deduplicated_together(
