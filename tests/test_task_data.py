@@ -12,9 +12,9 @@ from task_files import put_lines, put_task, sentences
 
 from cluster.config import ConfigError
 from cluster.storage import open_store
-from trainers.task import SPLITS, TaskConfig, TaskFiles, TaskSplit, load_task
+from trainers.task import SPLITS, TaskColumns, TaskConfig, TaskFiles, TaskPrompt, TaskSplit, load_task
 from trainers.task_data import PreparedTask, choose_budget, prepare_task
-from trainers.task_records import read_examples
+from trainers.task_records import example_of, read_examples
 
 
 def prepared(tmp_path, records, **content) -> PreparedTask:
@@ -114,6 +114,29 @@ def test_bad_input_is_named_before_training(tmp_path, change, content, message):
     records[3] |= change
     with pytest.raises(ConfigError, match=message):
         prepared(tmp_path, records, **content)
+
+
+def test_a_chat_ends_with_the_answer_to_all_that_was_said_before():
+    task = TaskConfig(
+        name="chat",
+        kind="generation",
+        columns=TaskColumns(messages="turns"),
+        prompt=TaskPrompt(template="{text}\nassistant:"),
+    )
+    said = [("user", "你好"), ("assistant", "你好！"), ("user", "{braces} stay"), ("assistant", "They do.")]
+    turns = [{"role": role, "content": content} for role, content in said]
+    example = example_of(task, {"turns": turns}, "chats.jsonl:1")
+    assert (
+        example.text == "user: 你好\nassistant: 你好！\nuser: {braces} stay" and example.target == "They do."
+    )
+    open_question = example_of(task, {"turns": turns[:3]}, "chats.jsonl:2", labelled=False)
+    assert open_question.text == example.text and open_question.target is None
+    with pytest.raises(ValueError, match="turns does not end with what the assistant says"):
+        example_of(task, {"turns": turns[:3]}, "chats.jsonl:3")
+    with pytest.raises(ValueError, match="is not a list of"):
+        example_of(task, {"turns": ["hello"]}, "chats.jsonl:4")
+    (wrong,) = TaskPrompt(turn="{who}: {content}").problems("prompt")
+    assert wrong == "prompt.turn names {who}; it can name {content} and {role}"
 
 
 def test_a_label_that_only_validation_lacks_is_refused(tmp_path):

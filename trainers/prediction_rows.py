@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from cluster.config import ConfigError, nearest
 from cluster.storage import Store, open_store
 from trainers.task import TaskConfig
-from trainers.task_records import find_files
+from trainers.task_records import find_files, needed_columns
 
 PIECE_BYTES = 4 << 20
 """Of JSON lines: about 10,000 to 40,000 short records, seconds to minutes of a model's work."""
@@ -151,9 +151,6 @@ def _csv(piece: Piece, file: IO[bytes]) -> Iterator[Row]:
 
 def column_problems(task: TaskConfig, pieces: list[Piece]) -> list[str]:
     """A line for each column that the task reads and a file does not have, by the file's first record."""
-    columns = task.columns
-    wanted = {"tokens": columns.tokens} if task.kind == "token_classification" else {"text": columns.text}
-    wanted |= {"pair": columns.pair} if columns.pair else {}
     first = {(piece.uri, piece.path): piece for piece in reversed(pieces)}
     problems = []
     for piece in list(first.values())[::-1][:LOOKED_INTO]:
@@ -161,7 +158,7 @@ def column_problems(task: TaskConfig, pieces: list[Piece]) -> list[str]:
         problems += [
             f"{piece.uri}/{piece.path}: there is no column {name!r} (columns.{key} of the model's task); nearest: "
             f"{nearest(name, list(row)) or sorted(row)}"
-            for key, name in wanted.items()
+            for key, name in needed_columns(task).items()
             if row is not None and name not in row
         ]
     return problems

@@ -65,6 +65,9 @@ class TaskColumns:
     """Label, list of labels, number, list of tags, or answer."""
     tokens: str = "tokens"
     """Words of token classification, as a list."""
+    messages: str = ""
+    """Of generation, instead of text and label: a chat as a list of {"role", "content"}. What the last message, an
+    assistant's, says is the answer to those before it."""
     id: str = "id"
     """A name for the record in reports; a record without one gets its place in its file."""
 
@@ -102,21 +105,25 @@ class TaskPrompt:
     """What the answer follows; {text} and {pair} are filled in."""
     answers: dict[str, str] = field(default_factory=dict)
     """How a label is written; one that is not named is written as it is."""
+    turn: str = "{role}: {content}"
+    """A line of {text} for each message of a chat; a template as "{text}\\nassistant:" asks for the next."""
     separator: str = "\n\n"
     """Between two shots."""
     before_answer: str = " "
     """Between template and answer."""
 
     def problems(self, at: str) -> Iterator[str]:
-        try:
-            fields = {name for _, name, _, _ in Formatter().parse(self.template) if name is not None}
-        except ValueError as error:
-            yield f"{at}.template={self.template!r}: {error}; write a brace that is meant twice: {{{{"
-            return
-        if unknown := sorted(fields - {"text", "pair"}):
-            yield f"{at}.template names {{{unknown[0]}}}; it can name {{text}} and {{pair}}"
-        if "text" not in fields:
-            yield f"{at}.template={self.template!r} has no {{text}}: each record would get the same prompt"
+        for key, needed, other in (("template", "text", "pair"), ("turn", "content", "role")):
+            template = getattr(self, key)
+            try:
+                fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+            except ValueError as error:
+                yield f"{at}.{key}={template!r}: {error}; write a brace that is meant twice: {{{{"
+                continue
+            if unknown := sorted(fields - {needed, other}):
+                yield f"{at}.{key} names {{{unknown[0]}}}; it can name {{{needed}}} and {{{other}}}"
+            if needed not in fields:
+                yield f"{at}.{key}={template!r} has no {{{needed}}}: all would read the same"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +155,8 @@ class TaskConfig:
             yield f"metric={self.metric} is not a metric of kind={self.kind}; {remedy}"
         if self.kind in ("pairs", "question_answering") and not self.columns.pair:
             yield f"kind={self.kind} needs columns.pair, the column of the second text"
+        if self.columns.messages and self.kind != "generation":
+            yield f"columns.messages is for kind=generation, not {self.kind}"
         if self.multi_label and self.kind != "classification":
             yield f"multi_label is for kind=classification, not {self.kind}"
         if len(set(self.labels)) < len(self.labels):

@@ -121,13 +121,9 @@ def _parsed(line: str, place: str) -> dict[str, Any]:
 
 
 def _missing_columns(task: TaskConfig, row: Mapping[str, Any], labelled: bool) -> list[str]:
-    wanted = (
-        {"tokens": task.columns.tokens}
-        if task.kind == "token_classification"
-        else {"text": task.columns.text}
+    wanted = needed_columns(task) | (
+        {"label": task.columns.label} if labelled and not task.columns.messages else {}
     )
-    wanted |= {"pair": task.columns.pair} if task.columns.pair else {}
-    wanted |= {"label": task.columns.label} if labelled else {}
     return [
         f"there is no column {name!r} (columns.{key}); nearest: {nearest(name, list(row)) or sorted(row)}"
         for key, name in wanted.items()
@@ -135,10 +131,21 @@ def _missing_columns(task: TaskConfig, row: Mapping[str, Any], labelled: bool) -
     ]
 
 
+def needed_columns(task: TaskConfig) -> dict[str, str]:
+    """The columns that every record has, also an unlabelled one: their names by key."""
+    columns = task.columns
+    if columns.messages:
+        return {"messages": columns.messages}
+    wanted = {"tokens": columns.tokens} if task.kind == "token_classification" else {"text": columns.text}
+    return wanted | ({"pair": columns.pair} if columns.pair else {})
+
+
 def example_of(task: TaskConfig, row: Mapping[str, Any], place: str, labelled: bool = True) -> Example:
     """Check one record. Raises ValueError with what is wrong."""
     columns = task.columns
     words: Any = []
+    if columns.messages:
+        row = dict(row) | _chat(task, row.get(columns.messages), labelled)
     if task.kind == "token_classification":
         words = row.get(columns.tokens)
         if not _texts(words) or not words or not all(word.strip() for word in words):
@@ -157,6 +164,21 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{column}={text!r} is not a text")
     return normalise(text)
+
+
+def _chat(task: TaskConfig, messages: Any, labelled: bool) -> dict[str, str]:
+    """A chat as the text and the answer that other records of generation have in columns of their own."""
+    columns = task.columns
+    if not isinstance(messages, list) or not all(
+        isinstance(each, dict) and _texts([each.get("role"), each.get("content")]) for each in messages
+    ):
+        raise ValueError(f'{columns.messages}={messages!r} is not a list of {{"role", "content"}}')
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    if labelled and not answered:
+        raise ValueError(f"{columns.messages} does not end with what the assistant says")
+    asked = messages[:-1] if answered else messages
+    text = "\n".join(task.prompt.turn.format(role=each["role"], content=each["content"]) for each in asked)
+    return {columns.text: text} | ({columns.label: messages[-1]["content"]} if labelled else {})
 
 
 def _texts(value: Any) -> bool:
