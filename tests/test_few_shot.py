@@ -56,7 +56,7 @@ def test_log_likelihoods_are_transformers(place):
                 logits = theirs(torch.tensor([head + tail])).logits[0].log_softmax(-1)
             expected = sum(float(logits[len(head) - 1 + i, token]) for i, token in enumerate(tail))
             assert found[p, a] == pytest.approx(expected, abs=1e-3)
-            assert lengths[a] == len(tail)
+            assert lengths[p, a] == len(tail)
 
 
 def test_calibration_takes_off_what_is_said_without_content(place):

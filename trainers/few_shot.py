@@ -55,8 +55,7 @@ def evaluate_few_shot(exported: Exported, prepared: PreparedTask, config: FewSho
     task = prepared.task
     if problems := list(cannot_be_asked(exported, task, config)):
         raise ConfigError(problems)
-    examples = choose_budget(task, prepared.read("validation"), config.max_rows, seed=0)
-    shots = choose_shots(prepared, config)
+    examples, shots = choose_asked(prepared, config), choose_shots(prepared, config)
     if task.kind in WRITTEN:
         ways = {"written": written(exported, task, shots, examples)}
     else:
@@ -95,6 +94,11 @@ def judged(task: TaskConfig, examples: Sequence[Example], answers: Sequence[str]
     return {"metrics": found, "interval": bootstrap_interval(of_rows, len(examples), resamples=200)}
 
 
+def choose_asked(prepared: PreparedTask, config: FewShotConfig) -> list[Example]:
+    """The records that are asked, of validation: the same for every number of shots."""
+    return choose_budget(prepared.task, prepared.read("validation"), config.max_rows, seed=0)
+
+
 def choose_shots(prepared: PreparedTask, config: FewShotConfig) -> list[Example]:
     """Solved records from train, labels in turn, in random order: the last one weighs most."""
     if not config.shots:
@@ -116,6 +120,14 @@ def full_prompt(task: TaskConfig, shots: Sequence[Example], text: str) -> str:
     return task.prompt.separator.join([*solved, text])
 
 
+def questions(
+    task: TaskConfig, shots: Sequence[Example], examples: Sequence[Example]
+) -> tuple[list[str], list[str]]:
+    """Prompts, one for each example, and the answers to choose from, one for each label, as they are written."""
+    prompts = [full_prompt(task, shots, prompt_of(task, example)) for example in examples]
+    return prompts, [answer_text(task, label) for label in task.labels]
+
+
 def choice_scores(
     exported: Exported,
     task: TaskConfig,
@@ -126,12 +138,11 @@ def choice_scores(
 ) -> dict[str, np.ndarray]:
     """Scores of each label after each prompt, [records, labels], by each way of scoring."""
     free_texts = CONTENT_FREE if calibrate else ()
-    blank = [prompt_of(task, Example("", text, text, [], None)) for text in free_texts]
-    prompts = [full_prompt(task, shots, text) for text in [*(prompt_of(task, e) for e in examples), *blank]]
-    answers = [answer_text(task, label) for label in task.labels]
+    blank = [Example("", text, text, [], None) for text in free_texts]
+    prompts, answers = questions(task, shots, [*examples, *blank])
     sums, lengths = log_likelihoods(exported, prompts, answers, rows_per_batch)
     asked, free = sums[: len(examples)], sums[len(examples) :]
-    plain = {"sum": asked, "per_token": asked / lengths}
+    plain = {"sum": asked, "per_token": asked / lengths[: len(examples)]}
     return plain | ({"calibrated": asked - free.mean(axis=0)} if calibrate else {})
 
 
@@ -139,18 +150,14 @@ def choice_scores(
 def log_likelihoods(
     exported: Exported, prompts: Sequence[str], answers: Sequence[str], rows_per_batch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-likelihood of each answer after each prompt, [prompts, answers], and the answers' tokens, [answers].
+    """Log-likelihood of each answer after each prompt, and its number of tokens there, both [prompts, answers].
 
     Raises:
-        ConfigError: a prompt and its answer are longer than the model's positions.
+        ConfigError: a prompt and its answer share a token, or are longer than the model's positions.
     """
-    model, tokenizer = exported.model, exported.tokenizer
-    heads = [
-        [exported.boundary_id, *e.ids]
-        for e in tokenizer.encode_batch(list(prompts), add_special_tokens=False)
-    ]
-    tails = [e.ids for e in tokenizer.encode_batch(list(answers), add_special_tokens=False)]
-    longest = max(map(len, heads)) + max(map(len, tails))
+    model = exported.model
+    rows, starts = encoded(exported, prompts, answers)
+    longest = max(len(row) for of_prompt in rows for row in of_prompt)
     if longest > model.config.max_positions:
         raise ConfigError(
             [
@@ -159,25 +166,53 @@ def log_likelihoods(
             ]
         )
     pairs = sorted(
-        ((p, a) for p in range(len(heads)) for a in range(len(tails))),
-        key=lambda pair: len(heads[pair[0]]) + len(tails[pair[1]]),
+        ((p, a) for p in range(len(prompts)) for a in range(len(answers))),
+        key=lambda pair: len(rows[pair[0]][pair[1]]),
     )
-    found = np.zeros((len(heads), len(tails)))
+    found = np.zeros((len(prompts), len(answers)))
     device = model.embed_tokens.weight.device
     for start in range(0, len(pairs), rows_per_batch):
         some = pairs[start : start + rows_per_batch]
-        width = max(len(heads[p]) + len(tails[a]) for p, a in some)
+        width = max(len(rows[p][a]) for p, a in some)
         tokens_BT = torch.zeros(len(some), width, dtype=torch.long)
         weights_BT = torch.zeros(len(some), width)
-        for row, (p, a) in enumerate(some):
-            whole = heads[p] + tails[a]
-            tokens_BT[row, : len(whole)] = torch.tensor(whole)
-            weights_BT[row, len(heads[p]) : len(whole)] = 1
+        for index, (p, a) in enumerate(some):
+            row = rows[p][a]
+            tokens_BT[index, : len(row)] = torch.tensor(row)
+            weights_BT[index, starts[p] : len(row)] = 1
         tokens_BT, weights_BT = tokens_BT.to(device), weights_BT.to(device)
         nats_B = model(tokens_BT[:, :-1], None, None, tokens_BT[:, 1:], weights_BT[:, 1:].contiguous())[1]
         for (p, a), nats in zip(some, nats_B.tolist(), strict=True):
             found[p, a] = -nats
-    return found, np.array([len(tail) for tail in tails])
+    return found, np.array([[len(row) - start for row in rows[p]] for p, start in enumerate(starts)])
+
+
+def encoded(
+    exported: Exported, prompts: Sequence[str], answers: Sequence[str]
+) -> tuple[list[list[list[int]]], list[int]]:
+    """Tokens of each prompt with each answer, [prompts][answers], and where in them the answers start, [prompts].
+
+    Prompt and answer are encoded as the one text that they are, and spaces that end a prompt count to the answer: by
+    itself an answer may have other tokens than the model saw in training (EleutherAI's lm-eval does the same).
+    """
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        encodings = exported.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [[exported.boundary_id, *encoding.ids] for encoding in encodings]
+
+    heads = encode([prompt.rstrip() for prompt in prompts])
+    flat = encode([prompt + answer for prompt in prompts for answer in answers])
+    rows = [flat[start : start + len(answers)] for start in range(0, len(flat), len(answers))]
+    for prompt, head, of_prompt in zip(prompts, heads, rows, strict=True):
+        for answer, row in zip(answers, of_prompt, strict=True):
+            if row[: len(head)] != head or len(row) == len(head):
+                raise ConfigError(
+                    [
+                        f"a token spans the end of the prompt {prompt[-20:]!r} and the start of its answer "
+                        f"{answer!r}; let prompt.before_answer start with a space"
+                    ]
+                )
+    return rows, [len(head) for head in heads]
 
 
 def written(
