@@ -9,9 +9,10 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
+LM_EVAL := $(VENV)-lm-eval
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain pretrain-mlm pretrain-zh finetune sweep test test-fast bench check k8s-check soak constraints clean
+.PHONY: help setup pretrain pretrain-mlm pretrain-zh finetune sweep test test-fast bench check k8s-check soak lm-eval constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,8 +92,22 @@ bench: $(SETUP)  ## the table of speeds, each as a ratio within one run
 soak: $(SETUP)  ## 20 minutes of a run under faults, one a minute; ARGS='--minutes 5'
 	@$(PY) benchmarks/soak.py $(ARGS)
 
+# An environment of its own, which sees the packages of $(VENV) too: lm-eval needs Hugging Face's `evaluate`, and no file
+# of this project may have the name of a package in $(VENV).
+$(LM_EVAL)/.installed: $(SETUP) requirements-lm-eval.txt
+	@test -x $(LM_EVAL)/bin/python || $(PY) -m venv $(LM_EVAL)
+	@$(PY) -c 'import sys, sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"), \
+	  file=open(s.get_path("purelib", vars={"base": sys.argv[1]}) + "/with-project.pth", "w"))' $(LM_EVAL)
+	@echo "installing lm-eval into $(LM_EVAL)"
+	@$(LM_EVAL)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt -r requirements-lm-eval.txt
+	@touch $@
+
+lm-eval: $(LM_EVAL)/.installed  ## the sample run's model in EleutherAI's lm-eval: as accurate as evaluate.py says
+	@$(PY) data/sample_tasks.py --output corpora/tasks movies
+	@$(LM_EVAL)/bin/python trainers/harness.py --model runs/$(RUN)/export --task trainers/tasks/movies.yaml --shots 0 4 $(ARGS)
+
 constraints: $(SETUP)  ## write down the exact versions of what is installed now
 	@$(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu//; s/ @ .*//' > constraints.txt
 
 clean:  ## remove the environment, runs and prepared corpora
-	rm -rf $(VENV) runs corpora
+	rm -rf $(VENV) $(LM_EVAL) runs corpora
