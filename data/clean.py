@@ -19,9 +19,10 @@ def normalise(text: str, form: Normalization = "NFC") -> str:
     """
     if form == "none":
         return text
-    joined = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     # Leading blanks of the first line stay: they are indentation in code and verse.
-    return unicodedata.normalize(form, joined).lstrip("\n").rstrip()
+    return unicodedata.normalize(form, text.lstrip("\ufeff")).lstrip("\n").rstrip()
 
 
 def content_hash(encoded: bytes) -> bytes:

@@ -7,6 +7,7 @@ is added.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def split_of(config: SplitConfig, shard: str, document_id: str, content: bytes) 
 
 def split_by_content(config: SplitConfig, content: bytes) -> str:
     """The split that the fractions give, which a split named by patterns takes no part in."""
-    point = keyed_points(np.frombuffer(content, "<u8", count=1), config.seed)[0]
+    point = keyed_points(int.from_bytes(content[:8], "little"), config.seed)
     test = 0.0 if config.test_shards or config.test_documents else config.test
     validation = 0.0 if config.validation_shards or config.validation_documents else config.validation
     if point < test:
@@ -77,27 +78,31 @@ def split_by_content(config: SplitConfig, content: bytes) -> str:
     return "validation" if point < test + validation else "train"
 
 
-def keyed_points(words: np.ndarray, key: int) -> np.ndarray:
+Words = TypeVar("Words", int, np.ndarray)
+
+
+def keyed_points(words: Words, key: int) -> Any:
     """Spread 64-bit words over [0, 1): the same word and key give the same point, another key an unrelated
     one.
 
     Args:
-        words: uint64 [n], one word of each content hash.
+        words: One word of a content hash as an int, or of many as uint64 [n].
 
     Returns:
-        float64 [n], multiples of 2**-53: as many bits as a float64 holds.
+        float, or float64 [n]: multiples of 2**-53, as many bits as a float64 holds.
     """
-    return (scrambled(words, key) >> np.uint64(11)) * 2.0**-53
+    return (scrambled(words, key) >> 11) * 2.0**-53
 
 
-def scrambled(words: np.ndarray, key: int) -> np.ndarray:
-    """Permute 64-bit words [n]: SplitMix64's output function (Steele, Lea, Flood 2014) on a stream chosen by
-    `key`."""
+def scrambled(words: Words, key: int) -> Words:
+    """Permute 64-bit words: SplitMix64's output function (Steele, Lea, Flood 2014) on a stream chosen by `key`."""
+    # An int is not cut to 64 bits by itself; one document at a time, numpy would take ten times as long as ints do.
+    mask = 2**64 - 1
     with np.errstate(over="ignore"):
-        mixed = words + np.uint64((key + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return mixed ^ (mixed >> np.uint64(31))
+        mixed = (words + (key + 1) * 0x9E3779B97F4A7C15 % 2**64) & mask
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+        return mixed ^ (mixed >> 31)
 
 
 # Whose copy stays of a text that stands in several splits, as named shards and documents make possible: test

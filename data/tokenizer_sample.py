@@ -6,8 +6,6 @@ Which text that is depends on names of raw shards and content of documents, not 
 import hashlib
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from data.corpus import CorpusConfig
 from data.documents import Document
 from data.pieces import Piece, read_piece
@@ -47,7 +45,7 @@ def _of_piece(
         if split_of(config.splits, shard.path, record.id, record.content) != "train":
             continue
         passed += record.num_bytes
-        point = keyed_points(np.frombuffer(record.content, "<u8", count=1), SAMPLE_KEY)[0]
+        point = keyed_points(int.from_bytes(record.content[:8], "little"), SAMPLE_KEY)
         if point * stretch < share and record.content not in seen:
             seen.add(record.content)
             text = record.text.encode()[: share - taken]

@@ -67,3 +67,9 @@ def test_points_of_different_keys_are_unrelated_and_even() -> None:
     assert np.abs(counts - 5_000).max() < 4 * math.sqrt(5_000)
     assert abs(np.corrcoef(one, two)[0, 1]) < 0.015
     assert len(np.unique(one)) == len(words)
+
+
+@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20), st.integers(0, 2**40))
+def test_a_word_has_the_same_point_alone_as_among_others(words: list[int], key: int) -> None:
+    together = keyed_points(np.array(words, np.uint64), key)
+    assert [keyed_points(word, key) for word in words] == together.tolist()
