@@ -15,6 +15,10 @@ from cluster.config import ConfigError
 
 PROJECT = Path(__file__).resolve().parents[1]
 
+# A session without a dashboard has no address for what asks one. Ray Train's watcher of its own controller would look
+# for it for 40 s, and the end of a worker group waits for the watcher, for up to 12 s. A closed port refuses at once.
+NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+
 JOIN_SECONDS = 60.0
 """How long a driver that comes before its cluster's nodes waits for them."""
 
@@ -110,7 +114,7 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
             "object_store_memory": config.object_store_bytes or min(memory // 10, 2 << 30),
             "include_dashboard": False,
         }
-        variables["PYTHONPATH"] = str(PROJECT)
+        variables |= {"PYTHONPATH": str(PROJECT), **NO_DASHBOARD}
     else:
         arguments = {"address": None if config.address == "auto" else config.address}
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a Ray job has uploaded its working directory

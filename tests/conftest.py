@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local_s3 import BUCKETS, LocalS3
-from cluster.session import PROJECT, RAY_ENVIRONMENT
+from cluster.session import NO_DASHBOARD, PROJECT, RAY_ENVIRONMENT
 
 # Boto asks a cloud's metadata service for keys where it finds none; on a laptop that only takes time.
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
@@ -85,7 +85,7 @@ def ray_session(request: pytest.FixtureRequest) -> Iterator[None]:
         object_store_memory=512 << 20,
         include_dashboard=False,
         logging_level="WARNING",
-        runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT)}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT), **NO_DASHBOARD}},
     )
     yield
     ray.shutdown()
