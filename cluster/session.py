@@ -176,6 +176,8 @@ def prepare_process() -> None:
     import ray.util
 
     quiet_ray()
+    # Else Ray Train asks any Ray on this machine whether its controller lives; another one's answer is that it does not.
+    os.environ.setdefault("RAY_API_SERVER_ADDRESS", ray.get_runtime_context().gcs_address)
     # Else gloo takes the address that the host's name stands for: 127.0.1.1 on a Debian, which no other host reaches.
     address = ray.util.get_node_ip_address()
     for interface, addresses in psutil.net_if_addrs().items():

@@ -115,7 +115,7 @@ main(["--cluster.address", cluster.address, *sys.argv[1:]])
 """
 # Ray's workers have another working folder than the driver: a path below it is what an unshared disk is.
 BUSY = """
-import ray, time
+import os, ray, time
 from cluster.preflight import problems_of_nodes
 from cluster.session import ClusterConfig, ray_session
 
@@ -123,9 +123,13 @@ class Training:
     def steps(self):
         return 1
 
+    def asks(self):
+        return os.environ["RAY_API_SERVER_ADDRESS"]
+
 with ray_session(ClusterConfig(address=cluster.address)):
     training = ray.remote(num_cpus=1, num_gpus=2)(Training).remote()
     assert ray.get(training.steps.remote()) == 1
+    assert ray.get(training.asks.remote()) == cluster.address, "and not another Ray of this machine"
     print(*problems_of_nodes(["/proc/self/cwd/unshared", sys.argv[1]]), sep="\\n")
 """
 CUT = """
