@@ -176,7 +176,7 @@ def prepare_process() -> None:
     import ray.util
 
     quiet_ray()
-    # Else Ray Train asks any Ray on this machine whether its controller lives; another one's answer is that it does not.
+    # Else Ray Train asks any Ray of this machine whether its controller lives, and another one knows no such actor.
     os.environ.setdefault("RAY_API_SERVER_ADDRESS", ray.get_runtime_context().gcs_address)
     # Else gloo takes the address that the host's name stands for: 127.0.1.1 on a Debian, which no other host reaches.
     address = ray.util.get_node_ip_address()
