@@ -73,6 +73,7 @@ def test_compiled_attention_of_grouped_heads_equals_the_uncompiled_one(kv_heads)
         torch.testing.assert_close(own, theirs, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 def test_forward_is_torchs_own_to_the_bit():
     q, k, v, _ = heads(100, 32)
     compiled = torch.compile(lambda q, k, v: attend(q, k, v, None), backend="aot_eager", fullgraph=True)

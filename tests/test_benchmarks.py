@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from cluster.session import PROJECT
 
 
+@pytest.mark.slow
 def test_tokenizing_is_measured_without_a_corpus_at_hand():
     small = ["--vocab-size", "300", "--megabytes", "1", "--repeats", "1"]
     command = [sys.executable, str(PROJECT / "benchmarks" / "bench_tokenize.py"), *small]

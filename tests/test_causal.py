@@ -93,6 +93,7 @@ def test_bf16_logits_still_give_a_float32_sum():
     assert half.total.item() == pytest.approx(whole.total.item(), abs=20)
 
 
+@pytest.mark.slow
 def test_compiled_loss_and_gradient_equal_the_eager_ones():
     rows = rows_of(4, 65)
     eager, compiled = build(TIED, 0), build(TIED, 0)

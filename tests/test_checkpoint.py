@@ -80,7 +80,7 @@ class Interposed:
         return self._operations.get(name) or getattr(self._store, name)
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.cluster)])
 def store(request, tmp_path: Path) -> Store:
     return open_store(str(tmp_path) if request.param == "folder" else request.getfixturevalue("s3_uri"))
 

@@ -60,6 +60,7 @@ def left_out(store, files: list[HashFile], num_ranges: int) -> tuple[set[tuple[i
     }, fingerprints
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(pieces, st.integers(1, 5), st.lists(st.integers(0, 5)))
 def test_of_equal_texts_the_first_in_the_split_that_matters_most_stays(

@@ -84,6 +84,7 @@ def test_shots_come_from_train_and_stand_solved_before_the_question(place):
     assert asked == f"{question.text}\nThis is"
 
 
+@pytest.mark.slow
 def test_the_command_tells_each_number_of_shots_with_an_interval(place, capsys):
     evaluate.main(
         ["--model", str(place / "model"), "--task", str(place / "task.yaml"), "--shots", "0", "2",

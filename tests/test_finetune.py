@@ -172,6 +172,7 @@ def answers_again(export, answers, max_new_tokens=64):
         )[0]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["bert", "rotary", "huggingface"])
 def test_an_encoder_is_trained_judged_and_exported_with_the_answers_that_were_judged(place, backbone):
     folder = place / backbone
@@ -283,6 +284,7 @@ def test_a_run_stops_where_validation_no_longer_improves_and_keeps_the_best(plac
     assert result["best_step"] == told[best][0] and result["steps"] == told[-1][0] == told[best + 2][0] < 24
 
 
+@pytest.mark.slow
 def test_each_seed_is_a_run_of_its_own_and_begins_otherwise(place):
     result = finetune(config(place, "seeds", batch=SHORT, run={"seeds": (0, 1)}), keep_model=False)
     assert [seed["seed"] for seed in result.seeds] == [0, 1]
@@ -316,6 +318,7 @@ def test_a_trial_does_not_load_the_test_split(place):
     assert "test" not in result.seeds[0] and not run_of(place, "trial").exists(VERDICT)
 
 
+@pytest.mark.slow
 def test_from_scratch_takes_shape_and_tokenizer_but_no_weight(place):
     scratch = config(place, "scratch", backbone={"from_scratch": True}, adapt={"train": "head"})
     finetune(scratch)
@@ -328,6 +331,7 @@ def test_from_scratch_takes_shape_and_tokenizer_but_no_weight(place):
     assert not any(value for value, p in zip(same, trained.backbone.parameters(), strict=True) if p.dim() > 1)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(place):
     changes = {
         "checkpoint": {"every_steps": 20}, "batch": {"rows_per_step": 16, "min_steps": 150, "epochs": 1.0},
@@ -349,6 +353,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(place):
     assert len(steps) == 150 == max(steps)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_at_its_judgement_is_judged_without_more_training(place, monkeypatch):
     from trainers import finetune_end, finetune_worker
 

@@ -137,6 +137,7 @@ def tellers(framed: np.ndarray) -> dict[str, tuple[int, ...]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["next_sentence", "sentence_order"])
 @pytest.mark.parametrize("documents", ["short", "long"])
 def test_ends_and_lengths_of_the_texts_do_not_tell_the_label(kind, documents):

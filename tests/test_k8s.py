@@ -53,6 +53,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile_and_something_in_a_bad_one(tmp
     assert dockerfile_problems(tmp_path / "Dockerfile")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", *(f"overlays/{folder.name}" for folder in OVERLAYS)])
 def test_ray_reads_from_each_cluster_what_the_run_asks_for(name: str) -> None:
     objects = objects_of(name)

@@ -26,6 +26,7 @@ def test_no_rule_is_without_a_planted_fault() -> None:
     assert {rule.__name__ for rule in RULES} == {rule for rule, _, _ in FAULTS.values()}
 
 
+@pytest.mark.slow
 def test_schemas_find_a_misspelt_field_inside_a_ray_pod_and_in_a_core_kind() -> None:
     objects = objects_of("base")
     pod(objects)["terminationGracePeriodSecond"] = 30

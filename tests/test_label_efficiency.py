@@ -43,6 +43,7 @@ def test_the_linear_model_learns_words_and_the_majority_does_not() -> None:
     assert math.isclose(majority(task, train, test)["accuracy"], 2 / 3)
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_arm_and_checks_what_the_backbone_has_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

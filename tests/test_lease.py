@@ -156,6 +156,7 @@ def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease_alone(ru
     assert successor is None or run.read(successor) == SUCCESSOR
 
 
+@pytest.mark.slow
 def test_a_suspended_driver_ends_at_once_without_a_trace_when_it_wakes(run, tmp_path):
     program = f"""
 import atexit, signal

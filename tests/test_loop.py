@@ -184,17 +184,20 @@ def trained_steps(folder: Path, name: str) -> list[int]:
     return [record["step"] for record in steps_of(read_metrics(open_store(f"{folder}/runs/{name}")))]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_improving_is_trained_to_its_last_step(folder):
     assert endings(folder, "patient") == [{"step": 40, "best": 40, "stopped": False}] * 2
     assert trained_steps(folder, "patient") == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_a_run_ends_after_as_many_validations_without_improvement_as_its_patience(folder):
     # Best at 4; 6, 8 and 10 are no better. The same command trains no further step.
     assert endings(folder, "early") == [{"step": 10, "best": 4, "stopped": False}] * 2
     assert trained_steps(folder, "early") == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_a_run_whose_steps_are_all_refused_ends_and_names_the_documents(folder):
     first, again = (each["diverged"] for each in endings(folder, "diverging"))
     for message in (first, again):

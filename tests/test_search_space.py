@@ -22,6 +22,7 @@ SPACE = {
 }
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(search=st.sampled_from(["random", "grid", "tpe"]), seed=st.integers(0, 1_000))
 def test_every_point_lies_in_the_space_and_is_another(search, seed):

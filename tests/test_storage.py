@@ -35,7 +35,11 @@ def gs_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield "gs://bucket/a folder+"
 
 
-@pytest.fixture(params=["file", "s3", "gs"])
+S3 = pytest.param("s3", marks=pytest.mark.cluster)
+SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("hang", "slow")]
+
+
+@pytest.fixture(params=["file", S3, "gs"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "file":
         return open_store(str(tmp_path / "store"))
@@ -49,7 +53,7 @@ def proxy(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         yield proxy
 
 
-@pytest.fixture(params=["s3", "gs"])
+@pytest.fixture(params=[S3, "gs"])
 def remote(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, FaultProxy]]:
@@ -233,7 +237,7 @@ def test_a_large_file_is_uploaded_in_parts_in_spite_of_faults(
     assert hashlib.sha256(store.read("large")).digest() == hashlib.sha256(local.read_bytes()).digest()
 
 
-@pytest.mark.parametrize("fault", ["503", "500", "reset", "lost", "truncate", "hang", "slow"])
+@pytest.mark.parametrize("fault", ["503", "500", "reset", "lost", "truncate", *SLOW])
 def test_a_passing_fault_changes_no_result(
     fault: str, remote: tuple[str, FaultProxy], tmp_path: Path
 ) -> None:
@@ -276,6 +280,7 @@ def test_a_flipped_byte_of_a_whole_object_is_noticed(s3_uri: str, proxy: FaultPr
     assert proxy.broken == ["corrupt"]
 
 
+@pytest.mark.slow
 def test_the_winner_whose_answers_are_lost_still_wins(remote: tuple[str, FaultProxy]) -> None:
     uri, proxy = remote
     store = open_store(uri, SOON)
@@ -354,6 +359,7 @@ def test_a_role_whose_keys_do_not_come_at_once_is_asked_again(
     assert asked.exists()
 
 
+@pytest.mark.slow
 def test_a_store_that_throttles_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = b"<Error><Code>Throttling</Code><Message>Rate exceeded</Message></Error>"
     answers = [(400, busy)] * 4 + [(200, b"content")]  # three of them the client itself takes
@@ -398,7 +404,7 @@ def test_a_disk_without_hard_links_is_named_before_a_job_starts(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("scheme", ["s3", "gs"])
+@pytest.mark.parametrize("scheme", [S3, "gs"])
 def test_a_missing_bucket_is_named(scheme: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(f"{scheme}_uri")
     store = open_store(f"{scheme}://no-such-bucket/x")
