@@ -71,11 +71,12 @@ pretrain-zh: $(SETUP)  ## the same on Chinese text, and a model that also contin
 	    --second 它看起来很舒服。 --second 太阳从东方升起。 \
 	  && $(PY) trainers/generate.py --model $(RUNS)/$(ZH)-mixed/export --prompt 人工智能是 --max-new-tokens 60'
 
-test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (about half an hour on 2 cores)
-	@$(PY) -m pytest $(ARGS)
+# Two processes: one for all tests that need a cluster, which wait much, and one for the others meanwhile.
+test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (under 25 minutes on 2 cores)
+	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
-test-fast: $(SETUP)  ## the tests that need no cluster and less than a second each (some minutes)
-	@$(PY) -m pytest -q -m "not cluster and not slow" $(ARGS)
+test-fast: $(SETUP)  ## the tests that need no cluster and about a second each at most (about a minute on 2 cores)
+	@$(PY) -m pytest -q -n 2 --dist loadfile -m "not cluster and not slow" $(ARGS)
 
 check: $(SETUP)  ## lint, format and types
 	@$(VENV)/bin/ruff check .

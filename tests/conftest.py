@@ -14,6 +14,8 @@ from cluster.session import NO_DASHBOARD, PROJECT, RAY_ENVIRONMENT
 
 # Boto asks a cloud's metadata service for keys where it finds none; on a laptop that only takes time.
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+# The tensors of tests are so small that a second thread only waits for the first, and for long on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # Programs that pip has for Linux on x86-64 alone, and the files whose every test needs one.
@@ -33,11 +35,14 @@ def reason_to_skip(program: str) -> str:
     return f"{program} is not installed: pip has it for Linux on x86-64 alone"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if {"ray_session", "s3"} & fixtures:
             item.add_marker(pytest.mark.cluster)
+        if item.get_closest_marker("cluster"):  # one after another in one process: they share a Ray session
+            item.add_marker(pytest.mark.xdist_group("cluster"))
         needed = SERVER if "s3" in fixtures else NEEDED.get(item.path.stem)
         if needed and not is_installed(needed):
             item.add_marker(pytest.mark.skip(reason_to_skip(needed)))
