@@ -172,7 +172,10 @@ def put_lm_eval_task(folder: Path, asked: Asked) -> None:
         "doc_to_target": "gold",
         "target_delimiter": "",  # the choices bring what stands before an answer
         "num_fewshot": 0,  # the prompts hold their solved records
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        "metric_list": [
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in ("acc", "acc_norm")
+        ],
     }
     (folder / f"{asked.name}.yaml").write_text(yaml.safe_dump(described, sort_keys=False), encoding="utf-8")
 
@@ -229,21 +232,14 @@ def differences(asked: Asked, ours: Scores, theirs: Scores) -> list[str]:
 
 
 def table_of(all_asked: Sequence[Asked], ours: Sequence[Scores], theirs: Sequence[Scores]) -> Table:
-    table = Table(
-        "shots",
-        "rows",
-        "acc here",
-        "acc lm-eval",
-        "acc_norm here",
-        "acc_norm lm-eval",
-        "rows apart",
-        "nats apart",
-    )
+    # Two lines a heading: the table then fits into 80 columns.
+    accuracies = [f"{what}\n{side}" for what in ("acc", "acc_norm") for side in ("here", "lm-eval")]
+    table = Table("shots", "rows", *accuracies, "rows\napart", "nats\napart")
     for asked, our, their in zip(all_asked, ours, theirs, strict=True):
         rows_apart = int((our.sums.argmax(axis=1) != their.sums.argmax(axis=1)).sum())
-        accuracies = [f"{each:.4f}" for each in (our.accuracy, their.accuracy, our.acc_norm, their.acc_norm)]
+        numbers = [f"{each:.4f}" for each in (our.accuracy, their.accuracy, our.acc_norm, their.acc_norm)]
         apart = [f"{rows_apart:,}", f"{nats_apart(our, their):.1e}"]
-        table.add_row(str(asked.shots), f"{len(asked.golds):,}", *accuracies, *apart)
+        table.add_row(str(asked.shots), f"{len(asked.golds):,}", *numbers, *apart)
     return table
 
 
