@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from cluster.storage import Store
 from trainers.checkpoint import BEST
 from trainers.config import PretrainConfig
+from trainers.watching import watched
 from tune.experiment import DRIVER, Report, Score
 from tune.search_space import Point, with_point
-from tune.watching import watched
 
 
 @dataclass(frozen=True)

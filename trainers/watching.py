@@ -1,4 +1,4 @@
-"""A run on Ray's workers, watched from the trial that started it: its validations are read from its metrics."""
+"""A run on Ray's workers, watched by the process that started it: its validations are read from its metrics."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,12 +15,19 @@ Result = TypeVar("Result")
 
 
 def watched(
-    run: Store, work: Callable[[], Result], on_validation: Callable[[int, Mapping[str, float]], None]
+    run: Store,
+    work: Callable[[], Result],
+    on_validation: Callable[[int, Mapping[str, float]], None],
+    told: int = 0,
 ) -> Result:
     """Do `work` in a thread of its own, and tell of each validation that the run's metrics show meanwhile, in the
-    thread of the caller: finished steps, and what was measured, NaN where it was no number."""
-    told = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="trial") as thread:
+    thread of the caller: finished steps, and what was measured, NaN where it was no number.
+
+    Args:
+        told: steps up to which the caller knows of the validations.
+    """
+    thread = ThreadPoolExecutor(1, thread_name_prefix="watched")
+    try:
         working = thread.submit(work)
         while not working.done():
             wait([working], POLL_SECONDS)
@@ -29,7 +36,9 @@ def watched(
                     told = record["step"]
                     found = record["validation"].items()
                     on_validation(told, {key: math.nan if value is None else value for key, value in found})
-    return working.result()
+        return working.result()
+    finally:
+        thread.shutdown(wait=False)  # interrupted, it ends with the Ray session
 
 
 def validations(run: Store) -> list[Record]:
