@@ -71,9 +71,18 @@ pretrain-zh: $(SETUP)  ## the same on Chinese text, and a model that also contin
 	    --second 它看起来很舒服。 --second 太阳从东方升起。 \
 	  && $(PY) trainers/generate.py --model $(RUNS)/$(ZH)-mixed/export --prompt 人工智能是 --max-new-tokens 60'
 
-# Two processes: one for all tests that need a cluster, which wait much, and one for the others meanwhile.
+# What needs a cluster waits much: all else runs meanwhile in a second process, whose output comes at the end.
+# With ARGS, one process runs what they name.
 test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (under 25 minutes on 2 cores)
-	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+ifneq ($(ARGS),)
+	@$(PY) -m pytest $(ARGS)
+else
+	@log=$$(mktemp); $(PY) -m pytest -m "not cluster" > $$log 2>&1 & others=$$!; \
+	  trap 'kill $$others; rm -f $$log' INT TERM; \
+	  $(PY) -m pytest -m cluster; cluster=$$?; \
+	  wait $$others; others=$$?; cat $$log; rm -f $$log; \
+	  test $$cluster -eq 0 && test $$others -eq 0
+endif
 
 test-fast: $(SETUP)  ## the tests that need no cluster and about a second each at most (about a minute on 2 cores)
 	@$(PY) -m pytest -q -n 2 --dist loadfile -m "not cluster and not slow" $(ARGS)

@@ -35,14 +35,11 @@ def reason_to_skip(program: str) -> str:
     return f"{program} is not installed: pip has it for Linux on x86-64 alone"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if {"ray_session", "s3"} & fixtures:
             item.add_marker(pytest.mark.cluster)
-        if item.get_closest_marker("cluster"):  # one after another in one process: they share a Ray session
-            item.add_marker(pytest.mark.xdist_group("cluster"))
         needed = SERVER if "s3" in fixtures else NEEDED.get(item.path.stem)
         if needed and not is_installed(needed):
             item.add_marker(pytest.mark.skip(reason_to_skip(needed)))
