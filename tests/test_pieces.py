@@ -71,4 +71,4 @@ def test_a_survey_done_twice_writes_the_same_bytes_and_its_record_last(tmp_path)
     assert written[0] == written[1] and len(written[0]) == 3
 
 
-SURVEY, TOKENS = "d3f2ba01c1d2eab1", "e9f1a247f080f56d"
+SURVEY, TOKENS = "1f59bafeac1627b7", "642eb5dfb4a2132b"
