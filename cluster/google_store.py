@@ -12,6 +12,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
@@ -122,6 +123,11 @@ class GoogleStore(RemoteStore):
             if "nextPageToken" not in page:
                 return
             query["pageToken"] = page["nextPageToken"]
+
+    def clock(self) -> float:
+        query = {"prefix": self._key(""), "maxResults": "1"}
+        answer = self._call("list", "", lambda http, at: http.get(at, params=query), is_object=False)
+        return parsedate_to_datetime(answer.headers["Date"]).timestamp()
 
     def _key(self, path: str) -> str:
         prefix = self.uri.removeprefix("gs://").partition("/")[2]

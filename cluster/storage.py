@@ -13,6 +13,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -114,6 +115,7 @@ _REMEDIES = {
     "SignatureDoesNotMatch": _KEYS,
     "InvalidRange": TOO_SHORT,
     "NoSuchBucket": "create the bucket or correct the URI",
+    "RequestTimeTooSkewed": "this host's clock is wrong: start chrony or ntpd on it",
     "NotImplemented": "use a store that knows conditional writes (If-None-Match)",
     "PermanentRedirect": "set AWS_REGION to the bucket's region",
     "AuthorizationHeaderMalformed": "set AWS_REGION to the bucket's region",
@@ -184,6 +186,12 @@ class S3Store(RemoteStore):
             if not page["IsTruncated"]:
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def clock(self) -> float:
+        bucket, root = self._key("")
+        request = {"Bucket": bucket, "Prefix": root, "MaxKeys": 1}
+        answer = self._call("list", "", lambda s3, _: s3.list_objects_v2(**request))
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
 
     def _body(self, path: str, **span: str) -> bytes:
         """The answer's body, read inside the retries: the client checks length and sum, but tries no more."""

@@ -101,6 +101,10 @@ class Store(ABC):
     def scan(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """As `list`, in no order and without holding all."""
 
+    @abstractmethod
+    def clock(self) -> float:
+        """Unix time by the store's own clock, some of which tell whole seconds."""
+
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """Every object whose path begins with `prefix`, however deep, sorted; a folder's ends in "/"."""
         return sorted(self.scan(prefix), key=lambda info: info.path)
@@ -264,6 +268,12 @@ class LocalStore(Store):
                             raise
                         continue  # deleted while we walk
                     yield ObjectInfo(inside, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+
+    def clock(self) -> float:
+        """Of a file system that hosts mount it is the server's."""
+        with self._named("write", ""), self._unfinished("clock") as temporary:
+            temporary.touch()
+            return temporary.stat().st_mtime
 
     def problem_writing(self) -> str | None:
         """As for every store, but makes no folder: asks the nearest one that is there."""

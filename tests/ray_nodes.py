@@ -1,12 +1,14 @@
 """Nodes of a Ray cluster in processes of their own, that come, drain and die as machines do."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,7 @@ class RayNodes:
     ) -> None:
         self._log, self._drain_seconds, self._settings = log, drain_seconds, dict(settings or {})
         self._head = head
-        self.port, self.dashboard_port = free_ports(2)
+        self.port, self.dashboard_port, self.metrics_port = free_ports(3)
         self.nodes: list[subprocess.Popen[bytes]] = []
 
     @property
@@ -59,6 +61,12 @@ class RayNodes:
     def dashboard(self) -> str:
         """Where jobs are submitted."""
         return f"http://{self._head.address}:{self.dashboard_port}"
+
+    def scrape(self) -> list[str]:
+        """What Prometheus gets from the head: metrics of its processes, drivers on it among them."""
+        with urllib.request.urlopen(f"http://{self._head.address}:{self.metrics_port}/metrics") as answer:
+            text: str = answer.read().decode()
+        return [line for line in text.splitlines() if not line.startswith("#")]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -74,7 +82,8 @@ class RayNodes:
     def start_head(self, num_cpus: int) -> subprocess.Popen[bytes]:
         """Start the head, and wait until it takes jobs."""
         dashboard = {"dashboard-host": self._head.address, "dashboard-port": self.dashboard_port}
-        flags = [f"--{key}={value}" for key, value in {"port": self.port, **dashboard}.items()]
+        ports = {"port": self.port, "metrics-export-port": self.metrics_port}
+        flags = [f"--{key}={value}" for key, value in {**ports, **dashboard}.items()]
         head = self._start("--head", *flags, cpus=num_cpus, place=self._head)
         wait_for_port((self._head.address, self.dashboard_port), head, self._log)
         return head
@@ -136,6 +145,12 @@ def kill_node(node: subprocess.Popen[bytes]) -> None:
             except psutil.NoSuchProcess:
                 continue
     node.wait()
+
+
+def spent_seconds(lines: list[str], run: str) -> dict[str, float]:
+    """Where the time of a run went, by part, as scraped."""
+    pattern = rf'ray_pretrain_spent_seconds\{{.*part="(\w+)".*run="{run}".*\}} (\S+)'
+    return {match[1]: float(match[2]) for match in (re.match(pattern, line) for line in lines) if match}
 
 
 def free_ports(number: int) -> list[int]:

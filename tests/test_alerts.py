@@ -18,6 +18,7 @@ MONITORING = K8S / "components" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]
 PROMTOOL = os.environ.get("PROMTOOL") or shutil.which("promtool")
 RUN = '{run="a", pid="1"}'
+WAITED = 'ray_pretrain_spent_seconds{run="a", pid="2", part="waiting_for_nodes"}'
 HEALTHY = {
     # `start+stepxcount`: one sample a minute, for ten hours
     f"ray_pretrain_last_step_timestamp_seconds{RUN}": "0+60x600",
@@ -27,6 +28,7 @@ HEALTHY = {
     f"ray_pretrain_attempt{RUN}": "1+0x600",
     f"ray_pretrain_skipped_steps_total{RUN}": "0+0x600",
     f"ray_pretrain_data_wait_seconds_total{RUN}": "0+1x600",
+    WAITED: "0+0x600",
     'ray_node_mem_total{ray_io_cluster="c", ip="1"}': "1+0x600",
     'ray_node_mem_total{ray_io_cluster="c", ip="2"}': "1+0x600",
     'ray_node_disk_utilization_percentage{ray_io_cluster="c", ip="1"}': "50+0x600",
@@ -37,6 +39,7 @@ SICK = {  # what differs -> the alert that fires at minute 540
     "PretrainingSkipsSteps": {f"ray_pretrain_skipped_steps_total{RUN}": "0+0x500 0+1x100"},
     "PretrainingCheckpointIsOld": {f"ray_pretrain_last_checkpoint_timestamp_seconds{RUN}": "0+0x600"},
     "PretrainingWaitsForData": {f"ray_pretrain_data_wait_seconds_total{RUN}": "0+30x600"},
+    "PretrainingWaitsForNodes": {WAITED: "0+0x500 0+30x100"},
     "PretrainingSlowedDown": {f"ray_pretrain_tokens_per_second{RUN}": "1000+0x500 500+0x100"},
     "PretrainingRestartsOften": {f"ray_pretrain_attempt{RUN}": "1+0x500 1x9 2x9 3x9 4x60"},
     "RayNodeLost": {'ray_node_mem_total{ray_io_cluster="c", ip="2"}': "1+0x520 stale"},

@@ -2,12 +2,14 @@
 
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
 
 from cluster.storage import open_store
-from tests.ray_nodes import RayNodes, kill_node
+from tests.ray_nodes import RayNodes, kill_node, spent_seconds
 from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number, wait_for_step
+from trainers.goodput import goodput_of
 from trainers.metrics import events_of, read_attempts
 from trainers.stopping import STOP
 
@@ -62,6 +64,7 @@ def test_a_run_grows_with_a_node_leaves_one_that_drains_and_survives_one_that_di
         alone = wait_for_start(store, 5, driver)
         assert alone["world_size"] == 1
         wait_for_step(store, max_step_before(store, 5) + 10, driver)
+        wait_for_accounts(nodes, store)
         store.put(STOP, b"")
         assert run.finish(driver) == 0, run.output()
     found = steps_by_number(store)
@@ -69,6 +72,19 @@ def test_a_run_grows_with_a_node_leaves_one_that_drains_and_survives_one_that_di
     assert [found[s]["digest"] for s in sorted(found)] == expected_digests(
         f"{run.root}/prepared", sorted(found)
     )
+
+
+def wait_for_accounts(nodes: RayNodes, store, seconds: float = 60.0) -> None:
+    """Return once what is scraped says of the time until now what the records say."""
+    parts = ("recomputed", "starting", "waiting_for_nodes", "down")
+    kept = asdict(goodput_of(read_attempts(store)))
+    assert kept["recomputed"] > 0 and kept["waiting_for_nodes"] > 0
+    ends = time.monotonic() + seconds
+    while (spent := spent_seconds(nodes.scrape(), "pretrain")) == {} or any(
+        abs(spent[part] - kept[part]) > 0.1 for part in parts
+    ):
+        assert time.monotonic() < ends, (spent, kept)
+        time.sleep(1)
 
 
 def max_step_before(store, attempt: int) -> int:

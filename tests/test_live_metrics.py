@@ -1,11 +1,30 @@
 import io
 import json
 import math
+import re
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
+from cluster.session import PROJECT
+from cluster.storage import open_store
+from k8s.check import K8S
+from tests.ray_nodes import RayNodes, spent_seconds
 from trainers.goodput import goodput_of
-from trainers.live_metrics import COUNTERS, GAUGES, DriverLog, Productive, event_log, readings
+from trainers.live_metrics import (
+    COUNTERS,
+    GAUGES,
+    SCRAPE_SECONDS_VARIABLE,
+    DriverLog,
+    LiveMetrics,
+    Productive,
+    event_log,
+    readings,
+)
+from trainers.metrics import MetricsWriter
 
 STEP = {
     "step": 3,
@@ -116,3 +135,58 @@ def test_the_driver_tells_events_in_the_same_words_and_only_where_it_is_asked_to
     expected = {"run": "first", "attempt": 2, "worker": "driver", "step": 7, "event": "grow", "workers": 16}
     assert line == expected
     assert silent.getvalue() == ""
+
+
+def tell_of_a_short_run(uri: str) -> None:
+    """What worker 0 of a run tells, each kind of record once; for as long as its process is left alive."""
+    with (
+        LiveMetrics("scraped") as live,
+        MetricsWriter(open_store(uri), 1, observers=[live.observe]) as writer,
+    ):
+        now = time.time()
+        writer.write({"step": 0, "event": "start", "asked": now - 30, "began": now - 10})
+        told = {key: value for key, value in STEP.items() if key not in ("step", "attempt", "time")}
+        writer.write({"step": 1, **told, "mfu": 0.5})
+        writer.write({"step": 2, **told, "loss": math.nan})
+        writer.write({"step": 2, "event": "skipped", "reason": "its loss"})
+        writer.write({"step": 2, "validation": {"loss": 2.0, "seconds": 3.0}})
+        writer.write({"step": 2, "event": "checkpoint", "name": "step-2"})
+        threading.Event().wait()
+
+
+PROGRAM = """
+import sys, time
+import ray
+from cluster.storage import open_store
+from tests.test_live_metrics import tell_of_a_short_run
+from trainers.live_metrics import DriverLog, LiveGoodput
+ray.init(logging_level="ERROR")
+worker = ray.remote(num_cpus=0)(tell_of_a_short_run).remote(sys.argv[1])
+with LiveGoodput("scraped", open_store(sys.argv[1]), time.time):
+    DriverLog("scraped", log_events=False)("finished")
+"""
+
+
+@pytest.mark.cluster
+def test_what_alerts_and_dashboard_ask_for_stands_where_prometheus_scrapes(tmp_path) -> None:
+    folder = K8S / "components" / "monitoring"
+    text = (folder / "rules.yaml").read_text() + (folder / "pretraining.json").read_text()
+    wanted = set(re.findall(r"\bray_(?:pretrain|node)_\w+", text))
+    with RayNodes(tmp_path / "nodes.txt") as nodes:
+        nodes.start_head(num_cpus=1)
+        own = {"RAY_ADDRESS": nodes.address, "PYTHONPATH": str(PROJECT), SCRAPE_SECONDS_VARIABLE: "600"}
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "run")]
+        with subprocess.Popen(command, env=nodes.environment | own) as driver:
+            ends = time.monotonic() + 90
+            while True:
+                lines = nodes.scrape()
+                missing = wanted - {re.split(r"[ {]", line)[0] for line in lines}
+                spent = spent_seconds(lines, "scraped")
+                if not missing and spent.get("validating"):
+                    break
+                assert driver.poll() is None and time.monotonic() < ends, (missing, spent)
+                time.sleep(1)
+            driver.kill()
+    assert spent["waiting_for_nodes"] == pytest.approx(20.0, abs=0.1)
+    assert (spent["data_wait"], spent["validating"]) == (1.0, 3.0)
+    assert spent["starting"] > 0 and spent["recomputed"] == 0

@@ -72,6 +72,7 @@ def test_the_record_of_the_best_step_is_written_again_if_it_was_cut_off_from_its
     parts = SimpleNamespace(
         newest=latest_checkpoint(store),
         identity={},
+        asked=None,
         began=0.0,
         run=store,
         engine=SimpleNamespace(load_state=lambda reader: None),
@@ -119,6 +120,7 @@ def run_once(config: PretrainConfig, losses: dict[int, float], attempt: int) -> 
             config=config,
             objective=Causal(BOUNDARY, document_mask=False),
             identity={"order": order.digest},
+            asked=None,
             began=0.0,
             workers=Workers(),
             order=order,

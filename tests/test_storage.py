@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -146,6 +147,11 @@ def test_a_version_changes_with_the_content(store: Store) -> None:
     assert store.list()[0].version == before
     store.put("x", b"two")
     assert store.list()[0].version != before
+
+
+def test_a_store_tells_the_time(store: Store) -> None:
+    assert abs(store.clock() - time.time()) < 3
+    assert store.list() == [], "asking left a trace"
 
 
 def test_an_absent_object_is_a_file_not_found(store: Store) -> None:

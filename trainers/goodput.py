@@ -1,10 +1,14 @@
-"""Where the time of a run went: every second from its first worker's start to its last record has one name."""
+"""Where the time of a run went: every second from its first asking for workers to its last record has one name.
 
+The report accounts for what is on storage, the driver for the same records as they come (trainers/live_metrics.py).
+"""
+
+from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
-from trainers.metrics import Record, attempt_starts, events_of, one_history, steps_of, validations_of
+from trainers.metrics import Record
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,11 @@ class Goodput:
     validating: float
     starting: float
     """From a worker's start to its first step: restoring, building, compiling, waiting for the first rows."""
+    waiting_for_nodes: float
+    """From a failure, or from when the driver asked for workers, to their start: noticing it, waiting for nodes,
+    starting processes."""
     down: float
-    """Between an attempt's last record and the next one's start: noticing a failure, waiting for nodes, starting
-    processes."""
+    """No driver asked for workers: the run was stopped, or its driver had ended and began anew."""
     other: float
     """The rest, such as the last save and the test of an attempt."""
 
@@ -36,47 +42,115 @@ class Goodput:
         return self.training / self.total if self.total else 0.0
 
 
+@dataclass
+class Span:
+    """When an attempt's workers were asked for, began, did their first step, and were last heard of; unix time."""
+
+    first_step: int
+    """Finished steps when it began."""
+    asked: float | None
+    began: float
+    heard: float
+    stepped: float | None = None
+
+
+class Accounts:
+    """Takes a run's records as they come, an attempt's in their order; tells at any time where the time went."""
+
+    def __init__(self) -> None:
+        # By number, of the steps that count: eight bytes each, for a run may have millions.
+        self._seconds, self._waited, self._stalled = array("d"), array("d"), array("d")
+        self._recomputed = self._validating = 0.0
+        self._spans: dict[int, Span] = {}
+        self._asked: float | None = None
+
+    def ask(self, time: float) -> None:
+        """The driver asks for workers, from which nothing is heard yet."""
+        self._asked = time
+
+    def add(self, record: Record) -> None:
+        """Takes a record with attempt and time."""
+        is_step = "event" not in record and "validation" not in record
+        span = self._span_of(record, finished=record["step"] - is_step)
+        span.heard = max(span.heard, record["time"])
+        if "validation" in record:
+            self._validating += record["validation"].get("seconds", 0.0)
+        if is_step:
+            if span.stepped is None:
+                span.stepped = max(span.began, record["time"] - record["step_seconds"])
+            self._count(record)
+
+    def _span_of(self, record: Record, finished: int) -> Span:
+        """The record's attempt; a new one does what lies after its first step anew."""
+        number = record["attempt"]
+        if number not in self._spans:
+            began: float = record["began"] if "began" in record else record["time"]
+            self._spans[number] = Span(finished, record.get("asked"), began, record["time"])
+            if number == max(self._spans):
+                self._recomputed += sum(self._seconds[finished:])
+                for each in (self._seconds, self._waited, self._stalled):
+                    del each[finished:]
+        return self._spans[number]
+
+    def _count(self, step: Record) -> None:
+        later = [span.first_step for number, span in self._spans.items() if number > step["attempt"]]
+        if step["step"] > min(later, default=step["step"]):
+            # A worker that was cut off may write its last records after its successor began.
+            self._recomputed += step["step_seconds"]
+            return
+        missing = max(0, step["step"] - len(self._seconds))  # above one, the records before are lost
+        for each in (self._seconds, self._waited, self._stalled):
+            each.extend([0.0] * missing)
+        at = step["step"] - 1
+        self._seconds[at] = step["step_seconds"]
+        self._waited[at] = step["data_wait_seconds"]
+        self._stalled[at] = step["checkpoint_stall_seconds"]
+
+    def goodput(self, now: float | None = None, lacks_nodes: bool = False) -> Goodput:
+        """Account for every second up to the last record, or up to now, as far as the records tell already.
+
+        What passed since then goes to waiting where no worker answered the last asking, or nodes are missing.
+        """
+        spans = [span for _, span in sorted(self._spans.items())]
+        kept, waited, stalled = sum(self._seconds), sum(self._waited), sum(self._stalled)
+        named = {
+            "training": kept - waited - stalled,
+            "data_wait": waited,
+            "checkpoint_stall": stalled,
+            "recomputed": self._recomputed,
+            "validating": self._validating,
+            "starting": sum(
+                (span.heard if span.stepped is None else span.stepped) - span.began for span in spans
+            ),
+            "waiting_for_nodes": 0.0,
+            "down": 0.0,
+        }
+        gaps = [(before.heard, after.asked, after.began) for before, after in pairwise(spans)]
+        if spans and spans[0].asked is not None:
+            gaps.append((spans[0].asked, spans[0].asked, spans[0].began))
+        heard = max((span.heard for span in spans), default=self._asked)
+        if now is not None and heard is not None:
+            if self._asked is not None and self._asked >= heard:
+                gaps.append((heard, self._asked, now))
+            elif lacks_nodes:
+                gaps.append((heard, heard, now))
+            elif spans[-1].stepped is None:
+                named["starting"] += now - heard
+        for last, asked, end in gaps:
+            waiting = max(0.0, end - max(last, end if asked is None else asked))
+            named["waiting_for_nodes"] += waiting
+            named["down"] += max(0.0, end - last) - waiting
+        if heard is None:
+            total = 0.0
+        else:
+            first = min([spans[0].began, spans[0].asked or spans[0].began]) if spans else heard
+            total = max(heard, now or heard) - first
+        return Goodput(**named, other=total - sum(named.values()))
+
+
 def goodput_of(attempts: Iterable[Record]) -> Goodput:
     """Account for every second of a run, from every record of every attempt."""
-    records = list(attempts)
-    by_attempt = [
-        [r for r in records if r["attempt"] == number] for number in sorted(attempt_starts(records))
-    ]
-    spans = [span_of(own) for own in by_attempt]
-    history = one_history(records)
-    counted = steps_of(history)
-    waited = sum(step["data_wait_seconds"] for step in counted)
-    stalled = sum(step["checkpoint_stall_seconds"] for step in counted)
-    kept = sum(step["step_seconds"] for step in counted)
-    named = {
-        "training": kept - waited - stalled,
-        "data_wait": waited,
-        "checkpoint_stall": stalled,
-        "recomputed": sum(step["step_seconds"] for step in steps_of(records)) - kept,
-        "validating": sum(r["validation"].get("seconds", 0.0) for r in validations_of(records)),
-        "starting": sum(starting_seconds(own) for own in by_attempt),
-        # A worker that was cut off may write its last records after its successor began.
-        "down": sum(max(0.0, after[0] - before[1]) for before, after in pairwise(spans)),
-    }
-    total = max(span[1] for span in spans) - spans[0][0] if spans else 0.0
-    return Goodput(**named, other=total - sum(named.values()))
-
-
-def span_of(own: list[Record]) -> tuple[float, float]:
-    """When an attempt began and when it was last heard of, unix time."""
-    times = [record["time"] for record in own]
-    return began(own), max(times)
-
-
-def began(own: list[Record]) -> float:
-    """When an attempt's workers started: said by its start, which comes when they have built everything."""
-    starts = [record.get("began", record["time"]) for record in events_of(own, "start")]
-    return min(starts or [record["time"] for record in own])
-
-
-def starting_seconds(own: list[Record]) -> float:
-    """From an attempt's start to the beginning of its first step, or to its last record if it came to none."""
-    steps = steps_of(own)
-    if not steps:
-        return max(record["time"] for record in own) - began(own)
-    return max(0.0, steps[0]["time"] - steps[0]["step_seconds"] - began(own))
+    accounts = Accounts()
+    for record in sorted(attempts, key=lambda record: record["attempt"]):
+        accounts.add(record)
+    return accounts.goodput()

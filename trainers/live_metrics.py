@@ -5,18 +5,25 @@ alerts and a dashboard over them. What they come from, and what is kept, are the
 """
 
 import json
+import logging
 import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, TextIO
 
 from ray.util.metrics import Counter, Gauge
 
+from cluster.storage import StorageError, Store
+from trainers.goodput import Accounts
 from trainers.metrics import Record, finite
+from trainers.progress import Tail
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "pretrain_"
 GAUGES = {
@@ -34,7 +41,8 @@ GAUGES = {
     "last_checkpoint_timestamp_seconds": "Unix time of the last committed checkpoint, or of the start.",
 }
 DRIVER_GAUGES = {
-    "finished_timestamp_seconds": "Unix time at which the run ended, done or stopped on purpose."
+    "finished_timestamp_seconds": "Unix time at which the run ended, done or stopped on purpose.",
+    "spent_seconds": "Time of the run since its beginning by `part`, what it was spent on; they add up to its age.",
 }
 COUNTERS = {
     "tokens": "Target tokens trained on.",
@@ -48,6 +56,8 @@ COUNTERS = {
 RENAMED = {"lr": "learning_rate"}
 SCRAPE_SECONDS_VARIABLE = "PRETRAIN_SCRAPE_SECONDS"
 """How long a driver stays after its run's end, so that Prometheus sees it: more than its interval and Ray's 10 s."""
+READ_SECONDS = 12.0
+"""Between two looks of the driver at the records on storage."""
 REFRESH_SECONDS = 4.0
 """Ray forgets a gauge that is not set again within two of its reports (10 s each), and a step may take longer."""
 
@@ -168,22 +178,79 @@ class DriverLog:
 
     ENDS = ("finished", "stopped")
 
-    def __init__(self, run: str, log_events: bool, stream: TextIO | None = None) -> None:
-        self._tags, self._log_events = {"run": run}, log_events
+    def __init__(
+        self, run: str, log_events: bool, now: Callable[[], float] = time.time, stream: TextIO | None = None
+    ) -> None:
+        self._tags, self._log_events, self._now = {"run": run}, log_events, now
         self._write = event_log(run, "driver", stream)
-        self._gauges = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in DRIVER_GAUGES.items()}
+        name = "finished_timestamp_seconds"
+        self._finished = Gauge(PREFIX + name, DRIVER_GAUGES[name], ("run",))
 
     def __call__(self, event: str, *, attempt: int = 0, step: int = 0, **details: Any) -> None:
         if self._log_events:
-            self._write({"time": time.time(), "step": step, "attempt": attempt, "event": event, **details})
+            self._write({"time": self._now(), "step": step, "attempt": attempt, "event": event, **details})
         if event in self.ENDS:
             self._end()
 
     def _end(self) -> None:
         """Shows the end for as long as a scrape may take; not at all where nothing scrapes."""
-        now = time.time()
-        ends = now + float(os.environ.get(SCRAPE_SECONDS_VARIABLE, "0"))
-        self._gauges["finished_timestamp_seconds"].set(now, self._tags)
-        while (left := ends - time.time()) > 0:
+        finished = self._now()
+        ends = time.monotonic() + float(os.environ.get(SCRAPE_SECONDS_VARIABLE, "0"))
+        self._finished.set(finished, self._tags)
+        while (left := ends - time.monotonic()) > 0:
             time.sleep(min(left, REFRESH_SECONDS))
-            self._gauges["finished_timestamp_seconds"].set(now, self._tags)
+            self._finished.set(finished, self._tags)
+
+
+class LiveGoodput:
+    """Shows where the run's time went, for the length of a with-block: the accounts of the report, while it lives.
+
+    The driver keeps them, for it is there while workers are not, and knows what was before it from the records.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        store: Store,
+        now: Callable[[], float],
+        lacks_nodes: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Takes the run's name, store and clock, and what tells whether nodes are missing for its workers."""
+        self._run, self._now, self._lacks_nodes = run, now, lacks_nodes
+        self._tail, self._accounts = Tail(store, whole=True), Accounts()
+        name = "spent_seconds"
+        self._gauge = Gauge(PREFIX + name, DRIVER_GAUGES[name], ("run", "part"))
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="live goodput", daemon=True)
+
+    def __enter__(self) -> "LiveGoodput":
+        self._accounts.ask(self._now())
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join(REFRESH_SECONDS)  # it only reads, perhaps from a storage that does not answer
+
+    def _follow(self) -> None:
+        read = -math.inf
+        while True:
+            if time.monotonic() - read >= READ_SECONDS:
+                read = time.monotonic()
+                self._read()
+            self._show()
+            if self._ended.wait(REFRESH_SECONDS):
+                return
+
+    def _read(self) -> None:
+        try:
+            for record in self._tail.poll():
+                self._accounts.add(record)
+        except StorageError as error:
+            logger.warning("the accounts of the run's time wait until the storage answers: %s", error)
+
+    def _show(self) -> None:
+        for part, seconds in asdict(self._accounts.goodput(self._now(), self._lacks_nodes())).items():
+            self._gauge.set(seconds, {"run": self._run, "part": part})

@@ -42,6 +42,8 @@ class Parts:
     objective: Objective
     identity: dict[str, Any]
     """What a checkpoint must have been made with to be gone on from: digests of the order, the tokenizer, …"""
+    asked: float | None
+    """When the driver began to ask for workers, unix time, if it said so."""
     began: float
     """When this worker started, unix time."""
     workers: Workers
@@ -124,7 +126,8 @@ def restore(parts: Parts) -> tuple[int, Selection]:
             )  # cut off between the commit and this, it may be missing
     name = record.name if record else None
     world_size = parts.workers.world_size
-    note(parts, step, "start", world_size=world_size, checkpoint=name, began=parts.began)
+    times = {"asked": parts.asked, "began": parts.began}
+    note(parts, step, "start", world_size=world_size, checkpoint=name, **times)
     parts.heartbeat.beat(step, "compile")
     return step, selection
 

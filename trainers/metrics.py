@@ -104,12 +104,16 @@ class MetricsWriter:
         attempt: int,
         flush_seconds: float = 5.0,
         observers: Sequence[Callable[[Record], None]] = (),
+        now: Callable[[], float] | None = None,
     ) -> None:
-        """Takes the run's store. A killed process loses what is younger than `flush_seconds`.
+        """Takes the run's store, and what tells unix time, if not this host.
+
+        A killed process loses what is younger than `flush_seconds`.
 
         `observers` are called with each record as it is written; they must not wait.
         """
         self._store = store
+        self._now = now
         self._observers = observers
         self._attempt = attempt
         self._pending: deque[Record] = deque()
@@ -122,7 +126,7 @@ class MetricsWriter:
 
     def write(self, record: Record) -> None:
         """Takes a record, which must have a `step`; attempt and time are added. From any thread."""
-        record = {**record, "attempt": self._attempt, "time": time.time()}
+        record = {**record, "attempt": self._attempt, "time": self._now() if self._now else time.time()}
         for observe in self._observers:
             observe(record)
         if len(self._pending) < MAX_PENDING:

@@ -26,14 +26,15 @@ logger = logging.getLogger(__name__)
 class Tail:
     """Yields what is new in a run's metrics: one listing, and one read per segment that changed."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, whole: bool = False) -> None:
+        """Takes the run's store, and whether the first call reads all segments."""
         self._store = store
-        self._is_first = True
+        self._is_first = not whole
         self._versions: dict[str, str] = {}
         self._num_read: dict[str, int] = {}
 
     def poll(self) -> list[Record]:
-        """Records since the last call; the first reads the newest segment alone. Raises `StorageError`."""
+        """Records since the last call; the first reads the newest segment alone unless asked. Raises `StorageError`."""
         found = {info.path: info.version for info in self._store.list(f"{FOLDER}/")}
         paths = sorted(
             (path for path in found if segment_attempt(path) is not None),

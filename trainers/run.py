@@ -29,8 +29,9 @@ from cluster.session import ClusterConfig
 from cluster.storage import Store
 from cluster.store import StorageError
 from trainers.checkpoint import latest_attempt, latest_world_size
+from trainers.clock import RunClock
 from trainers.config import PretrainConfig, run_store
-from trainers.live_metrics import DriverLog
+from trainers.live_metrics import DriverLog, LiveGoodput
 from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP
 from trainers.worker import Task, work
 
@@ -75,12 +76,17 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
     """
     store, failures_left = run_store(config), config.run.max_failures
     store.delete(FAILURE)
-    group = partial(
-        trainer, work, Task(config, manifest_digest), config.cluster, store, config.run.max_failures
-    )
-    nodes, tell = NodeWatch(config.cluster, store), DriverLog(config.run.name, config.run.log_events)
-    # In a thread of its own, for in the main thread Ray Train would take Ctrl-C for itself.
-    with stop_on_signal(config) as asked, ThreadPoolExecutor(1, thread_name_prefix="fit") as thread:
+    now = RunClock(store).now
+    task = Task(config, manifest_digest, asked=now())
+    group = partial(trainer, work, task, config.cluster, store, config.run.max_failures)
+    nodes, tell = NodeWatch(config.cluster, store), DriverLog(config.run.name, config.run.log_events, now)
+    spent = LiveGoodput(config.run.name, store, now, partial(lacks_nodes, config.cluster))
+    with (
+        spent,
+        stop_on_signal(config) as asked,
+        # In a thread of its own, for in the main thread Ray Train would take Ctrl-C for itself.
+        ThreadPoolExecutor(1, thread_name_prefix="fit") as thread,
+    ):
         while not asked.is_set():
             tell("group_start", attempt=latest_attempt(store) + 1)
             try:
@@ -181,6 +187,14 @@ def fitting_workers(cluster: ClusterConfig, nodes: Iterable[Mapping[str, Any]]) 
         if node["Alive"]
     )
     return min(fitting, cluster.num_workers)
+
+
+def lacks_nodes(cluster: ClusterConfig) -> bool:
+    """Whether the fewest workers that the run cannot do without do not fit on the living nodes."""
+    try:
+        return fitting_workers(cluster, ray.nodes()) < cluster.fewest_workers
+    except RayError:
+        return False
 
 
 class NodeWatch:

@@ -1,6 +1,5 @@
 """One worker's life: put the parts together, train, and let the test split judge what validation chose."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from trainers.checkpoint import checkpoint_at, claim_attempt, latest_checkpoint
 from trainers.checkpoint_commit import CheckpointRecord
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import CheckpointWriter
+from trainers.clock import RunClock
 from trainers.collectives import Workers
 from trainers.config import PretrainConfig, evaluation_framing, model_of, run_store
 from trainers.engine import Engine
@@ -48,17 +48,20 @@ class Task:
 
     config: PretrainConfig
     manifest_digest: str
+    asked: float | None = None
+    """When the driver began to ask for workers, by the run's clock."""
     judge: bool = True
     """Read the test split and export, once trained. A sweep's trials do neither."""
 
 
 def work(arguments: dict[str, Any]) -> None:
     """Run on every worker of the group, torch.distributed up; `arguments["task"]` is a `Task`."""
-    began = time.time()
     task: Task = arguments["task"]
     config = task.config
+    run = run_store(config)
+    clock = RunClock(run)
     torch.set_num_threads(config.cluster.threads)
-    workers, run = Workers(), run_store(config)
+    workers = Workers()
     if run.exists(FAILURE):
         return
     attempt = workers.broadcast(claim_attempt(run, workers.world_size) if workers.leads else 0)
@@ -71,7 +74,7 @@ def work(arguments: dict[str, Any]) -> None:
         )
         # Before the engine is built: the pipeline takes seconds to start, and does so meanwhile.
         stream = stack.enter_context(open_stream(config, data, workers, newest.step if newest else 0))
-        parts = assemble(config, data, stream, newest, workers, run, attempt, heartbeat, began, stack)
+        parts = assemble(task, data, stream, newest, workers, run, attempt, heartbeat, clock, stack)
         ending = train(parts)
         stream.close()
         if task.judge and not ending.stopped:
@@ -107,7 +110,7 @@ def open_data(task: Task) -> Data:
 
 
 def assemble(
-    config: PretrainConfig,
+    task: Task,
     data: Data,
     stream: TokenStream,
     newest: CheckpointRecord | None,
@@ -115,11 +118,12 @@ def assemble(
     run: Store,
     attempt: int,
     heartbeat: Heartbeat,
-    began: float,
+    clock: RunClock,
     stack: ExitStack,
 ) -> Parts:
     """Build the model, the engine and everything around them; what needs closing goes onto the stack."""
-    batch, order, manifest, corpus = config.batch, data.order, data.manifest, data.corpus
+    config, order, manifest, corpus = task.config, data.order, data.manifest, data.corpus
+    batch = config.batch
     # Lanes are dealt out whole; where they do not come out even, the last workers' share is filled up.
     rows = -(-order.lanes // workers.world_size) * order.rows_per_lane
     micro_batch_rows = largest_divisor(rows, config.engine.micro_batch_rows)
@@ -161,7 +165,8 @@ def assemble(
             "tokenizer": manifest.tokenizer,
             "order": order.digest,
         },
-        began=began,
+        asked=task.asked,
+        began=clock.started,
         workers=workers,
         order=order,
         engine=engine,
@@ -185,7 +190,9 @@ def assemble(
             ),
             peak_flops_per_second=peak.flops_per_second * workers.world_size,
         ),
-        metrics=stack.enter_context(MetricsWriter(run, attempt, observers=observers(config, stack)))
+        metrics=stack.enter_context(
+            MetricsWriter(run, attempt, observers=observers(config, stack), now=clock.now)
+        )
         if leads
         else None,
         writer=stack.enter_context(
