@@ -34,8 +34,13 @@ def test_more_gpus_let_lower_stages_fit() -> None:
 
 def test_a_model_that_fits_nowhere_is_said_so_with_exit_1(capsys) -> None:
     with pytest.raises(SystemExit, match="1"):
-        main([*LLAMA_7B, "--gpus", "1", "--gpu", "a100-40gb"])
+        main([*LLAMA_7B, "--model.num_layers", "320", "--gpus", "1", "--gpu", "a100-40gb"])
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_a_model_that_is_too_large_for_one_gpu_fits_with_parameters_in_host_memory(capsys) -> None:
+    main([*LLAMA_7B, "--gpus", "1", "--gpu", "a100-40gb"])
+    assert "engine.zero_stage=3 engine.offload=optimizer+parameters" in capsys.readouterr().out
 
 
 def test_the_plan_names_keys_time_cost_energy_and_its_own_error(capsys) -> None:

@@ -9,6 +9,7 @@ from cluster.fleet import GPUS
 from trainers.published_speeds import MODELS, ROWS, errors
 from trainers.shape import count_parameters
 from trainers.throughput import (
+    HOST_BANDWIDTH,
     LINK_SHARE,
     Strategy,
     micro_batch_seconds,
@@ -63,6 +64,15 @@ def test_offloading_is_slower_than_updating_on_the_gpu() -> None:
     assert update_seconds(1e9, replace(STAGE_1, offload="optimizer"), H100) > 10 * update_seconds(
         1e9, STAGE_1, H100
     )
+
+
+def test_parameters_in_host_memory_come_twice_a_micro_batch() -> None:
+    slow = replace(H100, link=1e6)  # so that nothing hides
+    stage_3 = replace(STAGE_1, zero_stage=3, offload="optimizer")
+    fetched = replace(stage_3, offload="optimizer+parameters")
+    more = [step_time(MODEL, 128, 4, way, slow, 8).communicating for way in (stage_3, fetched)]
+    share = 2 * count_parameters(MODEL).total / 8
+    assert more[1] - more[0] == pytest.approx(4 * 2 * share / HOST_BANDWIDTH)
 
 
 @given(st.integers(1, 4096), st.sampled_from(sorted(GPUS)))

@@ -113,7 +113,7 @@ def options(config: ClusterPlanConfig) -> list[Option]:
     rows = -(-config.batch.rows_per_step // config.gpus)
     sizes = [number for number in BATCH_SIZES if number <= rows and rows % number == 0]
     combinations: Iterator[tuple[Any, ...]] = itertools.product(
-        (0, 1, 2, 3), ("none", "optimizer"), (False, True), sizes
+        (0, 1, 2, 3), ("none", "optimizer", "optimizer+parameters"), (False, True), sizes
     )
     found = [
         option_of(
@@ -127,7 +127,7 @@ def options(config: ClusterPlanConfig) -> list[Option]:
             ),
         )
         for stage, offload, recompute, micro in combinations
-        if stage or offload == "none"
+        if stage >= {"none": 0, "optimizer": 1, "optimizer+parameters": 3}[offload]
     ]
     return sorted(found, key=lambda option: (not option.fits, -option.tokens_per_second))
 
@@ -137,9 +137,7 @@ def option_of(config: ClusterPlanConfig, strategy: Strategy) -> Option:
     job = job_of(config, strategy)
     micro_batches = -(-rows_per_worker(job) // strategy.micro_batch_rows)
     memory = memory_per_worker(job)
-    on_device = memory.total - memory.checkpoint_buffers
-    if strategy.offload == "optimizer":
-        on_device -= memory.optimizer
+    on_device = memory.total - memory.checkpoint_buffers - offloaded(strategy, memory)
     time = step_time(model, job.seq_len, micro_batches, strategy, gpu, config.gpus)
     speed = job.rows_per_step * job.seq_len / time.total
     return Option(
@@ -152,6 +150,12 @@ def option_of(config: ClusterPlanConfig, strategy: Strategy) -> Option:
         tokens_per_second=speed,
         mfu=speed * flops_per_token(model, job.seq_len) / (config.gpus * gpu.accelerator.bf16),
     )
+
+
+def offloaded(strategy: Strategy, memory: Memory) -> float:
+    """Bytes of a worker's states that lie in host memory."""
+    optimizer = 0.0 if strategy.offload == "none" else memory.optimizer
+    return optimizer + (memory.parameters if strategy.offload == "optimizer+parameters" else 0.0)
 
 
 def job_of(config: ClusterPlanConfig, strategy: Strategy) -> Job:
@@ -223,7 +227,7 @@ def summary(config: ClusterPlanConfig, gpu: Gpu, best: Option) -> Iterator[str]:
     yield f"time       {count(tokens)} tokens in {duration(seconds)}, {hours:,.0f} GPU-hours"
     yield f"cost       ${hours * config.dollars_per_gpu_hour:,.0f} at ${config.dollars_per_gpu_hour:g} a GPU-hour"
     yield f"energy     {energy(used.kwh)}, {mass(used.co2_grams)} CO2; {used.assumption}"
-    needed = best.memory.checkpoint_buffers + (best.memory.optimizer if way.offload != "none" else 0)
+    needed = best.memory.checkpoint_buffers + offloaded(way, best.memory)
     yield f"host       {size(needed * gpu.per_node)} of memory on a node of {gpu.per_node}, beside Ray's object store"
 
 

@@ -34,7 +34,7 @@ class Strategy:
     zero_stage: Literal[0, 1, 2, 3]
     micro_batch_rows: int
     activation_checkpointing: bool = False
-    offload: Literal["none", "optimizer"] = "none"
+    offload: Literal["none", "optimizer", "optimizer+parameters"] = "none"
     compiled: bool = True
     overlapped: bool = False
     """Whether gradients travel while others are computed; stage 3 fetches parameters ahead in any case."""
@@ -59,19 +59,19 @@ def step_time(
 ) -> StepTime:
     """Estimate a step of `micro_batches` micro-batches on each GPU, in bf16."""
     computing = micro_batch_seconds(model, seq_len, strategy, gpu)
-    exposed = 0.0
-    if num_gpus > 1:
-        data = (
-            BF16 * count_parameters(model).total * (num_gpus - 1) / num_gpus / ring_bandwidth(gpu, num_gpus)
-        )
-        if strategy.zero_stage == 3:
-            # Gathered for the forward and for the backward pass, gradients scattered: in each micro-batch.
-            exposed = micro_batches * max(0.0, 3 * data - 0.9 * computing)
-        else:
-            reductions = micro_batches if strategy.zero_stage == 2 else 1
-            hidden = 0.6 * computing if strategy.overlapped else 0.0  # behind the backward pass
-            reducing = data if strategy.zero_stage == 2 else 2 * data
-            exposed = reductions * max(0.0, reducing - hidden) + (data if strategy.zero_stage else 0.0)
+    weights = BF16 * count_parameters(model).total
+    data = weights * (num_gpus - 1) / num_gpus / ring_bandwidth(gpu, num_gpus)
+    if strategy.zero_stage == 3:
+        # Gathered for the forward and for the backward pass, gradients scattered: in each micro-batch.
+        moving = 3 * data
+        if strategy.offload == "optimizer+parameters":
+            moving += 2 * weights / num_gpus / HOST_BANDWIDTH
+        exposed = micro_batches * max(0.0, moving - 0.9 * computing)
+    else:
+        reductions = micro_batches if strategy.zero_stage == 2 else 1
+        hidden = 0.6 * computing if strategy.overlapped else 0.0  # behind the backward pass
+        reducing = data if strategy.zero_stage == 2 else 2 * data
+        exposed = reductions * max(0.0, reducing - hidden) + (data if strategy.zero_stage else 0.0)
     share = num_gpus if strategy.zero_stage else 1
     return StepTime(
         computing=micro_batches * computing,
