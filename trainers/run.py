@@ -47,15 +47,17 @@ CPU_ALLOCATOR = {
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 POLL_SECONDS = 5.0
-GROW_AGAIN_SECONDS = 600.0
+GROW_AGAIN_SECONDS = (60.0, 600.0)
+"""After growing did not help, until it is tried again: at first, then twice as long each time, at most."""
 EXIT_HEAD_DRAINS = 75
 """Exit status where the driver's own node is going away: EX_TEMPFAIL of sysexits.h, "try again later"."""
 # Between a group whose processes did not find each other and the next try.
 RENDEZVOUS_PAUSE_SECONDS = 5.0
 RENDEZVOUS_TIMEOUT_SECONDS = 300
-# What an ended pipeline of Ray Data has claimed counts as taken until then (cluster/session.py), and an elastic group
-# would start with fewer workers than fit.
-CLAIMS_EXPIRE_SECONDS = 10.0
+# Until then what an ended pipeline of Ray Data has claimed counts as taken (cluster/session.py), and Ray, which looks
+# at the nodes every 20 s, may not know one that joined 5 s before: an elastic group would start with fewer workers
+# than fit.
+NODES_KNOWN_SECONDS = 15.0
 
 
 class RunFailed(RuntimeError):
@@ -113,7 +115,7 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
                 raise SystemExit(EXIT_HEAD_DRAINS)
             store.delete(STOP)
             if config.cluster.min_workers:
-                asked.wait(CLAIMS_EXPIRE_SECONDS)
+                asked.wait(NODES_KNOWN_SECONDS)
         tell("stopped", attempt=latest_attempt(store))
 
 
@@ -207,8 +209,8 @@ class NodeWatch:
         self._driver_node = ray.get_runtime_context().get_node_id()
         self._left: set[str] = set()
         """Draining nodes that a group has been asked to leave already."""
-        self._grown = (0, 0.0)
-        """Workers that a group was asked to grow to last, and when."""
+        self._tried, self._again, self._pause = 0, 0.0, 0.0
+        """Workers that a group was asked to grow to last, when as many may be asked for again, and how long that is."""
 
     def __enter__(self) -> None:
         self._ended, self._former = threading.Event(), latest_attempt(self._store)
@@ -247,7 +249,9 @@ class NodeWatch:
             return False
         self._left |= {node["NodeID"] for node in leaving}
         if reason == GROW:
-            self._grown = self._fitting, time.monotonic()
+            first, longest = GROW_AGAIN_SECONDS
+            self._pause = min(2 * self._pause, longest) if self._fitting <= self._tried else first
+            self._tried, self._again = self._fitting, time.monotonic() + self._pause
         return True
 
     def _could_grow(self, nodes: Sequence[Mapping[str, Any]]) -> bool:
@@ -258,9 +262,8 @@ class NodeWatch:
         before, self._fitting = self._fitting, fitting_workers(self._cluster, nodes)
         size = latest_world_size(self._store)
         if self._fitting <= size:
-            self._grown = 0, 0.0  # what comes from now on is new
-        tried, since = self._grown
-        if self._fitting <= tried and time.monotonic() - since < GROW_AGAIN_SECONDS:
+            self._tried = 0  # what comes from now on is new
+        if self._fitting <= self._tried and time.monotonic() < self._again:
             return False
         # Twice the same: of nodes that come together none is left behind.
         return before == self._fitting > size
