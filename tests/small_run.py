@@ -1,6 +1,7 @@
 """A pretraining run small enough for a test, through the entry that users call, on real text."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from cluster.storage import Store, open_store
 from data.manifest import read_manifest
 from data.order import Order, OrderConfig
 from data.shards import read_fragment
-from trainers.metrics import read_metrics, steps_of
+from trainers.metrics import events_of, read_attempts, read_metrics, steps_of
 
 STEPS = 200  # some seconds: time enough to kill something in the middle
 SETTINGS = {
@@ -118,6 +119,24 @@ def wait_for_step(store: Store, step: int, process: subprocess.Popen[bytes], sec
         assert process.poll() is None, "the run ended before the step was reached"
         assert time.monotonic() < ends, f"step {step} was not reached in {seconds} s"
         time.sleep(0.2)
+
+
+def tell_costs(store: Store) -> None:
+    """Print what each new start of workers cost: seconds without a new step, and steps done again (`pytest -s`)."""
+    attempts = read_attempts(store)
+    steps = steps_of(attempts)
+    for start in events_of(attempts, "start")[1:]:
+        number = start["attempt"]
+        before = [record for record in steps if record["attempt"] < number]
+        reached = max((r["step"] for r in before), default=0)
+        left = max((r["time"] for r in before), default=math.nan)
+        own = [record for record in steps if record["attempt"] == number]
+        new = min((r["time"] for r in own if r["step"] > reached), default=math.nan)
+        again = sum(r["step"] <= reached for r in own)
+        print(
+            f"start {number}, {start['world_size']} workers: {new - left:.0f} s to the next new step, "
+            f"{again} steps done again"
+        )
 
 
 def training_workers(driver_pid: int) -> list[psutil.Process]:

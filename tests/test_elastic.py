@@ -8,7 +8,7 @@ import pytest
 
 from cluster.storage import open_store
 from tests.ray_nodes import RayNodes, kill_node, spent_seconds
-from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number, wait_for_step
+from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number, tell_costs, wait_for_step
 from trainers.goodput import goodput_of
 from trainers.metrics import events_of, read_attempts
 from trainers.stopping import STOP
@@ -67,6 +67,7 @@ def test_a_run_grows_with_a_node_leaves_one_that_drains_and_survives_one_that_di
         wait_for_accounts(nodes, store)
         store.put(STOP, b"")
         assert run.finish(driver) == 0, run.output()
+    tell_costs(store)
     found = steps_by_number(store)
     assert sorted(found) == list(range(1, max(found) + 1))
     assert [found[s]["digest"] for s in sorted(found)] == expected_digests(

@@ -17,6 +17,7 @@ from tests.small_run import (
     expected_digests,
     put_corpus,
     steps_by_number,
+    tell_costs,
     training_workers,
     wait_for_step,
 )
@@ -49,6 +50,7 @@ def end(run: SmallRun, store: Store, driver: subprocess.Popen[bytes]) -> None:
     """Stop the run; all rows of all its steps must be the order's."""
     store.put(STOP, b"")
     assert run.finish(driver) == 0, run.output()
+    tell_costs(store)
     found = steps_by_number(store)
     assert sorted(found) == list(range(1, max(found) + 1))
     digests = expected_digests(f"{run.root}/prepared", sorted(found))

@@ -12,7 +12,7 @@ from cluster.session import PROJECT
 from cluster.storage import open_store
 from tests.hosts import Hosts
 from tests.ray_nodes import RAY, RayNodes
-from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number
+from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number, tell_costs
 from trainers.checkpoint import committed
 from trainers.metrics import events_of, read_attempts
 from trainers.stopping import STOP
@@ -95,6 +95,7 @@ def test_hosts_that_are_slowed_and_cut_off_cost_no_row(hosts, tmp_path):
         ):
             assert time.monotonic() < ends, job("logs", "run")[-4000:]
             time.sleep(1)
+        tell_costs(store)
         found = steps_by_number(store)
         assert sorted(found) == list(range(1, max(found) + 1))
         digests = expected_digests(f"{run.root}/prepared", sorted(found))
