@@ -9,6 +9,7 @@ are compared with those that the order names, and each second is accounted for.
 """
 
 import argparse
+import itertools
 import math
 import os
 import random
@@ -40,6 +41,7 @@ from tests.small_run import (
 )
 from trainers.goodput import goodput_of
 from trainers.metrics import Record, events_of, read_attempts, steps_of
+from trainers.results import goodput_line
 from trainers.stopping import STOP
 from trainers.units import duration
 
@@ -168,19 +170,26 @@ def suffer(soak: Soak, seconds: float, every: float) -> list[Suffered]:
 
 
 def print_faults(suffered: list[Suffered], attempts: list[Record]) -> None:
-    """A table by fault: how often, seconds to the next new step, steps computed again for it."""
+    """A table by fault: how often, the longest time without a new step that came after it, steps done again."""
     steps = sorted(steps_of(attempts), key=lambda record: record["time"])
+    # When the run came further than ever before.
+    reached = list(itertools.accumulate((record["step"] for record in steps), max))
+    new = [each["time"] for each, before in zip(steps, [0, *reached], strict=False) if each["step"] > before]
     rows: dict[str, list[tuple[float, int]]] = {}
     for fault, after in zip(suffered, [*suffered[1:], Suffered("end", math.inf)], strict=True):
-        before = max((r["step"] for r in steps if r["time"] <= fault.time), default=0)
-        new = [r["time"] for r in steps if r["time"] > fault.time and r["step"] > before]
-        again = sum(fault.time < r["time"] < after.time and r["step"] <= before for r in steps)
-        rows.setdefault(fault.name, []).append((min(new, default=math.nan) - fault.time, again))
-    print("\n| fault | times | seconds to the next new step, median | steps computed again, most |")
+        gaps = [b - a for a, b in itertools.pairwise(new) if b > fault.time and a < after.time]
+        again = sum(
+            fault.time < record["time"] < after.time and record["step"] <= before
+            for record, before in zip(steps, [0, *reached], strict=False)
+        )
+        rows.setdefault(fault.name, []).append((max(gaps, default=math.nan), again))
+    print("\n| fault | times | longest without a new step, s, median | steps done again, median |")
     print("|---|---|---|---|")
     for name, found in sorted(rows.items()):
-        seconds, again = zip(*found, strict=True)
-        print(f"| {name} | {len(found)} | {statistics.median(seconds):.0f} | {max(again)} |")
+        seconds, again_each = zip(*found, strict=True)
+        print(
+            f"| {name} | {len(found)} | {statistics.median(seconds):.0f} | {statistics.median(again_each):.0f} |"
+        )
     print()
 
 
@@ -193,13 +202,12 @@ def print_outcome(attempts: list[Record], prepared: str, history: dict[int, Reco
         if history[step]["digest"] != digest
     ]
     repeated = len(steps_of(attempts)) - len(steps)
-    goodput = goodput_of(attempts)
     print(f"workers started {len(events_of(attempts, 'start'))} times")
     print(f"{len(steps):,} steps, of {steps[-1]:,} none missing: {steps == list(range(1, steps[-1] + 1))}")
     print(
         f"steps with other rows than the order's: {len(wrong)}; steps computed again after faults: {repeated:,}"
     )
-    print(f"goodput {goodput.share:.1%} of {duration(goodput.total)}: {goodput}")
+    print(goodput_line(goodput_of(attempts)))
     if wrong or steps != list(range(1, steps[-1] + 1)):
         raise SystemExit(1)
 
