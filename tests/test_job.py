@@ -9,7 +9,7 @@ import pytest
 from cluster.session import PROJECT
 from cluster.storage import open_store
 from tests.ray_nodes import RAY, RayNodes, kill_node
-from tests.small_run import SmallRun, put_corpus, steps_by_number
+from tests.small_run import SmallRun, put_corpus, steps_by_number, tell_costs
 from trainers.metrics import events_of, read_attempts
 
 pytestmark = pytest.mark.cluster
@@ -41,6 +41,7 @@ def test_a_submitted_job_goes_on_after_a_stop_and_after_kill_9_of_the_head(tmp_p
         nodes.start_head(num_cpus=2)
         printed = submit(nodes, "third", entrypoint=entrypoint)
     assert re.search(r"third' succeeded", printed), printed
+    tell_costs(store)
     starts = events_of(read_attempts(store), "start")
     assert [start["step"] for start in starts][:2] == [0, stopped_at], "a stop lost a step, or did one twice"
     assert len(starts) == 3 and starts[2]["step"] > stopped_at, (

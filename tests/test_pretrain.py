@@ -16,6 +16,7 @@ from tests.small_run import (
     kill_tree,
     put_corpus,
     steps_by_number,
+    tell_costs,
     training_workers,
     wait_for_step,
 )
@@ -135,6 +136,7 @@ def test_sigterm_saves_and_exits_0_and_the_same_command_goes_on(unbroken, tmp_pa
     stopped_at = max(steps_by_number(store))
     assert stopped_at < STEPS
     assert run.finish(run.start(cluster__num_workers=2)) == 0, run.output()
+    tell_costs(store)
     found, expected = steps_by_number(store), steps_by_number(reference)
     assert [found[step]["digest"] for step in sorted(found)] == [
         expected[s]["digest"] for s in sorted(expected)
