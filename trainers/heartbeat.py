@@ -15,10 +15,10 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 from cluster.storage import Store
+from trainers.background import Background
 
 EXIT_HUNG = 75
 """Exit status of a worker that its watchdog ended: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -55,7 +55,7 @@ class HeartbeatConfig:
             yield f"{at}.linger_seconds={self.linger_seconds} is negative; 0 ends the process at once"
 
 
-class Heartbeat:
+class Heartbeat(Background):
     """The watchdog of one worker, running from `__enter__` to `__exit__`.
 
     Args:
@@ -63,13 +63,12 @@ class Heartbeat:
     """
 
     def __init__(self, config: HeartbeatConfig, store: Store, *, rank: int, attempt: int) -> None:
+        super().__init__("heartbeat")
         self._config = config
         self._store = store
         self._rank = rank
         self._attempt = attempt
         self._last = (time.monotonic(), 0, "start")
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def beat(self, step: int, phase: str = "step") -> None:
         """Say that `phase` of `step` begins now. The limit is the phase's, or else `timeout_seconds`."""
@@ -78,16 +77,9 @@ class Heartbeat:
 
     def __enter__(self) -> Self:
         self._last = (time.monotonic(), *self._last[1:])
-        self._thread.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
+    def _run(self) -> None:
         remaining = self._remaining()
         while remaining > 0:
             backstop_seconds = remaining + self._config.linger_seconds + GIL_GRACE_SECONDS

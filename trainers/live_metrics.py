@@ -9,16 +9,15 @@ import logging
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from ray.util.metrics import Counter, Gauge
 
 from cluster.storage import StorageError, Store
+from trainers.background import Background
 from trainers.goodput import Accounts
 from trainers.metrics import Record, finite
 from trainers.progress import Tail
@@ -116,20 +115,19 @@ class Productive:
         return sum(self._pending.pop(step) for step in held)
 
 
-class LiveMetrics:
+class LiveMetrics(Background):
     """Hands records on to Ray's metrics of this process, for the length of a with-block.
 
     A worker that hangs goes on showing its last step, so that the age of that step can be alerted on.
     """
 
     def __init__(self, run: str) -> None:
+        super().__init__("live metrics")
         self._tags = {"run": run}
         self._gauges = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in GAUGES.items()}
         self._counters = {name: Counter(PREFIX + name, text, ("run",)) for name, text in COUNTERS.items()}
         self._productive = Productive()
         self._last: dict[str, float] = {}
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._refresh, name="live metrics", daemon=True)
 
     def observe(self, record: Record) -> None:
         """Takes a record with attempt and time. From any thread."""
@@ -141,17 +139,7 @@ class LiveMetrics:
             elif value > 0:  # Ray's counters refuse an increase by nothing
                 self._counters[name].inc(value, self._tags)
 
-    def __enter__(self) -> "LiveMetrics":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _refresh(self) -> None:
+    def _run(self) -> None:
         while not self._ended.wait(REFRESH_SECONDS):
             for name, value in list(self._last.items()):
                 self._gauges[name].set(value, self._tags)
@@ -202,7 +190,7 @@ class DriverLog:
             self._finished.set(finished, self._tags)
 
 
-class LiveGoodput:
+class LiveGoodput(Background):
     """Shows where the run's time went, for the length of a with-block: the accounts of the report, while it lives.
 
     The driver keeps them, for it is there while workers are not, and knows what was before it from the records.
@@ -216,25 +204,18 @@ class LiveGoodput:
         lacks_nodes: Callable[[], bool] = lambda: False,
     ) -> None:
         """Takes the run's name, store and clock, and what tells whether nodes are missing for its workers."""
-        self._run, self._now, self._lacks_nodes = run, now, lacks_nodes
+        # At the end it may read from a storage that does not answer: that is not waited for.
+        super().__init__("live goodput", join_seconds=REFRESH_SECONDS)
+        self._name, self._now, self._lacks_nodes = run, now, lacks_nodes
         self._tail, self._accounts = Tail(store, whole=True), Accounts()
         name = "spent_seconds"
         self._gauge = Gauge(PREFIX + name, DRIVER_GAUGES[name], ("run", "part"))
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="live goodput", daemon=True)
 
-    def __enter__(self) -> "LiveGoodput":
+    def __enter__(self) -> Self:
         self._accounts.ask(self._now())
-        self._thread.start()
-        return self
+        return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join(REFRESH_SECONDS)  # it only reads, perhaps from a storage that does not answer
-
-    def _follow(self) -> None:
+    def _run(self) -> None:
         read = -math.inf
         while True:
             if time.monotonic() - read >= READ_SECONDS:
@@ -253,4 +234,4 @@ class LiveGoodput:
 
     def _show(self) -> None:
         for part, seconds in asdict(self._accounts.goodput(self._now(), self._lacks_nodes())).items():
-            self._gauge.set(seconds, {"run": self._run, "part": part})
+            self._gauge.set(seconds, {"run": self._name, "part": part})

@@ -6,11 +6,10 @@ nothing. It works from anywhere: put an empty object `stop` into the run's folde
 
 import logging
 import threading
-from types import TracebackType
-from typing import Self
 
 from cluster.storage import Store
 from cluster.store import StorageError
+from trainers.background import Background
 
 STOP = "stop"
 # What it holds where the driver put it for the nodes' sake: more workers fit, a node of theirs drains, or the driver's.
@@ -23,32 +22,20 @@ POLL_SECONDS = 0.5
 logger = logging.getLogger(__name__)
 
 
-class StopRequest:
+class StopRequest(Background):
     """Looks for the request in a thread of its own; asking it costs nothing."""
 
     def __init__(self, run: Store) -> None:
-        self._run = run
-        self._found = threading.Event()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="stop request", daemon=True)
+        super().__init__("stop request")
+        self._store, self._found = run, threading.Event()
 
     def __call__(self) -> bool:
         return self._found.is_set()
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _look(self) -> None:
+    def _run(self) -> None:
         while not self._ended.wait(POLL_SECONDS) and not self._found.is_set():
             try:
-                if self._run.exists(STOP):
+                if self._store.exists(STOP):
                     self._found.set()
             except StorageError as error:
                 logger.warning("cannot look for a request to stop, training goes on: %s", error)
