@@ -22,7 +22,8 @@ from torch import Tensor
 from cluster.keys import keys_of
 from cluster.storage import open_store
 from trainers.export import Exported, load_exported
-from trainers.model import Backbone, Cache
+from trainers.layers import Cache
+from trainers.model import Backbone
 from trainers.shape import ModelConfig
 
 PADDING_SEGMENT, PROMPT_SEGMENT = -1, 0
