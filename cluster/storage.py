@@ -23,10 +23,10 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from cluster.google_store import GoogleStore
+from cluster.local_store import LocalStore
 from cluster.remote_store import Failure, RemoteStore
 from cluster.store import (
     TOO_SHORT,
-    LocalStore,
     ObjectInfo,
     RetryPolicy,
     StorageError,

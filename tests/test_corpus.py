@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.local_store import LocalStore
 from cluster.storage import StorageError, open_store
-from cluster.store import LocalStore
 from data.clean import normalise
 from data.corpus import (
     CorpusConfig,

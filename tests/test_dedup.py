@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.local_store import LocalStore
 from cluster.storage import open_store
-from cluster.store import LocalStore
 from data.clean import content_hash
 from data.dedup import (
     HashFile,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.local_store import LocalStore
 from cluster.storage import Store, open_store
-from cluster.store import LocalStore
 from data.manifest import Fragments, Manifest
 from data.shards import PART_TOKENS, ShardError, ShardWriter, read_fragment, read_fragment_documents
 
