@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from trainers.metrics import Record
+from trainers.units import duration
 
 
 @dataclass(frozen=True)
@@ -154,3 +155,16 @@ def goodput_of(attempts: Iterable[Record]) -> Goodput:
     for record in sorted(attempts, key=lambda record: record["attempt"]):
         accounts.add(record)
     return accounts.goodput()
+
+
+def goodput_line(goodput: Goodput) -> str:
+    """The share of the time that went into training, and what took more than a hundredth of the rest."""
+    rest = {key: value for key, value in asdict(goodput).items() if key != "training"}
+    named = [
+        f"{key.replace('_', ' ')} {duration(value)}"
+        for key, value in sorted(rest.items(), key=lambda item: -item[1])
+        if value >= 0.01 * goodput.total
+    ]
+    return f"goodput {goodput.share:.1%} of {duration(goodput.total)}" + "".join(
+        f", {part}" for part in named
+    )

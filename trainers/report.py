@@ -19,7 +19,7 @@ import yaml
 
 from cluster.storage import Store, open_store
 from trainers.charts import draw_charts
-from trainers.goodput import goodput_of
+from trainers.goodput import goodput_line, goodput_of
 from trainers.metrics import events_of
 from trainers.results import (
     Measure,
@@ -28,7 +28,6 @@ from trainers.results import (
     Totals,
     attempts_of,
     energy_of,
-    goodput_line,
     judged,
     measures_of,
     read_run,

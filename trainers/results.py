@@ -4,7 +4,7 @@ Everything may be missing, for a run is looked at while it goes on; what is not 
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from cluster.config import from_dict
 from cluster.hardware import Energy, EnergyConfig, estimate_energy
 from cluster.storage import Store
-from trainers.goodput import Goodput, goodput_of
+from trainers.goodput import goodput_line, goodput_of
 from trainers.metrics import (
     Record,
     attempt_starts,
@@ -299,16 +299,3 @@ def summary_lines(run: RunFiles) -> list[str]:
     if estimate := energy_of(run):
         lines.append(f"{energy(estimate.kwh)}, {mass(estimate.co2_grams)} CO2 ({estimate.assumption})")
     return lines
-
-
-def goodput_line(goodput: Goodput) -> str:
-    """The share of the time that went into training, and what took more than a hundredth of the rest."""
-    rest = {key: value for key, value in asdict(goodput).items() if key != "training"}
-    named = [
-        f"{key.replace('_', ' ')} {duration(value)}"
-        for key, value in sorted(rest.items(), key=lambda item: -item[1])
-        if value >= 0.01 * goodput.total
-    ]
-    return f"goodput {goodput.share:.1%} of {duration(goodput.total)}" + "".join(
-        f", {part}" for part in named
-    )
