@@ -39,9 +39,8 @@ from tests.small_run import (
     steps_by_number,
     training_workers,
 )
-from trainers.goodput import goodput_of
+from trainers.goodput import goodput_line, goodput_of
 from trainers.metrics import Record, events_of, read_attempts, steps_of
-from trainers.results import goodput_line
 from trainers.stopping import STOP
 from trainers.units import duration
 
@@ -172,24 +171,23 @@ def suffer(soak: Soak, seconds: float, every: float) -> list[Suffered]:
 def print_faults(suffered: list[Suffered], attempts: list[Record]) -> None:
     """A table by fault: how often, the longest time without a new step that came after it, steps done again."""
     steps = sorted(steps_of(attempts), key=lambda record: record["time"])
-    # When the run came further than ever before.
-    reached = list(itertools.accumulate((record["step"] for record in steps), max))
-    new = [each["time"] for each, before in zip(steps, [0, *reached], strict=False) if each["step"] > before]
+    # How far the run had come before each of them.
+    reached = itertools.accumulate((record["step"] for record in steps[:-1]), max, initial=0)
+    is_new = [record["step"] > before for record, before in zip(steps, reached, strict=True)]
+    times = [record["time"] for record in steps]
+    new = list(itertools.compress(times, is_new))
     rows: dict[str, list[tuple[float, int]]] = {}
     for fault, after in zip(suffered, [*suffered[1:], Suffered("end", math.inf)], strict=True):
         gaps = [b - a for a, b in itertools.pairwise(new) if b > fault.time and a < after.time]
         again = sum(
-            fault.time < record["time"] < after.time and record["step"] <= before
-            for record, before in zip(steps, [0, *reached], strict=False)
+            fault.time < time < after.time and not first for time, first in zip(times, is_new, strict=True)
         )
         rows.setdefault(fault.name, []).append((max(gaps, default=math.nan), again))
-    print("\n| fault | times | longest without a new step, s, median | steps done again, median |")
+    print("\n| fault | times | longest without a new step, s, median | steps done again, most |")
     print("|---|---|---|---|")
     for name, found in sorted(rows.items()):
-        seconds, again_each = zip(*found, strict=True)
-        print(
-            f"| {name} | {len(found)} | {statistics.median(seconds):.0f} | {statistics.median(again_each):.0f} |"
-        )
+        seconds, again = zip(*found, strict=True)
+        print(f"| {name} | {len(found)} | {statistics.median(seconds):.0f} | {max(again)} |")
     print()
 
 

@@ -121,6 +121,18 @@ def wait_for_step(store: Store, step: int, process: subprocess.Popen[bytes], sec
         time.sleep(0.2)
 
 
+def wait_for_start(
+    store: Store, number: int, process: subprocess.Popen[bytes], seconds: float = 180.0
+) -> dict[str, Any]:
+    """The event of the run's n-th start of workers."""
+    ends = time.monotonic() + seconds
+    while len(starts := events_of(read_attempts(store), "start")) < number:
+        assert process.poll() is None, "the run ended before"
+        assert time.monotonic() < ends, f"start {number} did not come in {seconds} s"
+        time.sleep(0.2)
+    return starts[number - 1]
+
+
 def tell_costs(store: Store) -> None:
     """Print what each new start of workers cost: seconds without a new step, and steps done again (`pytest -s`)."""
     attempts = read_attempts(store)

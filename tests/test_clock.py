@@ -13,7 +13,14 @@ import pytest
 from cluster.session import PROJECT
 from cluster.storage import open_store
 from tests.ray_nodes import HERE, Place, RayNodes
-from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number, wait_for_step
+from tests.small_run import (
+    SmallRun,
+    expected_digests,
+    put_corpus,
+    steps_by_number,
+    wait_for_start,
+    wait_for_step,
+)
 from trainers.checkpoint import committed
 from trainers.checkpoint_commit import read_record
 from trainers.clock import TOLERANCE_SECONDS, RunClock
@@ -46,7 +53,7 @@ def test_a_wrong_clock_tells_the_stores_time(tmp_path, seconds):
     assert told == pytest.approx(time.time(), abs=30)
 
 
-def test_a_clock_that_differs_by_less_than_the_store_can_tell_is_left_alone(tmp_path, monkeypatch):
+def test_a_clock_that_differs_by_less_than_the_store_can_tell_is_left_alone(tmp_path):
     class Behind(type(open_store(str(tmp_path)))):
         def clock(self) -> float:
             return math.floor(time.time()) - 0.9 * (TOLERANCE_SECONDS - 1)
@@ -106,12 +113,3 @@ def test_a_worker_on_a_host_whose_clock_is_hours_off_costs_no_row_and_the_accoun
     assert min(vars(accounts).values()) >= -0.1
     kept = [int(name.split("-")[1]) for name in committed(store)]
     assert kept[0] == max(found) and len(kept) == 2, "the newest checkpoints are not those that were kept"
-
-
-def wait_for_start(store, number: int, process, seconds: float = 180.0) -> None:
-    """Return once workers were started for the n-th time."""
-    ends = time.monotonic() + seconds
-    while len(events_of(read_attempts(store), "start")) < number:
-        assert process.poll() is None, "the run ended before"
-        assert time.monotonic() < ends
-        time.sleep(0.2)

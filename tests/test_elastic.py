@@ -8,9 +8,17 @@ import pytest
 
 from cluster.storage import open_store
 from tests.ray_nodes import RayNodes, kill_node, spent_seconds
-from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number, tell_costs, wait_for_step
+from tests.small_run import (
+    SmallRun,
+    expected_digests,
+    put_corpus,
+    steps_by_number,
+    tell_costs,
+    wait_for_start,
+    wait_for_step,
+)
 from trainers.goodput import goodput_of
-from trainers.metrics import events_of, read_attempts
+from trainers.metrics import read_attempts
 from trainers.stopping import STOP
 
 pytestmark = pytest.mark.cluster
@@ -24,16 +32,6 @@ CHANGES = {
     "checkpoint__every_steps": 200,
     "validation__every_steps": 1_000,
 }
-
-
-def wait_for_start(store, number: int, process, seconds: float = 120.0) -> dict:
-    """The event of the run's n-th start of workers."""
-    ends = time.monotonic() + seconds
-    while len(starts := events_of(read_attempts(store), "start")) < number:
-        assert process.poll() is None, "the run ended before"
-        assert time.monotonic() < ends, f"start {number} did not come in {seconds} s"
-        time.sleep(0.2)
-    return starts[number - 1]
 
 
 def test_a_run_grows_with_a_node_leaves_one_that_drains_and_survives_one_that_dies(tmp_path, monkeypatch):

@@ -38,8 +38,8 @@ def step_record(step, **values):
     return {"step": step, "loss": 5.0 - step / 1000, "tokens": 4096, **values}
 
 
-def write(store, attempt, records):
-    with MetricsWriter(store, attempt, NEVER) as writer:
+def write(store, attempt, records, now=time.time):
+    with MetricsWriter(store, attempt, NEVER, now=now) as writer:
         for record in records:
             writer.write(record)
 
@@ -222,10 +222,9 @@ def test_tensorboard_reads_the_same_history(tmp_path, monkeypatch):
     store = open_store(str(tmp_path))
     write(store, 1, [{"step": 0, "event": "start"}, *(step_record(s, loss=float(s)) for s in range(1, 21))])
     a_minute_later = time.time() + 60
-    monkeypatch.setattr("time.time", lambda: a_minute_later)
     again = [step_record(s, loss=float(-s)) for s in range(11, 16)]
     validation = {"step": 15, "validation": {"bits_per_byte": 1.75}}
-    write(store, 2, [{"step": 10, "event": "start"}, *again, validation])
+    write(store, 2, [{"step": 10, "event": "start"}, *again, validation], now=lambda: a_minute_later)
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     expected = [(s, s) for s in range(1, 11)] + [(s, -s) for s in range(11, 16)]

@@ -104,17 +104,15 @@ class MetricsWriter:
         attempt: int,
         flush_seconds: float = 5.0,
         observers: Sequence[Callable[[Record], None]] = (),
-        now: Callable[[], float] | None = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
-        """Takes the run's store, and what tells unix time, if not this host.
+        """Takes the run's store, and what tells unix time.
 
         A killed process loses what is younger than `flush_seconds`.
 
         `observers` are called with each record as it is written; they must not wait.
         """
-        self._store = store
-        self._now = now
-        self._observers = observers
+        self._store, self._now, self._observers = store, now, observers
         self._attempt = attempt
         self._pending: deque[Record] = deque()
         self._num_dropped = self._num_dropped_told = 0
@@ -126,7 +124,7 @@ class MetricsWriter:
 
     def write(self, record: Record) -> None:
         """Takes a record, which must have a `step`; attempt and time are added. From any thread."""
-        record = {**record, "attempt": self._attempt, "time": self._now() if self._now else time.time()}
+        record = {**record, "attempt": self._attempt, "time": self._now()}
         for observe in self._observers:
             observe(record)
         if len(self._pending) < MAX_PENDING:

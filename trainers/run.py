@@ -195,7 +195,8 @@ def lacks_nodes(cluster: ClusterConfig) -> bool:
     """Whether the fewest workers that the run cannot do without do not fit on the living nodes."""
     try:
         return fitting_workers(cluster, ray.nodes()) < cluster.fewest_workers
-    except RayError:
+    except RayError as error:
+        logger.warning("cannot look at the nodes: %s", error)
         return False
 
 
