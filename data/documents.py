@@ -53,6 +53,20 @@ class Broken:
 _Record = tuple[int, Any, Any, bytes]
 
 
+def raw_texts(uri: str) -> Iterator[str]:
+    """The texts of a raw corpus in the default format, records that hold none left out.
+
+    Raises:
+        CorpusError, StorageError: as `list_raw_shards` and `read_documents`.
+    """
+    config = CorpusConfig(uri=uri, prepared=f"{uri}-unused")
+    store = open_store(uri)
+    for shard in list_raw_shards(config):
+        for document in read_documents(store, shard, config):
+            if isinstance(document, Document):
+                yield document.text
+
+
 def read_documents(store: Store, shard: RawShard, config: CorpusConfig) -> Iterator[Document | Broken]:
     """Read a raw shard in order, holding one record (of Parquet: a page and 64 rows) at a time.
 

@@ -3,9 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from cluster.storage import open_store
-from data.corpus import CorpusConfig, list_raw_shards
-from data.documents import Document, read_documents
+from data.documents import raw_texts
 from data.near_duplicates import folded
 
 RUN = 40
@@ -19,13 +17,10 @@ def texts_within(texts: Sequence[str], corpus_uri: str) -> set[int]:
     Raises:
         CorpusError: there is no corpus.
     """
-    config = CorpusConfig(uri=corpus_uri, prepared=f"{corpus_uri}-unused")
-    store, runs = open_store(corpus_uri), Runs(texts)
+    runs = Runs(texts)
     found: set[int] = set()
-    for shard in list_raw_shards(config):
-        for document in read_documents(store, shard, config):
-            if isinstance(document, Document):
-                found |= runs.found_in(document.text)
+    for text in raw_texts(corpus_uri):
+        found |= runs.found_in(text)
     return found
 
 

@@ -1,5 +1,6 @@
 """Labelled sample tasks as JSONL: sentiment of movie sentences, topics of WordNet glosses, forms of Chinese verse.
 
+Beside each task `TASK-unlabelled/` holds text of its kind without labels, to pretrain on (tune/domain_text.py).
 They come out of packages pinned by version and hash, which are read as archives and never imported:
 vaderSentiment 2.5 (source archive from PyPI, MIT; sentences of movie reviews with a mean human valence),
 wordnet-base 1:3.0-37 (Debian), chinese-poetry 2.0.1 (npm, MIT, 85 MB).
@@ -16,9 +17,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -33,8 +35,17 @@ TOPICS = {
 """Lexicographer files of WordNet (lexnames(5WN)) that make the classes; the rest is left out."""
 PER_CLASS = 1_500
 """Records of a class at most, in topics and poems: the ones with the smallest content hashes."""
+UNLABELLED_PER_CLASS = 20_000
+"""As many of the next ones are text to pretrain on."""
 
 Record = dict[str, Any]
+
+
+class SampleTask(NamedTuple):
+    """A task's records, and text of its kind."""
+
+    labelled: list[Record]
+    unlabelled: list[Record]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,16 +61,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{unknown[0]} is none of {', '.join(TASKS)}")
     store = open_store(options.output)
     for name in options.tasks or ["movies"]:
-        if store.exists(f"{name}.jsonl"):
+        records_path, text_path = f"{name}.jsonl", f"{name}-unlabelled/{name}.jsonl"
+        if store.exists(records_path) and store.exists(text_path):
             print(f"{name}: is in {store.uri}")
             continue
         fetch, digest, read = TASKS[name]
         with tempfile.TemporaryDirectory() as folder:
             archive = checked(fetch(Path(folder)), digest)
-            records = list(read(archive))
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        store.put(f"{name}.jsonl", lines.encode())
-        print(f"{name}: put {len(records):,} records into {store.uri}")
+            task = read(archive)
+        store.put(text_path, as_lines(task.unlabelled))
+        store.put(records_path, as_lines(task.labelled))
+        print(
+            f"{name}: put {len(task.labelled):,} records and {len(task.unlabelled):,} texts without labels into "
+            f"{store.uri}"
+        )
+
+
+def as_lines(records: Sequence[Record]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 def checked(archive: Path, digest: str) -> bytes:
@@ -97,20 +116,39 @@ def from_npm(folder: Path) -> Path:
 # --- reading ---
 
 
-def movie_records(archive: bytes) -> Iterator[Record]:
-    """Sentences with the mean valence that people gave them, -4 to 4; above 0 is positive."""
+MOVIES = "movieReviewSnippets"
+OTHERS = ("amazonReviewSnippets", "nytEditorialSnippets", "tweets")
+
+
+def movie_records(archive: bytes) -> SampleTask:
+    """Sentences with the mean valence that people gave them, -4 to 4; above 0 is positive. Text: sentences of reviews
+    of goods and of editorials, and tweets."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
         inner = member(outer, "hutto_ICWSM_2014.tar.gz")
+    records = []
     with tarfile.open(fileobj=io.BytesIO(inner)) as tar:
-        lines = member(tar, "movieReviewSnippets_GroundTruth.txt").decode("utf-8", "replace").splitlines()
-    for line in lines:
+        for number, valence, text in rated_texts(tar, MOVIES):
+            label = "positive" if valence > 0 else "negative"
+            records.append({"id": f"movie/{number}", "text": text, "label": label, "valence": valence})
+        texts = [
+            {"id": f"{kind}/{number}", "text": text}
+            for kind in OTHERS
+            for number, _, text in rated_texts(tar, kind)
+        ]
+    return SampleTask(records, texts)
+
+
+def rated_texts(tar: tarfile.TarFile, kind: str) -> Iterator[tuple[str, float, str]]:
+    """Number, mean valence and text of each line of a file of ratings."""
+    content = member(tar, f"{kind}_GroundTruth.txt").decode("utf-8", "replace")
+    for line in content.splitlines():
         number, valence, text = line.split("\t", 2)
-        label = "positive" if float(valence) > 0 else "negative"
-        yield {"id": f"movie/{number}", "text": text.strip(), "label": label, "valence": float(valence)}
+        yield number, float(valence), text.strip()
 
 
-def topic_records(archive: bytes) -> Iterator[Record]:
-    """Glosses of nouns, without their examples, under the name of their lexicographer file."""
+def topic_records(archive: bytes) -> SampleTask:
+    """Glosses of nouns, without their examples, under the name of their lexicographer file. Text: the other glosses
+    of these topics."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "package.deb"
         package.write_bytes(archive)
@@ -123,7 +161,7 @@ def topic_records(archive: bytes) -> Iterator[Record]:
         if gloss and (topic := TOPICS.get(fields[1])):
             text = re.split(r'; "', gloss)[0].strip()
             found.append({"id": f"wordnet/{fields[0]}", "text": text, "label": topic})
-    yield from at_most(found, PER_CLASS)
+    return parted(found)
 
 
 FORMS = {
@@ -134,8 +172,8 @@ FORMS = {
 }
 
 
-def poem_records(archive: bytes) -> Iterator[Record]:
-    """Verse under its time and form; the text alone, its first 120 characters."""
+def poem_records(archive: bytes) -> SampleTask:
+    """Verse under its time and form; the text alone, its first 120 characters. Text: other verse."""
     found = []
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for info in tar:
@@ -148,7 +186,7 @@ def poem_records(archive: bytes) -> Iterator[Record]:
                 text = "".join(poem.get("paragraphs", []))[:120]
                 if len(text) >= 20:
                     found.append({"id": f"{place}:{number}", "text": text, "label": form})
-    yield from at_most(found, PER_CLASS)
+    return parted(found)
 
 
 def member(tar: tarfile.TarFile, name: str) -> bytes:
@@ -159,21 +197,28 @@ def member(tar: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
-def at_most(records: Sequence[Record], number: int) -> Iterator[Record]:
-    """Of each label the records with the smallest content hashes, each text once, in that order."""
-    taken: dict[str, int] = {}
+def parted(records: Sequence[Record]) -> SampleTask:
+    """Of each label the records with the smallest content hashes, each text once, in that order; of the next ones the
+    texts."""
+    taken: Counter[str] = Counter()
     seen: set[bytes] = set()
+    task = SampleTask([], [])
     for key, record in sorted(
         ((content_hash(r["text"].encode()), r) for r in records), key=lambda pair: pair[0]
     ):
+        if key in seen:
+            continue
+        seen.add(key)
         label = record["label"]
-        if key not in seen and taken.get(label, 0) < number:
-            seen.add(key)
-            taken[label] = taken.get(label, 0) + 1
-            yield record
+        taken[label] += 1
+        if taken[label] <= PER_CLASS:
+            task.labelled.append(record)
+        elif taken[label] <= PER_CLASS + UNLABELLED_PER_CLASS:
+            task.unlabelled.append({"id": record["id"], "text": record["text"]})
+    return task
 
 
-TASKS: dict[str, tuple[Callable[[Path], Path], str, Callable[[bytes], Iterator[Record]]]] = {
+TASKS: dict[str, tuple[Callable[[Path], Path], str, Callable[[bytes], SampleTask]]] = {
     "movies": (
         from_pypi,
         "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",

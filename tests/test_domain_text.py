@@ -19,6 +19,11 @@ def test_the_corpus_holds_training_texts_and_nothing_that_judges(
     ]
     uri = put_lines(tmp_path / "records.jsonl", records)
     task_file = put_task(tmp_path / "t.yaml", name="t", kind="classification", data={"uri": uri})
+    prepared = prepare_task(load_task(task_file), open_store(str(tmp_path / "prepared")))
+    judging = [e.content for e in [*prepared.read_test(), *prepared.read("validation")]]
+    others = [f"Another text of the same kind, number {i}, which nobody has labelled." for i in range(40)]
+    (tmp_path / "others").mkdir()
+    put_lines(tmp_path / "others" / "o.jsonl", [{"text": text} for text in [*others, *judging[:5]]])
     options = [
         "--task",
         task_file,
@@ -27,12 +32,17 @@ def test_the_corpus_holds_training_texts_and_nothing_that_judges(
         "--prepared",
         str(tmp_path / "prepared"),
     ]
-    domain_text.main(options)
-    prepared = prepare_task(load_task(task_file), open_store(str(tmp_path / "prepared")))
-    judging = [e.content for e in [*prepared.read_test(), *prepared.read("validation")]]
+    domain_text.main([*options, "--unlabelled", str(tmp_path / "others")])
     assert texts_within(judging, str(tmp_path / "text")) == set()
     written = "\n".join(
         json.loads(line)["text"] for line in (tmp_path / "text" / "t.jsonl").read_text().splitlines()
     )
-    found = [e for e in prepared.read("train") if e.content in written]
-    assert f"put {len(found):,} training texts" in capsys.readouterr().out and len(found) > 100
+    training = [e.content for e in prepared.read("train")]
+    found = [text for text in training if text in written]
+    assert all(text in written for text in others) and len(found) > 100
+    told = capsys.readouterr().out
+    assert f"put {len(found) + 40:,} texts" in told
+    assert (
+        f"left out {len(training) - len(found) + 5:,} of {len(training):,} training texts and 45 others"
+        in told
+    )

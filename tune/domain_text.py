@@ -1,6 +1,9 @@
-"""The training texts of a task as a raw corpus, for pretraining on the domain; what validates and tests stays out.
+"""The training texts of a task, and others like them, as a raw corpus for pretraining on the domain.
 
-python tune/domain_text.py --task trainers/tasks/movies.yaml --output corpora/movies-text
+What validates and tests stays out.
+
+    python tune/domain_text.py --task trainers/tasks/topics.yaml --unlabelled corpora/tasks/topics-unlabelled \
+      --output corpora/topics-text
 """
 
 import argparse
@@ -15,6 +18,8 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 from cluster.config import ConfigError
 from cluster.storage import open_store
+from data.corpus import CorpusError
+from data.documents import raw_texts
 from data.overlap import Runs
 from trainers.task import load_task
 from trainers.task_data import PreparedTask, prepare_task
@@ -34,12 +39,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--prepared", default="corpora/tasks/prepared", metavar="URI", help="folder of split tasks"
     )
+    parser.add_argument(
+        "--unlabelled", action="append", default=[], metavar="URI",
+        help="raw corpus (JSONL, Parquet, text) to be taken in too; may be given several times",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     try:
         prepared = prepare_task(load_task(options.task), open_store(options.prepared))
-    except ConfigError as error:
+        unlabelled = [text for uri in options.unlabelled for text in raw_texts(uri)]
+    except (ConfigError, CorpusError) as error:
         raise SystemExit(f"domain_text: {error}") from None
-    texts = [example.content for example in prepared.read("train")]
+    texts = [example.content for example in prepared.read("train")] + unlabelled
     random.Random(0).shuffle(texts)
     judging = [example.content for split in ("validation", "test") for example in read_split(prepared, split)]
     # Texts that are no near-duplicates may still share a long quotation: those are left out.
@@ -53,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     open_store(options.output).put(f"{name}.jsonl", "".join(f"{line}\n" for line in lines).encode())
     print(
-        f"put {len(kept):,} training texts as {len(documents):,} documents into {options.output}; left out "
-        f"{len(texts) - len(kept):,} that share a run of characters with a validation or test text"
+        f"put {len(kept):,} texts as {len(documents):,} documents into {options.output}; left out "
+        f"{len(texts) - len(kept):,} of {len(texts) - len(unlabelled):,} training texts and {len(unlabelled):,} "
+        "others, which share a run of characters with a validation or test text"
     )
 
 
