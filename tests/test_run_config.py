@@ -14,11 +14,14 @@ from cluster.session import PROJECT, ClusterConfig, joined_resources, shortages
 from cluster.storage import open_store
 from data.tokens import TokenizerConfig, train_tokenizer
 from trainers.config import BatchConfig, PretrainConfig, absolute, changed_keys, run_store
+from trainers.finetune_config import FinetuneConfig
 from trainers.model import Backbone
 from trainers.planning import resources_here
 from trainers.pretrain import main
 from trainers.run_folder import CONFIG, check_unchanged
 from trainers.shape import count_parameters
+from tune.label_efficiency import CurveConfig
+from tune.sweep_config import SweepConfig
 
 # As the sample's documents are named, and in both its languages.
 DOCUMENTS = [
@@ -193,3 +196,11 @@ def test_no_secret_of_the_environment_reaches_a_run_folder(monkeypatch):
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
     assert "planted-secret" not in json.dumps(environment(load()))
+
+
+def test_what_commands_leave_is_not_uploaded_with_a_job() -> None:
+    """`ray job submit` leaves out what .gitignore names; models among it would be more than Ray takes."""
+    ignored = (PROJECT / ".gitignore").read_text().split()
+    folders = [PretrainConfig().run.storage, FinetuneConfig().run.storage, FinetuneConfig().run.prepared]
+    folders += [SweepConfig().sweep.storage, CurveConfig().storage]
+    assert {f"/{folder.partition('/')[0]}/" for folder in folders} <= set(ignored)
