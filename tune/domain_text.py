@@ -1,9 +1,9 @@
 """The training texts of a task, and others like them, as a raw corpus for pretraining on the domain.
 
-What validates and tests stays out.
+What validates and tests stays out, and that of other tasks for which the same backbone is meant.
 
     python tune/domain_text.py --task trainers/tasks/topics.yaml --unlabelled corpora/tasks/topics-unlabelled \
-      --output corpora/topics-text
+      --keep-out trainers/tasks/movies.yaml --output corpora/topics-text
 """
 
 import argparse
@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", required=True, metavar="FILE", help="task file")
+    parser.add_argument(
+        "--keep-out", action="append", default=[], metavar="FILE",
+        help="task file whose validation and test texts stay out too; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, metavar="URI", help="folder for the raw corpus")
     parser.add_argument(
         "--prepared", default="corpora/tasks/prepared", metavar="URI", help="folder of split tasks"
@@ -45,17 +49,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     options = parser.parse_args(argv)
     try:
-        prepared = prepare_task(load_task(options.task), open_store(options.prepared))
+        prepared, *others = [
+            prepare_task(load_task(file), open_store(options.prepared))
+            for file in (options.task, *options.keep_out)
+        ]
         unlabelled = [text for uri in options.unlabelled for text in raw_texts(uri)]
     except (ConfigError, CorpusError) as error:
         raise SystemExit(f"domain_text: {error}") from None
     texts = [example.content for example in prepared.read("train")] + unlabelled
     random.Random(0).shuffle(texts)
-    judging = [example.content for split in ("validation", "test") for example in read_split(prepared, split)]
-    # Texts that are no near-duplicates may still share a long quotation: those are left out.
+    judging = [
+        example.content
+        for task in (prepared, *others)
+        for split in ("validation", "test")
+        for example in read_split(task, split)
+    ]
+    # Texts that are no near-duplicates may still share a long quotation, and two in a row may make one.
     runs = Runs(judging)
     kept = [text for text in texts if not runs.found_in(text)]
-    documents = ["\n".join(kept[i : i + TEXTS_PER_DOCUMENT]) for i in range(0, len(kept), TEXTS_PER_DOCUMENT)]
+    joined = ["\n".join(kept[i : i + TEXTS_PER_DOCUMENT]) for i in range(0, len(kept), TEXTS_PER_DOCUMENT)]
+    documents = [document for document in joined if not runs.found_in(document)]
     name = prepared.task.name
     lines = [
         json.dumps({"id": f"{name}/{n}", "text": text}, ensure_ascii=False)
@@ -63,9 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     open_store(options.output).put(f"{name}.jsonl", "".join(f"{line}\n" for line in lines).encode())
     print(
-        f"put {len(kept):,} texts as {len(documents):,} documents into {options.output}; left out "
+        f"put {len(documents):,} documents of {TEXTS_PER_DOCUMENT} texts into {options.output}; left out "
         f"{len(texts) - len(kept):,} of {len(texts) - len(unlabelled):,} training texts and {len(unlabelled):,} "
-        "others, which share a run of characters with a validation or test text"
+        f"others, which share a run of characters with a validation or test text, and "
+        f"{len(joined) - len(documents):,} documents in which two texts together do"
     )
 
 
