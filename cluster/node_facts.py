@@ -266,7 +266,7 @@ def slow_nodes(rates: Mapping[tuple[str, str], float], limits: Limits) -> Iterat
         if found < limits.slow_share * usual:
             yield Finding(
                 node,
-                f"{found / 1e9:.2f} GB/s to others, which have {usual / 1e9:.2f}",
+                f"{found / 1e9:.3g} GB/s to others, which have {usual / 1e9:.3g}",
                 "cordon it: one slow link slows every step of all",
             )
 

@@ -286,7 +286,7 @@ def table(facts: Sequence[NodeFacts], network: Network | None) -> str:
     ]
     for fact in facts:
         mine = sorted(rate for pair, rate in (network.pairs if network else {}).items() if fact.node in pair)
-        rate = f"{mine[len(mine) // 2] / 1e9:.2f} GB/s" if mine else "-"
+        rate = f"{mine[len(mine) // 2] / 1e9:.3g} GB/s" if mine else "-"
         stores = ", ".join(f"{w / 1e6:.0f}/{r / 1e6:.0f} MB/s" for w, r in fact.storage_rates.values()) or "-"
         lines.append(
             f"{fact.node:24} {fact.num_devices:4} {fact.shm_bytes / 2**30:7.1f}G {min(fact.open_files, 10**8):9,} "
@@ -294,7 +294,7 @@ def table(facts: Sequence[NodeFacts], network: Network | None) -> str:
         )
     if network:
         by = f" by {', '.join(sorted(network.transports))}" if network.transports else ""
-        speed = f"{network.all_reduce / 1e9:.2f} GB/s of the bus" if network.all_reduce else "not measured"
+        speed = f"{network.all_reduce / 1e9:.3g} GB/s of the bus" if network.all_reduce else "not measured"
         lines.append(f"all-reduce over all: {speed}{by}")
     return "\n".join(lines)
 

@@ -9,11 +9,14 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from cluster.session import PROJECT
 
 RAY = str(Path(sys.executable).with_name("ray"))
 READY_SECONDS = 90.0
@@ -91,6 +94,21 @@ class RayNodes:
     def add(self, num_cpus: int, place: Place = HERE) -> subprocess.Popen[bytes]:
         """Start a node that joins the head."""
         return self._start(f"--address={self.address}", cpus=num_cpus, place=place)
+
+    def job(self, verb: str, *arguments: str, place: Place = HERE, check: bool = True) -> str:
+        """Run `ray job VERB`, from `place`; what it printed. With `check` it fails with that if the command does."""
+        command = [*place.prefix, RAY, "job", verb, "--address", self.dashboard, *arguments]
+        done = subprocess.run(
+            command, cwd=PROJECT, env=self.environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0 or not check, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, name: str, *flags: str, entrypoint: Sequence[str], **how: Any) -> str:
+        """Submit the project's folder, as the README has it; what was printed. `how` is for `job`."""
+        options = ["--submission-id", name, "--working-dir", ".", *flags]
+        waits = ["--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}']
+        return self.job("submit", *options, *waits, "--", *entrypoint, **how)
 
     def _num_up(self) -> int:
         """Nodes that said that they stay."""

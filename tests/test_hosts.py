@@ -1,17 +1,15 @@
 """A run over several hosts with addresses of their own: submitted from one more, slowed, and cut off."""
 
 import secrets
-import subprocess
 import time
 import uuid
 
 import pytest
 
 from cluster.local_s3 import LocalS3
-from cluster.session import PROJECT
 from cluster.storage import open_store
 from tests.hosts import Hosts
-from tests.ray_nodes import RAY, RayNodes
+from tests.ray_nodes import RayNodes
 from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number, tell_costs
 from trainers.checkpoint import committed
 from trainers.metrics import events_of, read_attempts
@@ -44,7 +42,7 @@ def hosts():
         pytest.skip(f"no hosts of their own on this machine: {reason}")
 
 
-def test_hosts_that_are_slowed_and_cut_off_cost_no_row(hosts, tmp_path):
+def test_hosts_that_are_slowed_and_cut_off_are_named_and_cost_no_row(hosts, tmp_path):
     token = {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with (
         LocalS3(tmp_path / "s3", hosts.address),
@@ -53,17 +51,11 @@ def test_hosts_that_are_slowed_and_cut_off_cost_no_row(hosts, tmp_path):
         nodes.start_head(num_cpus=0)
         nodes.add(1, hosts.place(FIRST))
         nodes.add(1, hosts.place(SECOND))
+        desk = hosts.place(DESK)
         run = SmallRun(f"s3://corpus/{uuid.uuid4().hex}", tmp_path / "log.txt")
         put_corpus(open_store(f"{run.root}/raw"))
         store = open_store(f"{run.root}/runs/pretrain")
         entrypoint = ["python", "trainers/pretrain.py", *run.command(**CHANGES)[2:]]
-
-        def job(*arguments: str) -> str:
-            command = [*hosts.place(DESK).prefix, RAY, "job", *arguments, "--address", nodes.dashboard]
-            done = subprocess.run(
-                command, cwd=PROJECT, env=nodes.environment, capture_output=True, text=True, timeout=120
-            )
-            return done.stdout + done.stderr
 
         def reach(step: int, world_size: int, seconds: float = 180.0) -> None:
             ends = time.monotonic() + seconds
@@ -72,17 +64,17 @@ def test_hosts_that_are_slowed_and_cut_off_cost_no_row(hosts, tmp_path):
                 sizes = [start["world_size"] for start in starts]
                 if max(steps_by_number(store), default=0) >= step and sizes[-1:] == [world_size]:
                     return
-                assert time.monotonic() < ends, f"{sizes}: {job('logs', 'run')[-4000:]}"
+                assert time.monotonic() < ends, f"{sizes}: {nodes.job('logs', 'run', place=desk)[-4000:]}"
                 time.sleep(0.5)
 
-        submitted = [RAY, "job", "submit", "--address", nodes.dashboard, "--submission-id", "run"]
-        submitted += ["--no-wait", "--working-dir", ".", "--", *entrypoint]
-        subprocess.run(
-            [*hosts.place(DESK).prefix, *submitted], cwd=PROJECT, env=nodes.environment, check=True
-        )
+        nodes.submit("run", "--no-wait", entrypoint=entrypoint, place=desk)
         reach(10, world_size=2)
         hosts.slow(SECOND, megabits=20)
         reach(max(steps_by_number(store)) + 20, world_size=2)
+        looks = ["python", "cluster/preflight.py", "--bandwidth_bytes", str(4 << 20)]
+        found = nodes.submit("preflight", entrypoint=looks, place=desk, check=False)
+        slow = [line for line in found.splitlines() if "FAULT" in line and "GB/s to others" in line]
+        assert len(slow) == 1 and hosts.place(SECOND).address in slow[0], found
         hosts.cut(SECOND)
         reach(max(steps_by_number(store)) + 20, world_size=1)
         store.put(STOP, b"")
@@ -93,7 +85,7 @@ def test_hosts_that_are_slowed_and_cut_off_cost_no_row(hosts, tmp_path):
         while not committed(store) or not committed(store)[0].startswith(
             f"step-{max(steps_by_number(store)):08d}-"
         ):
-            assert time.monotonic() < ends, job("logs", "run")[-4000:]
+            assert time.monotonic() < ends, nodes.job("logs", "run", place=desk)[-4000:]
             time.sleep(1)
         tell_costs(store)
         found = steps_by_number(store)

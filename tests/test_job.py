@@ -1,14 +1,12 @@
 """The main job as `ray job submit` runs it: from an upload, stopped, its head killed, and submitted again each time."""
 
 import re
-import subprocess
 import time
 
 import pytest
 
-from cluster.session import PROJECT
 from cluster.storage import open_store
-from tests.ray_nodes import RAY, RayNodes, kill_node
+from tests.ray_nodes import RayNodes, kill_node
 from tests.small_run import SmallRun, put_corpus, steps_by_number, tell_costs
 from trainers.metrics import events_of, read_attempts
 
@@ -28,18 +26,18 @@ def test_a_submitted_job_goes_on_after_a_stop_and_after_kill_9_of_the_head(tmp_p
     ]
     with RayNodes(tmp_path / "nodes.txt") as nodes:
         head = nodes.start_head(num_cpus=2)
-        submit(nodes, "first", "--no-wait", entrypoint=entrypoint)
+        nodes.submit("first", "--no-wait", entrypoint=entrypoint)
         wait_for_step(nodes, store, 10, "first")
-        job(nodes, "stop", "first")
+        nodes.job("stop", "first")
         stopped_at = max(steps_by_number(store))
         assert stopped_at < STEPS
-        assert "was stopped" in job(nodes, "status", "first")
+        assert "was stopped" in nodes.job("status", "first")
 
-        submit(nodes, "second", "--no-wait", entrypoint=entrypoint)
+        nodes.submit("second", "--no-wait", entrypoint=entrypoint)
         wait_for_step(nodes, store, stopped_at + 40, "second")
         kill_node(head)
         nodes.start_head(num_cpus=2)
-        printed = submit(nodes, "third", entrypoint=entrypoint)
+        printed = nodes.submit("third", entrypoint=entrypoint)
     assert re.search(r"third' succeeded", printed), printed
     tell_costs(store)
     starts = events_of(read_attempts(store), "start")
@@ -54,22 +52,5 @@ def test_a_submitted_job_goes_on_after_a_stop_and_after_kill_9_of_the_head(tmp_p
 def wait_for_step(nodes: RayNodes, store, step: int, name: str, seconds: float = 180.0) -> None:
     ends = time.monotonic() + seconds
     while max(steps_by_number(store), default=0) < step:
-        assert time.monotonic() < ends, job(nodes, "logs", name)
+        assert time.monotonic() < ends, nodes.job("logs", name)
         time.sleep(0.1)
-
-
-def submit(nodes: RayNodes, name: str, *flags: str, entrypoint: list[str]) -> str:
-    """Submit the project's folder, as the README has it; what was printed."""
-    options = ["--submission-id", name, "--working-dir", ".", *flags]
-    waits = ["--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}}']
-    return job(nodes, "submit", *options, *waits, "--", *entrypoint)
-
-
-def job(nodes: RayNodes, verb: str, *arguments: str) -> str:
-    """Run `ray job VERB`; what it printed. It fails with that if the command does."""
-    command = [RAY, "job", verb, "--address", nodes.dashboard, *arguments]
-    done = subprocess.run(
-        command, cwd=PROJECT, env=nodes.environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
