@@ -6,13 +6,14 @@ RUN ?= sample
 MLM ?= sample-mlm
 ZH ?= sample-zh
 ARGS ?=
+TASKS := movies topics poems
 
 PY := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 LM_EVAL := $(VENV)-lm-eval
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain pretrain-mlm pretrain-zh finetune sweep test test-fast bench check k8s-check soak lm-eval constraints clean
+.PHONY: help setup pretrain pretrain-mlm pretrain-zh finetune sweep labels test test-fast bench check k8s-check soak lm-eval constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +57,14 @@ finetune: $(SETUP)  ## adapt the sample run's model to sentences of movie review
 sweep: $(SETUP)  ## 20 trials of that task by Ray Tune
 	@$(PY) data/sample_tasks.py --output corpora/tasks movies
 	@$(PY) tune/sweep.py --config tune/configs/movies.yaml --base.backbone.uri runs/$(RUN)/export $(ARGS)
+
+labels: $(SETUP)  ## how many labels pretraining saves: a backbone for three sample tasks, and a curve of each (1.5 hours)
+	@$(PY) data/sample_tasks.py --output corpora/tasks $(TASKS)
+	@$(foreach task,$(TASKS),$(PY) tune/domain_text.py --task trainers/tasks/$(task).yaml \
+	  --unlabelled corpora/tasks/$(task)-unlabelled $(foreach other,$(filter-out $(task),$(TASKS)),--keep-out trainers/tasks/$(other).yaml) \
+	  --output corpora/$(task)-text &&) $(PY) trainers/pretrain.py --config trainers/configs/sample-tasks.yaml
+	@$(foreach task,$(TASKS),$(PY) tune/label_efficiency.py --config tune/configs/labels.yaml \
+	  --base.run.task trainers/tasks/$(task).yaml $(ARGS) &&) true
 
 pretrain-mlm: $(SETUP)  ## masked words and next sentences on the same corpus: an encoder as BERT; MLM=name of its run
 	@$(WITH_STORE) sh -c '$(PY) data/sample.py --output $(RAW) && exec $(PY) trainers/pretrain.py \

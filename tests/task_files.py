@@ -55,7 +55,7 @@ REST = [
 ]
 
 
-def put_backbone(folder: Path, shape: ModelConfig = SHAPE) -> str:
+def put_backbone(folder: Path | str, shape: ModelConfig = SHAPE) -> str:
     """Export a small model with initial weights and a tokenizer trained on Python's documentation; its URI."""
     tokenizer, model, target = small_tokenizer(), build(shape, seed=1), open_store(str(folder))
     state = dict(model.named_parameters())

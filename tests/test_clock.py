@@ -18,6 +18,7 @@ from tests.small_run import (
     expected_digests,
     put_corpus,
     steps_by_number,
+    tell_costs,
     wait_for_start,
     wait_for_step,
 )
@@ -98,6 +99,7 @@ def test_a_worker_on_a_host_whose_clock_is_hours_off_costs_no_row_and_the_accoun
         store.put(STOP, b"")
         assert run.finish(driver) == 0, run.output()
         ended = time.time()
+    tell_costs(store)
     found = steps_by_number(store)
     assert sorted(found) == list(range(1, max(found) + 1))
     digests = expected_digests(f"{run.root}/prepared", sorted(found))

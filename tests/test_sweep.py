@@ -15,6 +15,7 @@ from cluster.config import load_config
 from cluster.session import PROJECT
 from cluster.storage import open_store
 from trainers.finetune_config import FinetuneConfig
+from trainers.metrics import read_metrics
 from tune.trial_records import read_trials
 
 pytestmark = pytest.mark.cluster
@@ -89,14 +90,21 @@ def test_an_interrupted_sweep_goes_on_from_what_is_finished_and_judges_its_winne
     assert page.count("<svg") >= 4 and all(trial.name in page for trial in trials.values())
 
 
-def test_a_trial_of_two_workers_runs_on_ray_train(place):
+def test_a_trial_of_two_workers_runs_on_ray_train_and_is_stopped_where_it_falls_behind(place):
     settings = {
-        "sweep.name": "two", "sweep.trials": 1, "sweep.best": 1, "sweep.seeds": 1, "sweep.judge": "false",
-        "base.cluster.num_workers": 2, "base.cluster.cpus_per_worker": 0.5,
+        "sweep.name": "two", "sweep.search": "grid", "sweep.trials": 2, "sweep.best": 1, "sweep.seeds": 1,
+        "sweep.judge": "false", "sweep.scheduler": "asha", "sweep.max_concurrent": 1,
+        "base.cluster.num_workers": 2, "base.cluster.cpus_per_worker": 0.5, "base.validation.patience": 0,
+        "base.batch.min_steps": 1_500, "base.validation.times": 10,
+        "space": "{optimizer.learning_rate: {choice: [0.01, 1.0e-8]}}",
     }  # fmt: skip
     arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     assert start(place, *arguments).wait(300) == 0, (place / "log").read_text()[-3000:]
     store = open_store(str(place / "sweeps" / "two"))
-    [trial] = read_trials(store)
-    assert trial.status == "finished" and trial.metrics["accuracy"] == trial.score
+    trials = {trial.point["optimizer.learning_rate"]: trial for trial in read_trials(store)}
+    good, bad = trials[0.01], trials[1e-8]
+    assert good.status == "finished" and good.metrics["accuracy"] == good.score
+    assert bad.status == "stopped"
+    trained = [record["step"] for record in read_metrics(store.child(f"trials/{bad.name}/seed-0"))]
+    assert max(trained) < 1_500, "its workers went on"
     assert not [info.path for info in store.list() if info.path.endswith("test.json")]
