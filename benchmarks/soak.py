@@ -1,11 +1,11 @@
 """A run under faults: one at a random moment about every minute, then what that cost and whether a row was lost.
 
-    python benchmarks/soak.py [--minutes 20] [--every 60] [--seed 1]     # make soak
+    python benchmarks/soak.py [--minutes 20] [--every 60] [--seed 1] [--faults NAME …]     # make soak
 
 A small model trains with two workers on the real S3 server behind a proxy. Faults are drawn from: kill -9 of a worker,
-of the driver with all that it started, and of the store for some seconds; a worker that neither answers nor ends; a
-burst of failing, cut, corrupted and lost answers of the store; SIGTERM of the driver. At the end the rows of every step
-are compared with those that the order names, and each second is accounted for.
+of the driver with all that it started, and of the store for some seconds or a minute; a worker that neither answers nor
+ends; a burst of failing, cut, corrupted and lost answers of the store; SIGTERM of the driver. At the end the rows of
+every step are compared with those that the order names, and each second is accounted for.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +92,13 @@ class Soak:
     def driver_is_told_to_end(self) -> None:
         self.driver.send_signal(signal.SIGTERM)
 
-    def store_goes_away(self) -> None:
+    def store_goes_away(self, seconds: float = OUTAGE_SECONDS) -> None:
         self._server.kill()
-        time.sleep(OUTAGE_SECONDS)
+        time.sleep(seconds)
         self._server.start()
+
+    def store_is_gone_for_a_minute(self) -> None:
+        self.store_goes_away(60.0)
 
     def store_answers_badly(self) -> None:
         for fault in ("503", "500", "reset", "lost", "truncate", "corrupt", "slow"):
@@ -105,16 +108,16 @@ class Soak:
         if workers := training_workers(self.driver.pid):
             os.kill(random.choice(workers).pid, number)
 
-    @property
-    def faults(self) -> list[Callable[[], None]]:
-        return [
-            self.worker_dies,
-            self.worker_hangs,
-            self.driver_dies,
-            self.driver_is_told_to_end,
-            self.store_goes_away,
-            self.store_answers_badly,
-        ]
+
+FAULTS = (
+    "worker_dies",
+    "worker_hangs",
+    "driver_dies",
+    "driver_is_told_to_end",
+    "store_goes_away",
+    "store_is_gone_for_a_minute",
+    "store_answers_badly",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -124,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--every", type=float, default=60, help="seconds between two faults, on average")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--faults", nargs="+", choices=FAULTS, default=FAULTS, metavar="NAME", help=", ".join(FAULTS)
+    )
     arguments = parser.parse_args(argv)
     random.seed(arguments.seed)
     with ExitStack() as stack:
@@ -131,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         server = stack.enter_context(LocalS3(folder / "s3"))
         proxy = stack.enter_context(FaultProxy(server.port))
         soak = Soak(folder, server, proxy)
-        suffered = suffer(soak, 60 * arguments.minutes, arguments.every)
+        suffered = suffer(soak, arguments.faults, 60 * arguments.minutes, arguments.every)
         proxy.clear()
         soak.store.put(STOP, b"")
         if soak.run.finish(soak.driver):
@@ -149,15 +155,15 @@ class Suffered:
     time: float
 
 
-def suffer(soak: Soak, seconds: float, every: float) -> list[Suffered]:
+def suffer(soak: Soak, names: Sequence[str], seconds: float, every: float) -> list[Suffered]:
     """Faults at random moments, and at the end enough peace for a run that is up."""
     began, suffered = time.monotonic(), []
     while (left := seconds - (time.monotonic() - began)) > 0:
         soak.keep_up(min(left, random.uniform(0.5, 1.5) * every))
-        fault = random.choice(soak.faults)
-        suffered.append(Suffered(fault.__name__.replace("_", " "), time.time()))
+        name = random.choice(names)
+        suffered.append(Suffered(name.replace("_", " "), time.time()))
         print(f"{duration(time.monotonic() - began):>10}  {suffered[-1].name}", flush=True)
-        fault()
+        getattr(soak, name)()
     starts = len(events_of(read_attempts(soak.store), "start"))
     ends = time.monotonic() + UP_AGAIN_SECONDS
     soak.driver_is_told_to_end()  # whatever state it is in: the next one is up and whole
