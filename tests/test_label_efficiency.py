@@ -11,7 +11,7 @@ from cluster.storage import open_store
 from trainers.task import TaskConfig
 from trainers.task_records import Example
 from tune.baselines import linear, majority
-from tune.curve import CurvePoint, saved
+from tune.curve import CurvePoint, savings
 from tune.label_efficiency import main
 
 
@@ -19,17 +19,19 @@ def point(arm: str, budget: int, mean: float) -> CurvePoint:
     return CurvePoint(arm, budget, (mean,), mean, mean, mean)
 
 
-def test_the_factor_is_read_off_the_line_over_the_logarithm_of_the_labels() -> None:
+def test_the_labels_are_read_off_the_line_over_their_logarithm() -> None:
     points = [point("pretrained", 10, 0.5), point("pretrained", 1_000, 0.9), point("scratch", 1_000, 0.7)]
-    found = saved(points, "scratch")
-    assert (
-        found is not None and found["labels"] == pytest.approx(100) and found["factor"] == pytest.approx(10)
-    )
+    [found] = savings(points, "scratch")
+    assert found.labels == pytest.approx(100) and not found.at_most
+    assert found.told() == "0.700: 100 labels, 10.0 times fewer"
 
 
-def test_no_factor_is_told_where_pretraining_never_reaches_the_control() -> None:
-    assert saved([point("pretrained", 10, 0.5), point("linear", 10, 0.6)], "linear") is None
-    assert saved([point("pretrained", 10, 0.6), point("linear", 100, 0.6)], "linear")["factor"] == 10  # type: ignore[index]
+def test_what_the_smallest_budget_reaches_is_a_bound_and_what_none_reaches_is_said() -> None:
+    ours = [point("pretrained", 10, 0.6), point("pretrained", 100, 0.7)]
+    theirs = [point("linear", 30, 0.6), point("linear", 100, 0.8)]
+    enough, never = savings([*ours, *theirs[::-1]], "linear")
+    assert enough.told() == "0.600: at most 10 labels, at least 3.0 times fewer"
+    assert never.labels is None and "not reached" in never.told()
 
 
 def test_the_linear_model_learns_words_and_the_majority_does_not() -> None:

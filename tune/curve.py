@@ -19,26 +19,42 @@ class CurvePoint:
     high: float
 
 
-def saved(points: Sequence[CurvePoint], arm: str) -> dict[str, float] | None:
-    """Where the pretrained curve reaches what `arm` does with most labels: that metric, the labels that it takes (on
-    a straight line over the logarithm of the labels) and the factor saved. None where it never does."""
-    theirs = max((p for p in points if p.arm == arm), key=lambda p: p.budget)
+@dataclass(frozen=True)
+class Saving:
+    """What another arm reaches with `budget` labels, and the labels with which the pretrained model does."""
+
+    budget: int
+    metric: float
+    labels: float | None
+    """None: with all labels the pretrained model is still below it."""
+    at_most: bool
+    """The smallest budget that was measured is enough already."""
+
+    def told(self) -> str:
+        """In words."""
+        if self.labels is None:
+            return f"{self.metric:.3f}: not reached"
+        factor, bound = self.budget / self.labels, ("at most ", "at least ") if self.at_most else ("", "")
+        return f"{self.metric:.3f}: {bound[0]}{self.labels:,.0f} labels, {bound[1]}{factor:.1f} times fewer"
+
+
+def savings(points: Sequence[CurvePoint], arm: str) -> list[Saving]:
+    """For each budget of `arm` where the pretrained curve reaches its metric, on straight lines over the logarithm of
+    the labels."""
     ours = sorted((p for p in points if p.arm == "pretrained"), key=lambda p: p.budget)
-    for before, after in zip([None, *ours[:-1]], ours, strict=True):
-        if after.mean >= theirs.mean:
-            needed = float(after.budget)
-            if before is not None:
-                share = (theirs.mean - before.mean) / (after.mean - before.mean)
-                needed = math.exp(
-                    math.log(before.budget) + share * (math.log(after.budget) - math.log(before.budget))
-                )
-            return {"metric": theirs.mean, "labels": needed, "factor": theirs.budget / needed}
-    return None
+    theirs = sorted((p for p in points if p.arm == arm), key=lambda p: p.budget)
+    return [saving(ours, point) for point in theirs]
 
 
-def told(factor: dict[str, float] | None) -> str:
-    """A factor in words."""
-    if factor is None:
-        return "none; with all labels the pretrained model is still below it"
-    labels = f"{factor['labels']:,.0f} labels"
-    return f"a factor of {factor['factor']:.1f} ({factor['metric']:.4f} is reached with about {labels})"
+def saving(ours: Sequence[CurvePoint], theirs: CurvePoint) -> Saving:
+    """`ours` by rising budget."""
+    reached = next((number for number, point in enumerate(ours) if point.mean >= theirs.mean), None)
+    if reached is None:
+        return Saving(theirs.budget, theirs.mean, None, False)
+    after = ours[reached]
+    if reached == 0:
+        return Saving(theirs.budget, theirs.mean, float(after.budget), True)
+    before = ours[reached - 1]
+    share = (theirs.mean - before.mean) / (after.mean - before.mean)
+    labels = math.exp(math.log(before.budget) + share * (math.log(after.budget) - math.log(before.budget)))
+    return Saving(theirs.budget, theirs.mean, labels, False)

@@ -1,7 +1,6 @@
 """A label-efficiency curve as a page."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jinja2
 from matplotlib.axes import Axes
@@ -10,7 +9,7 @@ from cluster.storage import Store
 from trainers.charts import BLUE, GREY, INK, ORANGE, Chart, draw_plain
 from trainers.report import REPORT, page_environment
 from trainers.task import TaskConfig
-from tune.curve import CurvePoint
+from tune.curve import CurvePoint, Saving
 
 COLORS = {"pretrained": BLUE, "scratch": ORANGE, "linear": INK, "majority": GREY}
 
@@ -24,7 +23,7 @@ def tune_pages() -> jinja2.Environment:
 
 
 def write_curve_report(
-    store: Store, task: TaskConfig, points: Sequence[CurvePoint], factors: Mapping[str, Any]
+    store: Store, task: TaskConfig, points: Sequence[CurvePoint], saved: Mapping[str, Sequence[Saving]]
 ) -> str:
     """Make the page and put it there; returns its URI."""
     page = {
@@ -32,7 +31,8 @@ def write_curve_report(
         "task": task,
         "chart": curve_chart(task, points),
         "points": sorted(points, key=lambda point: (point.budget, list(COLORS).index(point.arm))),
-        "factors": factors,
+        "arms": list(saved),
+        "rows": list(zip(*saved.values(), strict=True)),
     }
     store.put(REPORT, tune_pages().get_template("curve_report.html").render(page).encode())
     return f"{store.uri.removeprefix('file://')}/{REPORT}"

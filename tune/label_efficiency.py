@@ -8,7 +8,7 @@ interrupted one was.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ try:
     from trainers.task_data import PreparedTask, choose_budget, prepare_task
     from trainers.task_metrics import seeds_interval
     from tune.baselines import linear, majority
-    from tune.curve import CurvePoint, saved, told
+    from tune.curve import CurvePoint, Saving, savings
     from tune.curve_report import write_curve_report
     from tune.pretraining_text import PretrainingText, pretraining_text
 except ModuleNotFoundError as missing:
@@ -99,17 +99,15 @@ def measure_curve(
     """Check, measure what is left, and make the page."""
     check_overlap(config, prepared, console)
     points = measure_points(config, prepared, store, console)
-    factors = {arm: saved(points, arm) for arm in ("scratch", "linear")}
+    saved = {arm: savings(points, arm) for arm in ("scratch", "linear")}
     content = {
         "metric": prepared.task.judged_by,
         "points": [vars(point) for point in points],
-        "factors": factors,
+        "saved": {arm: [vars(saving) for saving in found] for arm, found in saved.items()},
     }
     store.put("curve.json", json.dumps(content, indent=2).encode())
-    console.print(curve_table(points, prepared.task.judged_by))
-    for arm, factor in factors.items():
-        console.print(f"labels saved against {arm}: {told(factor)}", highlight=False)
-    console.print(f"page: {write_curve_report(store, prepared.task, points, factors)}", highlight=False)
+    console.print(curve_table(points, prepared.task.judged_by), savings_table(saved))
+    console.print(f"page: {write_curve_report(store, prepared.task, points, saved)}", highlight=False)
 
 
 def check_overlap(config: LabelEfficiencyConfig, prepared: PreparedTask, console: Console) -> None:
@@ -219,6 +217,16 @@ def curve_table(points: Sequence[CurvePoint], metric: str) -> Table:
         of_budget = {point.arm: point for point in points if point.budget == budget}
         cells = [f"{p.mean:.3f} ({p.low:.3f} to {p.high:.3f})" for p in map(of_budget.__getitem__, ARMS)]
         table.add_row(f"{budget:,}", *cells)
+    return table
+
+
+def savings_table(saved: Mapping[str, Sequence[Saving]]) -> Table:
+    """Budgets down, the arms that pretraining is held against across."""
+    table = Table(
+        "labels", *saved, title="what they reach, and the labels with which the pretrained model does"
+    )
+    for row in zip(*saved.values(), strict=True):
+        table.add_row(f"{row[0].budget:,}", *(saving.told() for saving in row))
     return table
 
 
