@@ -1,5 +1,6 @@
 """The whole path of fine-tuning, through the function and through the command that users call."""
 
+import gc
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from trainers.task_data import prepare_task
 from trainers.task_evaluation import answers_to
 from trainers.task_export import load_task_model
 from trainers.task_metrics import measure
+from trainers.task_model import TaskModel
 from trainers.task_records import Example
 from trainers.task_report import write_task_report
 from trainers.verdict import VERDICT, TestSplitError, claim_test_split
@@ -282,6 +284,17 @@ def test_a_run_stops_where_validation_no_longer_improves_and_keeps_the_best(plac
     scores = [score for _, score in told]
     best = scores.index(max(scores))  # of equals the first
     assert result["best_step"] == told[best][0] and result["steps"] == told[-1][0] == told[best + 2][0] < 24
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_runs_one_after_another_do_not_fill_the_memory_with_their_models(place, stage):
+    def models() -> int:
+        return sum(isinstance(each, TaskModel) for each in gc.get_objects())
+
+    before = models()
+    engine = {"zero_stage": stage, "precision": "bf16"}
+    finetune(config(place, f"gone-{stage}", batch=SHORT, engine=engine), keep_model=False)
+    assert models() == before
 
 
 @pytest.mark.slow

@@ -190,6 +190,10 @@ class Engine:
         """Where batches belong."""
         return torch.device(self._engine.device)
 
+    def close(self) -> None:
+        """Let go of the model: DeepSpeed's hooks hold it, and every other engine of a process that trains again."""
+        self._engine.destroy()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a micro-batch."""
         # ZeRO asks already here whether this is the step's last one.

@@ -5,6 +5,7 @@ labels, starting Ray costs more than the training does, and a sweep's trial has 
 """
 
 import ctypes
+import gc
 import math
 import os
 import platform
@@ -53,7 +54,10 @@ def work_alone(order: FinetuneOrder, on_validation: OnValidation = lambda step, 
     """The same in this process, which forms a group of one."""
     form_group_of_one()
     keep_freed_memory()
-    finetune_seed(order, on_validation)
+    try:
+        finetune_seed(order, on_validation)
+    finally:
+        gc.collect()  # an engine stands in cycles: those of a curve's runs, kept, came to 8 GB
 
 
 def keep_freed_memory() -> None:
@@ -133,6 +137,7 @@ def assemble(
         micro_batches=micro_batches,
         rate_scales=rate_scales(model, config.adapt.layer_decay),
     )
+    stack.callback(engine.close)
 
     def validate() -> Any:
         with engine.evaluating() as module:
