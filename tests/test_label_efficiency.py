@@ -23,14 +23,14 @@ def test_the_labels_are_read_off_the_line_over_their_logarithm() -> None:
     points = [point("pretrained", 10, 0.5), point("pretrained", 1_000, 0.9), point("scratch", 1_000, 0.7)]
     [found] = savings(points, "scratch")
     assert found.labels == pytest.approx(100) and not found.at_most
-    assert found.told() == "0.700: 100 labels, 10.0 times fewer"
+    assert found.told() == "0.700: 100 labels, a factor of 10.0"
 
 
 def test_what_the_smallest_budget_reaches_is_a_bound_and_what_none_reaches_is_said() -> None:
     ours = [point("pretrained", 10, 0.6), point("pretrained", 100, 0.7)]
     theirs = [point("linear", 30, 0.6), point("linear", 100, 0.8)]
     enough, never = savings([*ours, *theirs[::-1]], "linear")
-    assert enough.told() == "0.600: at most 10 labels, at least 3.0 times fewer"
+    assert enough.told() == "0.600: at most 10 labels, a factor of at least 3.0"
     assert never.labels is None and "not reached" in never.told()
 
 

@@ -35,7 +35,7 @@ class Saving:
         if self.labels is None:
             return f"{self.metric:.3f}: not reached"
         factor, bound = self.budget / self.labels, ("at most ", "at least ") if self.at_most else ("", "")
-        return f"{self.metric:.3f}: {bound[0]}{self.labels:,.0f} labels, {bound[1]}{factor:.1f} times fewer"
+        return f"{self.metric:.3f}: {bound[0]}{self.labels:,.0f} labels, a factor of {bound[1]}{factor:.1f}"
 
 
 def savings(points: Sequence[CurvePoint], arm: str) -> list[Saving]:
