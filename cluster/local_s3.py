@@ -93,7 +93,11 @@ class LocalS3:
     def __enter__(self) -> "LocalS3":
         self._before = {name: os.environ.get(name) for name in self.environment}
         os.environ |= self.environment
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,9 +129,11 @@ def _weed() -> str:
 
 
 def _free_ports(address: str) -> int:
-    """The first of as many ports in a row as there are roles, free here and 10,000 above."""
+    """The first of as many ports in a row as there are roles, free here and 10,000 above. All lie above those that
+    Ray gives its workers and below 32,768, from where Linux gives ports to clients: such a one was taken between here
+    and the server's start."""
     while True:
-        first = random.randrange(20_000, 50_000)
+        first = random.randrange(20_000, 32_768 - 10_000 - len(_ROLES))
         wanted = [first + offset + above for offset in range(len(_ROLES)) for above in (0, 10_000)]
         with contextlib.ExitStack() as sockets, contextlib.suppress(OSError):
             for port in wanted:

@@ -1,3 +1,4 @@
+import os
 import signal
 import socket
 import subprocess
@@ -7,6 +8,8 @@ from urllib.parse import urlparse
 
 import psutil
 import pytest
+
+from cluster.local_s3 import LocalS3
 
 PROJECT = Path(__file__).parents[1]
 # Leaves its count of lives in the store, tells where that is, and ends as it is told to.
@@ -85,3 +88,16 @@ def test_the_server_does_not_outlive_a_killed_script(tmp_path: Path) -> None:
     script.wait()
     wait_for_refusal(port)
     command.kill()
+
+
+def test_a_server_that_cannot_start_leaves_the_aws_variables_as_they_were(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://before:1")
+    server = LocalS3(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", server.port + 2))
+        taken.listen()
+        with pytest.raises(RuntimeError, match="did not start"), server:
+            pass
+    assert os.environ["AWS_ENDPOINT_URL"] == "http://before:1"
