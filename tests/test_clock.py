@@ -62,6 +62,18 @@ def test_a_clock_that_differs_by_less_than_the_store_can_tell_is_left_alone(tmp_
     assert abs(RunClock(Behind(f"file://{tmp_path}")).now() - time.time()) < 0.1
 
 
+def test_a_worker_whose_store_is_away_at_first_has_begun_when_it_asked(tmp_path):
+    class Away(type(open_store(str(tmp_path)))):
+        def clock(self) -> float:
+            time.sleep(0.3)
+            return time.time()
+
+    asked = time.time()
+    clock = RunClock(Away(f"file://{tmp_path}"))
+    assert clock.started == pytest.approx(asked, abs=0.1)
+    assert clock.now() >= asked + 0.3
+
+
 def with_python_off_by(seconds: int, folder: Path) -> Place:
     """Where a node runs whose Python reads a clock so far ahead. Not faketime: the locks below Ray hand the kernel
     moments of the false clock to wait for, by a way that faketime does not see, and wait for hours."""

@@ -24,7 +24,8 @@ class RunClock:
         here = time.time() - (time.clock_gettime(UPTIME) - (before + after) / 2)
         is_right = abs(there - here) - (after - before) / 2 <= TOLERANCE_SECONDS
         self._booted = (here if is_right else there) - (before + after) / 2
-        self.started = self.now()
+        self.started = self._booted + before
+        """When the store was asked, which it answers late where it is away."""
 
     def now(self) -> float:
         """Unix time."""
