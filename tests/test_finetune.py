@@ -1,6 +1,7 @@
 """The whole path of fine-tuning, through the function and through the command that users call."""
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -12,17 +13,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from task_files import BACKBONES, put_backbone, put_lines, put_task, sentences, small_tokenizer
 
 from cluster.config import ConfigError, from_dict
 from cluster.session import PROJECT, ClusterConfig
 from cluster.storage import open_store
-from trainers.finetune import finetune
+from trainers.finetune import finetune, main
 from trainers.finetune_backbone import load_backbone, read_facts
 from trainers.finetune_config import FinetuneConfig
 from trainers.finetune_group import trains_alone
+from trainers.finetune_order import FinetuneOrder, identity_of
+from trainers.lease import RunTakenError, lease
 from trainers.metrics import read_metrics, steps_of
-from trainers.task import load_task
+from trainers.task import TaskPrompt, load_task
 from trainers.task_data import prepare_task
 from trainers.task_evaluation import answers_to
 from trainers.task_export import load_task_model
@@ -111,6 +115,49 @@ def test_a_run_does_not_go_on_from_another_backbone_at_the_same_place(place, tmp
         ConfigError, match="backbone.uri=.* holds another model than the run was started from"
     ):
         finetune(config(place, name, **settings), keep_model=False, judge=False)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"metric": "macro_f1"}, "metric=macro_f1, but the run was started with accuracy"),
+        ({"prompt": {"template": "{text}?"}}, r"prompt.template='{text}\?', .* started with '{text}'"),
+    ],
+)
+def test_a_run_does_not_go_on_under_another_metric_or_prompt(
+    place, tmp_path, finished, content, message, learnt
+):
+    task = yaml.safe_load((place / "task.yaml").read_text()) | content
+    changed = put_task(tmp_path / "task.yaml", **task)
+    name = "learnt"
+    if not finished:
+        name = f"unfinished-{next(iter(content))}"
+        finetune(config(place, name, batch=SHORT), keep_model=False, judge=False)
+        run_of(place, name).delete("result.json")
+    settings = config(place, name, **({} if finished else {"batch": SHORT}))
+    with pytest.raises(ConfigError, match=message) as refused:
+        finetune(replace(settings, run=replace(settings.run, task=changed)), keep_model=False, judge=False)
+    assert len(refused.value.problems) == 1
+
+
+def test_a_checkpoint_is_of_one_metric_and_prompt(place):
+    task = prepare_task(load_task(str(place / "task.yaml")), open_store(str(place / "prepared")))
+    identities = [
+        identity_of(FinetuneOrder(config(place, "identity"), replace(task, task=changed), 0, "backbone"))
+        for changed in (
+            task.task,
+            replace(task.task, metric="macro_f1"),
+            replace(task.task, prompt=TaskPrompt(template="{text}?")),
+        )
+    ]
+    assert all(one != other for one, other in itertools.combinations(identities, 2))
+    assert all(found["backbone"]["uri"].endswith("model") for found in identities)
+
+
+def test_a_command_does_not_train_a_run_beside_one_that_lives(place, learnt):
+    with lease(run_of(place, "learnt")), pytest.raises(RunTakenError, match="is being driven by process"):
+        main(command(place, "learnt", {})[2:])
 
 
 def test_what_is_said_of_a_backbone_without_its_weights_is_what_loading_finds(place, tmp_path):

@@ -8,6 +8,7 @@ The same command goes on where an interrupted run was; --backbone.from_scratch i
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,17 @@ try:
     from rich.console import Console
 
     from cluster.config import ConfigError, load_config, run_entry
-    from cluster.session import ray_session, shortages
     from cluster.storage import Store, open_store
     from trainers.config import changed_keys
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
     from trainers.finetune_end import RESULT
-    from trainers.finetune_group import train_in_group, trains_alone
+    from trainers.finetune_group import place_to_train, train_in_group
     from trainers.finetune_loop import OnValidation
     from trainers.finetune_order import ORIGIN, FinetuneOrder, origin_of
     from trainers.finetune_result import FinetuneResult
     from trainers.finetune_worker import work_alone
+    from trainers.lease import lease
     from trainers.run_folder import CONFIG
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, prepare_task
@@ -76,8 +77,8 @@ def finetune(
 
 
 def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, backbone: str) -> None:
-    """Refuse to go on with, or to hand out, what was learnt under another configuration, of other records, or from
-    other weights.
+    """Refuse to go on with, or to hand out, what was learnt under another configuration, of other records, chosen by
+    another metric, or from other weights.
 
     Raises:
         ConfigError: one line per key that differs and may not.
@@ -87,11 +88,20 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
     changed = changed_keys(yaml.safe_load(run.read(CONFIG)), config)
     before = json.loads(run.read(ORIGIN)) if run.exists(ORIGIN) else {}
     now = origin_of(task, backbone)
-    if before.get("task", now["task"]) != now["task"]:
+    before = now | before  # an older run has not written all of them down
+    if before["task"] != now["task"]:
         changed.append(
             f"the records or the split of {task.task.name} are others: {before['task']} there, {now['task']} here"
         )
-    if before.get("backbone", now["backbone"]) != now["backbone"]:
+    if before["metric"] != now["metric"]:
+        changed.append(
+            f"metric={now['metric']}, but the run was started with {before['metric']}; give it back, or choose a new "
+            "run.name"
+        )
+    if before["prompt"] != now["prompt"]:
+        prompt = changed_keys(yaml.safe_load(before["prompt"]), task.task.prompt)
+        changed += [f"prompt.{line}" for line in prompt]
+    if before["backbone"] != now["backbone"]:
         changed.append(
             f"backbone.uri={config.backbone.uri} holds another model than the run was started from: "
             f"{before['backbone']} there, {now['backbone']} here; put that one back, or choose a new run.name"
@@ -122,14 +132,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in score.metrics.items())
         console.print(f"step {step:,}: validation {shown}", highlight=False)
 
-    if trains_alone(config.cluster):
-        result = finetune(config, prepared=prepared, on_validation=tell)
-    else:
-        with ray_session(config.cluster) as resources:
-            if problems := list(shortages(config.cluster, resources)):
-                raise ConfigError(problems)
-            result = finetune(config, prepared=prepared, on_validation=tell, alone=False)
-    pages = [write_task_report(seed_store(config, seed), prepared) for seed in config.run.seeds]
+    runs = [seed_store(config, seed) for seed in config.run.seeds]
+    with ExitStack() as held:
+        for run in runs:
+            held.enter_context(lease(run, console.print))
+        alone = held.enter_context(place_to_train(config.cluster))
+        result = finetune(config, prepared=prepared, on_validation=tell, alone=alone)
+        pages = [write_task_report(run, prepared) for run in runs]
     console.print(results_table(result))
     mean, low, high = seeds_interval(result.values("test"))
     if len(config.run.seeds) > 1:

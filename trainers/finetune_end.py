@@ -81,7 +81,6 @@ def conclude(order: FinetuneOrder, run: Store, chosen: Chosen) -> None:
     result = {
         "seed": order.seed,
         **origin_of(order.prepared, order.backbone),
-        "metric": order.prepared.task.judged_by,
         "best_step": step,
         "steps": chosen.steps,
         "score": chosen.choice.best_score,

@@ -1,9 +1,11 @@
 """One seed's fine-tuning on a Ray Train group, as its driver sees it: checked before, watched meanwhile."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
-from cluster.session import ClusterConfig
+from cluster.config import ConfigError
+from cluster.session import ClusterConfig, ray_session, shortages
 from cluster.storage import Store
 from trainers.finetune_backbone import make_encoder, read_facts
 from trainers.finetune_loop import OnValidation
@@ -18,6 +20,22 @@ def trains_alone(cluster: ClusterConfig) -> bool:
     """Whether the command's own process trains: one worker, on this machine. A Ray job's driver is on the head, which
     has no GPU."""
     return cluster.num_workers == 1 and not cluster.gpus_per_worker and cluster.is_local
+
+
+@contextmanager
+def place_to_train(cluster: ClusterConfig) -> Iterator[bool]:
+    """What `finetune(alone=…)` is to be told for the length of a with-block: True, or False in a session of Ray's.
+
+    Raises:
+        ConfigError: there is no such cluster, or it lacks what the workers need.
+    """
+    if trains_alone(cluster):
+        yield True
+        return
+    with ray_session(cluster) as resources:
+        if problems := list(shortages(cluster, resources)):
+            raise ConfigError(problems)
+        yield False
 
 
 def train_in_group(order: FinetuneOrder, run: Store, on_validation: OnValidation) -> None:

@@ -36,8 +36,15 @@ class FinetuneOrder:
 
 
 def origin_of(prepared: PreparedTask, backbone: str) -> dict[str, str]:
-    """What a run learns, and from which weights; whether they are still the same decides if it may go on."""
-    return {"task": prepared.digest, "backbone": backbone}
+    """What a run learns, what chooses and judges, and from which weights; whether they are still the same decides if it
+    may go on. None of it stands in a key: a task file may change in place, and a backbone too."""
+    task = prepared.task
+    return {
+        "task": prepared.digest,
+        "metric": task.judged_by,
+        "prompt": to_yaml(task.prompt),
+        "backbone": backbone,
+    }
 
 
 def write_start(run: Store, order: FinetuneOrder) -> None:
@@ -52,7 +59,9 @@ def identity_of(order: FinetuneOrder) -> dict[str, Any]:
     sections = to_dict(order.config)
     tokenizer = fingerprint_of(open_store(order.config.backbone.uri).read("tokenizer.json"))
     kept = {name: sections[name] for name in ("backbone", "adapt", "batch", "optimizer", "schedule")}
-    return {"task": order.prepared.digest, "weights": order.backbone, "tokenizer": tokenizer, **kept}
+    origin = origin_of(order.prepared, order.backbone)
+    origin["weights"] = origin.pop("backbone")  # the section of that name is among the kept ones
+    return {**origin, "tokenizer": tokenizer, **kept}
 
 
 def training_records(order: FinetuneOrder) -> tuple[list[Example], list[Example]]:

@@ -9,7 +9,6 @@ interrupted one was.
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,13 +20,12 @@ try:
     from rich.table import Table
 
     from cluster.config import ConfigError, load_config, run_entry
-    from cluster.session import ray_session
     from cluster.storage import StorageError, Store, open_store
     from data.corpus import CorpusError
     from data.overlap import texts_within
     from trainers.finetune import finetune
     from trainers.finetune_config import FinetuneConfig, absolute
-    from trainers.finetune_group import trains_alone
+    from trainers.finetune_group import place_to_train, trains_alone
     from trainers.lease import lease
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, choose_budget, prepare_task
@@ -88,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError([f"kind={task.kind}: a curve needs one label per record, for the linear model"])
     prepared = prepare_task(task, open_store(config.base.run.prepared))
     store = open_store(config.curve.storage).child(config.curve.name or f"{task.name}-labels")
-    alone = trains_alone(config.base.cluster)
-    with lease(store, console.print), nullcontext() if alone else ray_session(config.base.cluster):
+    with lease(store, console.print), place_to_train(config.base.cluster):
         measure_curve(config, prepared, store, console)
 
 

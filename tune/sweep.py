@@ -24,6 +24,8 @@ try:
     from trainers.finetune import finetune
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
+    from trainers.finetune_group import place_to_train
+    from trainers.finetune_order import origin_of
     from trainers.lease import lease
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, prepare_task
@@ -66,7 +68,7 @@ def sweep(
     config: SweepConfig, store: Store, space: SearchSpace, prepared: PreparedTask, console: Console
 ) -> None:
     """Search, choose and judge, from where the sweep is."""
-    pin(store, config, origin_of(config, prepared))
+    pin(store, config, origin_of(prepared, backbone_digest(config.base)))
     with ray_session(config.base.cluster):
         nodes = living_nodes()
         if problem := unshared_problem(shared_uris(config), nodes):
@@ -102,17 +104,6 @@ def shared_uris(config: SweepConfig) -> dict[str, str]:
     }
 
 
-def origin_of(config: SweepConfig, prepared: PreparedTask) -> dict[str, str]:
-    """What decides about scores and stands in no key."""
-    task = prepared.task
-    return {
-        "task": prepared.digest,
-        "metric": task.judged_by,
-        "prompt": to_yaml(task.prompt),
-        "backbone": backbone_digest(config.base),
-    }
-
-
 def best_config(config: SweepConfig, winner: Finalist) -> FinetuneConfig:
     """What `trainers/finetune.py --config` takes to train the winner."""
     best = with_point(config.base, winner.point)
@@ -127,11 +118,8 @@ def judge(best: FinetuneConfig, point: Point, store: Store, prepared: PreparedTa
     """
     claim_judgement(store, point)
     here = replace(best, run=replace(best.run, storage=store.uri, name="best", seeds=best.run.seeds[:1]))
-    if best.cluster.num_workers > 1:
-        with ray_session(best.cluster):
-            result = finetune(here, prepared=prepared)
-    else:
-        result = finetune(here, prepared=prepared)
+    with place_to_train(best.cluster) as alone:
+        result = finetune(here, prepared=prepared, alone=alone)
     run = seed_store(here, here.run.seeds[0])
     write_task_report(run, prepared)
     test = result.seeds[0]["test"]
