@@ -3,11 +3,13 @@ digest.
 
 A prepared corpus lies under one URI:
 
-    manifests/DIGEST.parquet      this file: one row per fragment, everything else as JSON in the schema's
-    metadata manifests/latest              the digest of the manifest written last
-    tokenizers/FINGERPRINT/tokenizer.json shards/…parquet               token shards (data/shards.py), named
-    by their content set_aside/…jsonl              broken records with shard, line and reason pieces/…
-    finished pieces of work, for resuming (data/prepare.py)
+    manifests/DIGEST.parquet                this file: a row per shard, the columns of its fragments as
+                                            lists, the rest as JSON in the schema's metadata
+    manifests/latest                        the digest of the manifest written last
+    tokenizers/FINGERPRINT/tokenizer.json
+    shards/…parquet                         token shards (data/shards.py), named by their content
+    set_aside/…jsonl                        broken records with shard, line and reason
+    pieces/…                                finished pieces of work, for resuming (data/prepare.py)
 
 The digest depends on content alone: not on paths of the raw shards' store, times, or the number of workers.
 The same corpus prepared elsewhere with the same settings has the same digest.
@@ -16,18 +18,21 @@ The same corpus prepared elsewhere with the same settings has the same digest.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.storage import Store
 
 SPLITS = ("train", "validation", "test")
-FORMAT = "token-manifest-1"
+# Arrow reads no more than 100 MB of a schema's metadata, so what grows with the corpus stands in columns. The first
+# format held the shards there too, up to some 400,000 of them; its files are read as before.
+FORMAT, FIRST_FORMAT = "token-manifest-2", "token-manifest-1"
 
 
 class ManifestError(ValueError):
@@ -82,6 +87,11 @@ FRAGMENT_DTYPES = {
     "num_documents": np.int64,
     "checksum": np.uint32,
 }
+LISTED = tuple(name for name in FRAGMENT_DTYPES if name != "shard")
+"""Columns of fragments that stand as lists beside their shard."""
+SHARD_SCHEMA = pa.schema(
+    [(each.name, pa.int64() if each.type is int else pa.string()) for each in fields(Shard)]
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,12 @@ class Manifest:
     @cached_property
     def digest(self) -> str:
         """The manifest's name: 16 hex digits of a sha256 over all of its fields."""
-        content = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        # The content is the same in both formats: a corpus prepared anew keeps its name, and runs on it go on.
+        everything = self._header() | {
+            "format": FIRST_FORMAT,
+            "shards": [vars(shard) for shard in self.shards],
+        }
+        content = hashlib.sha256(json.dumps(everything, sort_keys=True).encode())
         for name, dtype in FRAGMENT_DTYPES.items():
             column = getattr(self.fragments, name)
             content.update(np.ascontiguousarray(column, np.dtype(dtype).newbyteorder("<")).data)
@@ -166,17 +181,18 @@ class Manifest:
         }
 
     def _header(self) -> dict[str, Any]:
-        header = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "fragments"}
-        return header | {"format": FORMAT, "shards": [asdict(shard) for shard in self.shards]}
+        """The fields that do not grow with the corpus, ready for JSON."""
+        columnar = ("shards", "fragments")
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in columnar}
 
 
 def write_manifest(store: Store, manifest: Manifest) -> str:
     """Put the manifest and then name it the latest; returns its path. Writing it again changes nothing."""
     path = manifest_path(manifest.digest)
-    columns = {name: getattr(manifest.fragments, name) for name in FRAGMENT_DTYPES}
-    metadata = {"manifest": json.dumps(manifest._header(), sort_keys=True)}
+    header = json.dumps(manifest._header() | {"format": FORMAT}, sort_keys=True)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), sink, compression="zstd")
+    table = _by_shard(manifest).replace_schema_metadata({"manifest": header})
+    pq.write_table(table, sink, compression="zstd")
     store.put(path, sink.getvalue().to_pybytes())
     mark_latest(store, manifest)
     return path
@@ -195,22 +211,57 @@ def read_manifest(store: Store, digest: str = "latest") -> Manifest:
     """
     try:
         name = store.read("manifests/latest").decode().strip() if digest == "latest" else digest
-        table = pq.read_table(pa.BufferReader(store.read(manifest_path(name))))
+        content = store.read(manifest_path(name))
     except FileNotFoundError as absent:
         remedy = "run data/prepare.py with corpus.prepared set to this URI"
         raise ManifestError(f"no manifest {digest!r} under {store.uri}; {remedy}") from absent
-    except pa.ArrowInvalid as broken:
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowInvalid, OSError) as broken:  # OSError: of what Parquet's own layer cannot read
         raise ManifestError(_altered(store, name, str(broken))) from broken
     header = json.loads((table.schema.metadata or {}).get(b"manifest", b"{}"))
-    if header.pop("format", None) != FORMAT:
-        raise ManifestError(f"{store.uri}/{manifest_path(name)} is not a manifest of format {FORMAT}")
-    header["sources"] = tuple(header["sources"])
-    header["shards"] = tuple(Shard(**shard) for shard in header["shards"])
-    columns = {column: table.column(column).to_numpy() for column in FRAGMENT_DTYPES}
-    manifest = Manifest(fragments=Fragments.from_columns(columns), **header)
+    header["sources"] = tuple(header.get("sources", ()))
+    written = header.pop("format", None)
+    if written == FORMAT:
+        shards, fragments = _from_shards(table)
+    elif written == FIRST_FORMAT:
+        shards, fragments = _from_fragments(table, header.pop("shards"))
+    else:
+        at, remedy = f"{store.uri}/{manifest_path(name)}", "run data/prepare.py again"
+        raise ManifestError(f"{at} has the format {written}, not {FORMAT}; {remedy}")
+    manifest = Manifest(shards=shards, fragments=fragments, **header)
     if manifest.digest != name:
         raise ManifestError(_altered(store, name, f"its content has the digest {manifest.digest}"))
     return manifest
+
+
+def _by_shard(manifest: Manifest) -> pa.Table:
+    """A row per shard: its fields, and those of its fragments as lists."""
+    of_shard = manifest.fragments.shard
+    assert np.all(of_shard[1:] >= of_shard[:-1]), "fragments stand in the order of their shards"
+    columns = [[getattr(shard, name) for shard in manifest.shards] for name in SHARD_SCHEMA.names]
+    table = pa.table(columns, SHARD_SCHEMA)
+    bounds = pa.array(np.searchsorted(of_shard, np.arange(len(table) + 1)), pa.int32())
+    for name in LISTED:
+        values = pa.array(getattr(manifest.fragments, name))
+        table = table.append_column(f"fragment_{name}", pa.ListArray.from_arrays(bounds, values))
+    return table
+
+
+def _from_shards(table: pa.Table) -> tuple[tuple[Shard, ...], Fragments]:
+    """What `_by_shard` made a table of."""
+    names = SHARD_SCHEMA.names
+    values = zip(*(table.column(name).to_numpy().tolist() for name in names), strict=True)
+    columns = {name: pc.list_flatten(table.column(f"fragment_{name}")).to_numpy() for name in LISTED}
+    num_fragments = pc.list_value_length(table.column("fragment_row_group")).to_numpy()
+    columns["shard"] = np.repeat(np.arange(len(table)), num_fragments)
+    return tuple(Shard(*each) for each in values), Fragments.from_columns(columns)
+
+
+def _from_fragments(table: pa.Table, shards: list[dict[str, Any]]) -> tuple[tuple[Shard, ...], Fragments]:
+    """The same of the first format: a row per fragment."""
+    columns = {name: table.column(name).to_numpy() for name in FRAGMENT_DTYPES}
+    return tuple(Shard(**shard) for shard in shards), Fragments.from_columns(columns)
 
 
 def manifest_path(digest: str) -> str:

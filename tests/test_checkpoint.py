@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cluster.storage import Store, open_store
+from cluster.storage import StorageError, Store, open_store
 from trainers.checkpoint import (
     CheckpointConfig,
     checkpoint_at,
@@ -27,12 +27,12 @@ from trainers.checkpoint import (
 )
 from trainers.checkpoint_commit import CheckpointError, file_path, folder_name, read_record
 from trainers.checkpoint_reader import CheckpointReader
-from trainers.checkpoint_writer import CheckpointWriter
+from trainers.checkpoint_writer import HEADER_ROOM_BYTES, CheckpointWriter
 from trainers.state import StateSlice
 
 SHAPES = {"embed.weight": (11, 7), "layers.0.norm.weight": (5,), "scale": ()}
 KINDS = ("value", "exp_avg", "exp_avg_sq")
-CONFIG = CheckpointConfig(keep_last=100, file_bytes=128)
+CONFIG = CheckpointConfig(keep_last=100, file_bytes=HEADER_ROOM_BYTES + 128)
 State = dict[tuple[str, str], torch.Tensor]
 
 
@@ -108,10 +108,10 @@ def test_a_checkpoint_reads_back_bit_by_bit_with_the_trainers_own_state(store: S
     size=st.integers(1, 200),
     writers=st.integers(1, 5),
     readers=st.integers(1, 7),
-    file_bytes=st.sampled_from([4, 64, 4096]),
+    data_bytes=st.sampled_from([4, 64, 4096]),
 )
 def test_saved_on_n_workers_reads_on_m_in_any_split(
-    tmp_path_factory, data, size, writers, readers, file_bytes
+    tmp_path_factory, data, size, writers, readers, data_bytes
 ) -> None:
     store = open_store(str(tmp_path_factory.mktemp("run")))
     whole = torch.randn(size)
@@ -119,7 +119,7 @@ def test_saved_on_n_workers_reads_on_m_in_any_split(
     bounds = data.draw(cuts)
     owners = data.draw(st.lists(st.integers(0, writers - 1), min_size=len(bounds), max_size=len(bounds)))
     for rank in reversed(range(writers)):
-        config = CheckpointConfig(file_bytes=file_bytes)
+        config = CheckpointConfig(file_bytes=HEADER_ROOM_BYTES + data_bytes)
         with CheckpointWriter(store, config, rank=rank, world_size=writers, attempt=1) as writer:
             pieces = zip(bounds, bounds[1:], owners, strict=False)
             mine = [
@@ -368,6 +368,18 @@ def test_a_failure_of_the_thread_surfaces_in_the_training_thread(folder: Store) 
         writer.save(2, slices_of(0, 1, state_at(2)), {})
 
 
+def test_where_nothing_may_be_deleted_checkpoints_are_committed_all_the_same(folder: Store, caplog) -> None:
+    def delete(path):
+        raise StorageError(f"may not delete {path}")
+
+    config = CheckpointConfig(keep_last=1, file_bytes=HEADER_ROOM_BYTES + 128)
+    with CheckpointWriter(Interposed(folder, delete=delete), config, rank=0, world_size=1, attempt=1) as writer:
+        for step in (1, 2, 3):
+            writer.save(step, slices_of(0, 1, state_at(step)), {})
+    assert len(committed(folder)) == 3
+    assert "older checkpoints stay for now: may not delete checkpoints/step-00000001" in caplog.text
+
+
 def test_a_worker_that_never_delivers_is_named_within_the_time_limit(folder: Store) -> None:
     config = CheckpointConfig(commit_timeout_seconds=0.2)
     writer = CheckpointWriter(folder, config, rank=0, world_size=3, attempt=1)
@@ -447,12 +459,12 @@ import sys
 import torch
 from cluster.storage import open_store
 from trainers.checkpoint import CheckpointConfig, claim_attempt, latest_checkpoint
-from trainers.checkpoint_writer import CheckpointWriter
+from trainers.checkpoint_writer import HEADER_ROOM_BYTES, CheckpointWriter
 from trainers.state import StateSlice
 
 store = open_store(sys.argv[1])
 last = latest_checkpoint(store)
-attempt, config = claim_attempt(store), CheckpointConfig(keep_last=2, file_bytes=1 << 16)
+attempt, config = claim_attempt(store), CheckpointConfig(keep_last=2, file_bytes=HEADER_ROOM_BYTES + (1 << 16))
 writers = [CheckpointWriter(store, config, rank=r, world_size=2, attempt=attempt) for r in (0, 1)]
 step = last.step if last else 0
 while True:
@@ -492,7 +504,7 @@ def kept_steps(store: Store) -> list[int]:
 
 
 def test_the_last_the_best_and_every_nth_are_kept_and_nothing_of_the_others(folder: Store) -> None:
-    config = CheckpointConfig(every_steps=10, keep_last=2, keep_every_steps=40, file_bytes=128)
+    config = CheckpointConfig(every_steps=10, keep_last=2, keep_every_steps=40, file_bytes=HEADER_ROOM_BYTES + 128)
     for step in range(10, 101, 10):
         if step == 40:
             folder.put("best.json", json.dumps({"checkpoint": folder_name(30, 2, 1)}).encode())

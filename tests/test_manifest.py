@@ -1,13 +1,17 @@
 """Laws of the manifest: named by all of its content, and refused when that was altered."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import open_store
+from cluster.storage import Store, open_store
 from data.manifest import (
+    FRAGMENT_DTYPES,
     Fragments,
     Manifest,
     ManifestError,
@@ -32,6 +36,8 @@ FRAGMENTS = Fragments.from_columns(
         "checksum": [1, 2**32 - 1, 3, 4],
     }
 )
+FIRST_DIGEST = "ce1ea09f131eb1f6"
+"""Of `MANIFEST`, in the first format too."""
 MANIFEST = Manifest(
     tokenizer="0123456789abcdef",
     vocab_size=4_096,
@@ -53,7 +59,67 @@ def test_reading_gives_what_was_written_by_digest_and_as_latest(tmp_path: Path) 
         manifest = read_manifest(store, name)
         assert manifest.digest == MANIFEST.digest
         assert manifest.shards == SHARDS and manifest.sources == MANIFEST.sources
-        assert manifest.fragments.checksum.tolist() == FRAGMENTS.checksum.tolist()
+        for name, dtype in FRAGMENT_DTYPES.items():
+            column = getattr(manifest.fragments, name)
+            assert column.dtype == dtype and column.tolist() == getattr(FRAGMENTS, name).tolist()
+
+
+@pytest.mark.slow
+def test_a_manifest_of_half_a_million_shards_is_read_back_as_written(tmp_path: Path) -> None:
+    num_shards = 500_000
+    shards = tuple(
+        Shard(f"shards/{number:064x}.parquet", "train", "plays", number, f"{number:064x}")
+        for number in range(num_shards)
+    )
+    of_shard = np.repeat(np.arange(num_shards), np.arange(num_shards) % 3)  # some have no fragment
+    columns = {name: np.arange(len(of_shard)) for name in FRAGMENT_DTYPES} | {"shard": of_shard}
+    large = replace(MANIFEST, shards=shards, fragments=Fragments.from_columns(columns))
+    store = open_store(str(tmp_path))
+    write_manifest(store, large)
+    found = read_manifest(store, large.digest)
+    assert (
+        len(found.shards) == num_shards and found.shards[::997] == shards[::997]
+    )  # the digest covers the others
+    assert np.array_equal(found.fragments.shard, of_shard)
+
+
+def test_a_manifest_without_a_shard_is_read_back(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    empty = replace(
+        MANIFEST, shards=(), fragments=Fragments.from_columns({name: [] for name in FRAGMENT_DTYPES})
+    )
+    write_manifest(store, empty)
+    assert read_manifest(store).digest == empty.digest
+
+
+def test_the_same_manifest_is_always_the_same_bytes(tmp_path: Path) -> None:
+    one, two = (open_store(str(tmp_path / name)) for name in ("one", "two"))
+    path = write_manifest(one, MANIFEST)
+    assert write_manifest(two, replace(MANIFEST)) == path and two.read(path) == one.read(path)
+
+
+def put_in_format(store: Store, name: str) -> None:
+    """The file of `MANIFEST` as the first format has it: a row per fragment, all else as JSON; named `name` there."""
+    header = {key: value for key, value in vars(MANIFEST).items() if key not in ("fragments", "digest")}
+    header |= {"format": name, "shards": [asdict(shard) for shard in SHARDS]}
+    table = pa.table({column: getattr(FRAGMENTS, column) for column in FRAGMENT_DTYPES})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"manifest": json.dumps(header)}), sink)
+    store.put(manifest_path(FIRST_DIGEST), sink.getvalue().to_pybytes())
+
+
+def test_a_manifest_of_the_first_format_is_read_and_its_corpus_keeps_its_name(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    put_in_format(store, "token-manifest-1")
+    assert read_manifest(store, FIRST_DIGEST).shards == SHARDS
+    assert MANIFEST.digest == FIRST_DIGEST
+
+
+def test_a_manifest_of_another_format_is_refused_with_path_and_remedy(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    put_in_format(store, "token-manifest-9")
+    with pytest.raises(ManifestError, match=f"{FIRST_DIGEST}.*token-manifest-9.*data/prepare.py again"):
+        read_manifest(store, FIRST_DIGEST)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +159,11 @@ def test_a_torn_or_absent_manifest_is_refused_with_its_path(tmp_path: Path) -> N
     with pytest.raises(ManifestError, match=r"no manifest.*data/prepare\.py"):
         read_manifest(store)
     path = write_manifest(store, MANIFEST)
-    store.put(path, store.read(path)[:-20])
-    with pytest.raises(ManifestError, match=MANIFEST.digest):
-        read_manifest(store)
+    whole = store.read(path)
+    for torn in (whole[:-20], whole[:-2_000] + bytes(1_992) + whole[-8:]):  # the footer's end, its contents
+        store.put(path, torn)
+        with pytest.raises(ManifestError, match=MANIFEST.digest):
+            read_manifest(store)
 
 
 def test_select_gives_the_fragments_of_a_split_and_source() -> None:

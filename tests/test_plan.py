@@ -32,7 +32,7 @@ JOB = Job(
     model=MODEL,
     engine=EngineConfig(zero_stage=1, precision="bf16", micro_batch_rows=4),
     optimizer=OptimizerConfig(kind="adamw"),
-    checkpoint=CheckpointConfig(every_steps=100, keep_last=2, file_bytes=1 << 20),
+    checkpoint=CheckpointConfig(every_steps=100, keep_last=2, file_bytes=2 << 20),
     seq_len=128,
     rows_per_step=16,
     steps=1_000,
@@ -65,7 +65,7 @@ def test_memory_equals_the_computation_by_hand():
     assert memory.gradients == 2 * PARAMETERS + 4 * PARAMETERS  # of a micro-batch, and their sum in float32
     assert memory.buckets == 0  # stage 1
     assert memory.optimizer == 12 * PARAMETERS / 2
-    assert memory.checkpoint_buffers == 2 << 20  # 1.26 MB in files of 1 MiB
+    assert memory.checkpoint_buffers == 4 << 20  # 1.26 MB in files of 2 MiB, which hold 1 MiB
     tokens = 4 * 128
     assert memory.activations == tokens * 2 * (2 * (6 * 64 + 2 * 64 + 4 * 128) + 2 * 64)
 

@@ -59,8 +59,8 @@ class CheckpointConfig:
                 f"{at}.keep_every_steps={self.keep_every_steps} is not a multiple of "
                 f"{at}.every_steps={self.every_steps}; nearest: {nearest}"
             )
-        if not 1 << 20 <= self.file_bytes <= 4 << 30:
-            yield f"{at}.file_bytes={self.file_bytes:,} must be 1 MiB to 4 GiB: S3 takes 5 GB in one put"
+        if not 2 << 20 <= self.file_bytes <= 4 << 30:
+            yield f"{at}.file_bytes={self.file_bytes:,} must be 2 MiB to 4 GiB: S3 takes 5 GB in one put"
         if self.commit_timeout_seconds <= 0:
             yield f"{at}.commit_timeout_seconds={self.commit_timeout_seconds} must be positive"
 

@@ -7,6 +7,7 @@ the parts, proves that they cover every tensor exactly once, and puts the commit
 
 import hashlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 import torch
 
-from cluster.storage import Store
+from cluster.storage import StorageError, Store
 from trainers.checkpoint import CheckpointConfig, latest_attempt, retire
 from trainers.checkpoint_commit import (
     FLOAT32_BYTES,
@@ -45,18 +46,21 @@ HEADER_ENTRY_BYTES = 128  # of JSON around a range's key, rounded up
 POLL_SECONDS = 0.05
 SLOWEST_POLL_SECONDS = 2.0
 
+logger = logging.getLogger(__name__)
+
 
 class HostFile:
     """One safetensors file in reusable host memory, hashed and put without another copy.
 
     The data stand behind a fixed room, and the header is written into that room's end once it is known: the
-    file is one contiguous view. Format: https://huggingface.co/docs/safetensors (length, JSON header, data).
+    file is one contiguous view. `num_bytes` are both together: of 64 MiB and a little, pinned memory would take 128,
+    and a put more than one request. Format: https://huggingface.co/docs/safetensors (length, JSON header, data).
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, num_bytes: int) -> None:
         # Pinned where there is a GPU: the copy then runs at the bus's rate and beside the kernels.
         pin = torch.cuda.is_available()
-        self._bytes = torch.empty(HEADER_ROOM_BYTES + capacity_bytes, dtype=torch.uint8, pin_memory=pin)
+        self._bytes = torch.empty(num_bytes - num_bytes % FLOAT32_BYTES, dtype=torch.uint8, pin_memory=pin)
         self._data = self._bytes[HEADER_ROOM_BYTES:].view(torch.float32)
         self.clear()
 
@@ -231,7 +235,10 @@ class CheckpointWriter:
             before_commit()
             self._commit(name, step, run)
             on_commit(name)
-            retire(self._store, self._config, name)
+            try:
+                retire(self._store, self._config, name)
+            except StorageError as error:  # a bucket that lets nobody delete is no reason to stop training
+                logger.warning("%s is committed, older checkpoints stay for now: %s", name, error)
 
     def _put(self, name: str, number: int, file: HostFile) -> tuple[StoredFile, list[PlacedRange]]:
         path = f"worker-{self._rank:05d}-{number:03d}.safetensors"

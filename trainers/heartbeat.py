@@ -42,6 +42,11 @@ class HeartbeatConfig:
     linger_seconds: float = 10.0
     """Time between the stacks and the end of the process, for the other workers to leave theirs."""
 
+    @property
+    def longest_seconds(self) -> float:
+        """After it every hung worker has ended, whatever it was doing."""
+        return max([self.timeout_seconds, *self.phase_timeout_seconds.values()]) + self.linger_seconds
+
     def problems(self, at: str) -> Iterator[str]:
         if self.timeout_seconds <= 0:
             yield f"{at}.timeout_seconds={self.timeout_seconds} must be positive"

@@ -190,7 +190,8 @@ def validate_and_save(parts: Parts, step: int, selection: Selection, stopped: bo
         better = selection.best_step == step
         if parts.metrics:
             parts.metrics.write({"step": step, "validation": found.as_json()})
-    if last or better or stopped or step % config.checkpoint.every_steps == 0:
+    ending = last or stopped or selection.gives_up(config.validation)
+    if ending or better or step % config.checkpoint.every_steps == 0:
         parts.heartbeat.beat(step, "save")
         run = {"identity": parts.identity, "guard": parts.guard.state(), "selection": selection.as_json()}
         seconds = parts.writer.save(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from cluster.hardware import Energy, EnergyConfig, Peak, estimate_energy
 from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.checkpoint import CheckpointConfig
+from trainers.checkpoint_writer import HEADER_ROOM_BYTES
 from trainers.engine import EngineConfig
 from trainers.optimizer import OptimizerConfig, moments
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
@@ -178,6 +179,7 @@ def memory_per_worker(job: Job) -> Memory:
     kept = element + sum_element if stage <= 1 else (sum_element or element) / workers
     moment_elements = state_elements(job.model, job.optimizer) - parameters
     state_bytes = FLOAT32 * (parameters + moment_elements) / workers
+    files = math.ceil(state_bytes / (job.checkpoint.file_bytes - HEADER_ROOM_BYTES))
     bucket = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET_ELEMENTS)
     return Memory(
         parameters=element * parameters / (workers if stage == 3 else 1),
@@ -185,7 +187,7 @@ def memory_per_worker(job: Job) -> Memory:
         optimizer=FLOAT32 * (has_masters * parameters + moment_elements) / (workers if stage else 1),
         buckets=element * float(bucket) if stage >= 2 and workers > 1 else 0.0,
         activations=activation_bytes(job, element),
-        checkpoint_buffers=math.ceil(state_bytes / job.checkpoint.file_bytes) * job.checkpoint.file_bytes,
+        checkpoint_buffers=files * job.checkpoint.file_bytes,
     )
 
 

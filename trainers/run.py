@@ -32,6 +32,7 @@ from trainers.checkpoint import latest_attempt, latest_world_size
 from trainers.clock import RunClock
 from trainers.config import PretrainConfig, run_store
 from trainers.live_metrics import DriverLog, LiveGoodput
+from trainers.run_folder import is_finished
 from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP
 from trainers.worker import Task, work
 
@@ -54,6 +55,7 @@ EXIT_HEAD_DRAINS = 75
 # Between a group whose processes did not find each other and the next try.
 RENDEZVOUS_PAUSE_SECONDS = 5.0
 RENDEZVOUS_TIMEOUT_SECONDS = 300
+"""For the processes of a group to find each other; the collectives after that have a limit of their own."""
 # Until then what an ended pipeline of Ray Data has claimed counts as taken (cluster/session.py), and Ray, which looks
 # at the nodes every 20 s, may not know one that joined 5 s before: an elastic group would start with fewer workers
 # than fit.
@@ -106,7 +108,8 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
                 continue
             raise_final(store)
             reason = store.read(STOP) if store.exists(STOP) else None
-            if reason is None:
+            # Asked while it was judged, a run that is done has nothing to go on with.
+            if reason is None or is_finished(store):
                 return tell("finished", attempt=latest_attempt(store))
             if reason not in (GROW, DRAIN, HEAD_DRAINS):
                 break

@@ -20,14 +20,14 @@ from trainers.checkpoint_commit import CheckpointRecord
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.clock import RunClock
-from trainers.collectives import Workers
+from trainers.collectives import Workers, limit_collectives
 from trainers.config import PretrainConfig, evaluation_framing, model_of, run_store
 from trainers.engine import Engine
 from trainers.evaluation import Evaluation, evaluate
 from trainers.export import export
 from trainers.formats import read_stored
 from trainers.guard import Guard, TrainingDiverged, name_documents
-from trainers.heartbeat import Heartbeat
+from trainers.heartbeat import GIL_GRACE_SECONDS, Heartbeat
 from trainers.initial import load_initial
 from trainers.live_metrics import LiveMetrics, event_log
 from trainers.llama import rows_of_fused
@@ -75,6 +75,7 @@ def work(arguments: dict[str, Any]) -> None:
         # Before the engine is built: the pipeline takes seconds to start, and does so meanwhile.
         stream = stack.enter_context(open_stream(config, data, workers, newest.step if newest else 0))
         parts = assemble(task, data, stream, newest, workers, run, attempt, heartbeat, clock, stack)
+        limit_collectives(config.heartbeat.longest_seconds + GIL_GRACE_SECONDS)  # DeepSpeed's groups too
         ending = train(parts)
         stream.close()
         if task.judge and not ending.stopped:

@@ -1,0 +1,29 @@
+"""How long a worker waits in a collective for one that does not come."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from trainers.collectives import limit_collectives
+
+
+def wait_for_one_that_does_not_come(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
+    group = dist.new_group([0, 1])
+    limit_collectives(1.0)
+    if rank == 0:
+        for each in (None, group):
+            started = time.monotonic()
+            with pytest.raises(RuntimeError, match="[Tt]imed out"):
+                dist.all_reduce(torch.ones(1), group=each)
+            assert 0.5 < time.monotonic() - started < 10
+    else:
+        time.sleep(4)
+
+
+@pytest.mark.slow
+def test_every_group_gets_the_limit(tmp_path):
+    mp.spawn(wait_for_one_that_does_not_come, (str(tmp_path),), nprocs=2)
