@@ -44,6 +44,13 @@ JOB = Job(
 )
 
 
+def test_rows_that_do_not_come_out_even_make_more_passes_of_fewer_rows_as_in_the_run():
+    engine = EngineConfig(micro_batch_rows=8)
+    assert (engine.rows_per_pass(16), engine.rows_per_pass(13), engine.rows_per_pass(12)) == (8, 1, 6)
+    job = replace(JOB, engine=engine, rows_per_step=26)  # 13 rows of each worker
+    assert make_plan(job).micro_batches == 13
+
+
 def test_the_plan_equals_the_computation_by_hand():
     plan = make_plan(JOB)
     assert plan.tokens == 1_000 * 16 * 128 == 2_048_000

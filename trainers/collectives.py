@@ -16,9 +16,9 @@ from torch.distributed import distributed_c10d
 def limit_collectives(seconds: float) -> None:
     """How long a collective of any group that there is now may take; NCCL ends a process at its limit, without a word.
 
-    torch's own (10 minutes for NCCL) lies below the time that one worker may take to save or validate while the others
-    wait: with a limit above the heartbeat's longest it is the heartbeat that ends a hung worker, after it wrote where it
-    stood. torch (2.13) offers no public way to set it once a group is up.
+    torch's own (10 minutes for NCCL) lies below the time that one worker may take to save or validate while others
+    wait: with a limit above the heartbeat's longest it is the heartbeat that ends a hung worker, after it wrote where
+    it stood. torch (2.13) offers no public way to set it once a group is up.
     """
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

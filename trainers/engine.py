@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data.order import largest_divisor
 from trainers.muon import Muon
 from trainers.optimizer import OptimizerConfig, build_optimizer, moments, role_of
 from trainers.partition import create_moments, masters, read_state, refresh_parameters, write_state
@@ -34,7 +35,7 @@ class EngineConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations; master weights and moments are float32 in any case."""
     micro_batch_rows: int = 8
-    """Rows of one forward and backward pass of one worker."""
+    """Rows of one forward and backward pass of one worker; fewer where they do not divide its rows of a step."""
     activation_checkpointing: bool = False
     """Compute each block's activations again in the backward pass instead of keeping them."""
     gradient_clip: float = 1.0
@@ -43,6 +44,10 @@ class EngineConfig:
     """Compile the model's forward and backward pass with torch.compile."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """DeepSpeed's own configuration keys, passed through."""
+
+    def rows_per_pass(self, rows: int) -> int:
+        """Rows of each micro-batch of a worker that has so many in a step: at most those configured, all alike."""
+        return largest_divisor(rows, self.micro_batch_rows)
 
     def problems(self, at: str) -> Iterator[str]:
         """Yield a line for each value, or pair of values, that no run can have."""

@@ -126,7 +126,7 @@ def make_plan(job: Job) -> Plan:
         job=job,
         tokens=tokens,
         epochs=tokens / job.train_tokens if job.train_tokens else None,
-        micro_batches=math.ceil(rows_per_worker(job) / job.engine.micro_batch_rows),
+        micro_batches=micro_batches(job),
         flops=flops,
         memory=memory_per_worker(job),
         checkpoint_bytes=state_bytes,
@@ -141,6 +141,12 @@ def rows_per_worker(job: Job) -> int:
     """Rows of a step on each worker, those that fill up missing lanes included."""
     lanes = lanes_of(job)
     return math.ceil(lanes / job.num_workers) * (job.rows_per_step // lanes)
+
+
+def micro_batches(job: Job) -> int:
+    """Passes of a worker in a step."""
+    rows = rows_per_worker(job)
+    return rows // job.engine.rows_per_pass(rows)
 
 
 def lanes_of(job: Job) -> int:
@@ -174,7 +180,7 @@ def memory_per_worker(job: Job) -> Memory:
     has_masters = stage >= 1 or is_bf16
     # Several micro-batches are summed in float32, except at stage 0 (see trainers/engine.py). Stage 1 keeps the sum of
     # all gradients beside those of the micro-batch; later ones keep their own part alone, and hand each gradient on.
-    several = math.ceil(rows_per_worker(job) / engine.micro_batch_rows) > 1
+    several = micro_batches(job) > 1
     sum_element = FLOAT32 if is_bf16 and several and stage >= 1 else 0
     kept = element + sum_element if stage <= 1 else (sum_element or element) / workers
     moment_elements = state_elements(job.model, job.optimizer) - parameters
@@ -200,7 +206,7 @@ def activation_bytes(job: Job, element: int) -> float:
     With activation checkpointing each layer keeps its input alone (D), and one layer at a time the rest.
     """
     model = job.model
-    rows = min(job.engine.micro_batch_rows, rows_per_worker(job))
+    rows = job.engine.rows_per_pass(rows_per_worker(job))
     D, K, F = model.hidden_size, model.kv_heads * model.head_width, model.intermediate_size
     layer = 6 * D + 2 * K + (4 if model.activation == "swiglu" else 2) * F
     kept = model.num_layers * D + layer if job.engine.activation_checkpointing else model.num_layers * layer

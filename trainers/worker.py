@@ -12,7 +12,7 @@ from cluster.hardware import peak_of
 from cluster.storage import Store, open_store
 from data.evaluation_rows import EvaluationBatch, evaluation_batches
 from data.manifest import Manifest, read_manifest
-from data.order import Order, largest_divisor
+from data.order import Order
 from data.stream import TokenStream
 from data.tokens import read_tokenizer
 from trainers.checkpoint import checkpoint_at, claim_attempt, latest_checkpoint
@@ -127,7 +127,7 @@ def assemble(
     batch = config.batch
     # Lanes are dealt out whole; where they do not come out even, the last workers' share is filled up.
     rows = -(-order.lanes // workers.world_size) * order.rows_per_lane
-    micro_batch_rows = largest_divisor(rows, config.engine.micro_batch_rows)
+    micro_batch_rows = config.engine.rows_per_pass(rows)
     model_config = model_of(config, manifest)
     model = build(
         model_config, config.run.seed, activation_checkpointing=config.engine.activation_checkpointing
