@@ -19,8 +19,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 # for it for 40 s, and the end of a worker group waits for the watcher, for up to 12 s. A closed port refuses at once.
 NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 
-JOIN_SECONDS = 60.0
-"""How long a driver that comes before its cluster's nodes waits for them."""
+TELL_SECONDS = 30.0
+"""Between two lines of a driver that waits for nodes."""
 
 # Read by Ray when it is imported, in the driver; a value that the user set stays.
 RAY_ENVIRONMENT = {
@@ -54,6 +54,8 @@ class ClusterConfig:
     """CPUs that Ray reserves for a training worker. Some must stay free for Ray Data's reads."""
     gpus_per_worker: float = 0.0
     """GPUs for a training worker: 1 uses NCCL, 0 uses gloo on CPUs."""
+    join_seconds: float = 60.0
+    """How long a driver that comes before its cluster's nodes waits for them. More where new nodes take minutes."""
     threads_per_worker: int = 0
     """Threads of a worker's matrix products; 0: its CPUs, rounded."""
     object_store_bytes: int = 0
@@ -69,6 +71,8 @@ class ClusterConfig:
             )
         if self.cpus_per_worker <= 0:
             yield f"{at}.cpus_per_worker={self.cpus_per_worker} must be positive; on shared cores, try 0.75"
+        if self.join_seconds < 0:
+            yield f"{at}.join_seconds={self.join_seconds:g} must not be negative; 0 waits for no node"
         if self.gpus_per_worker not in (0, 1):
             yield f"{at}.gpus_per_worker={self.gpus_per_worker} must be 0 or 1: a training worker drives one GPU"
 
@@ -91,7 +95,7 @@ class ClusterConfig:
 def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
     """Join or start Ray for the length of a with-block; yields the cluster's resources by name.
 
-    Nodes of a cluster that has just started are waited for, JOIN_SECONDS at most, until the workers fit.
+    Nodes of a cluster that has just started are waited for, `join_seconds` at most, until the workers fit.
 
     Raises:
         ConfigError: `config.address` names a cluster that does not answer, or that asks for another token.
@@ -139,13 +143,15 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
 def joined_resources(
     config: ClusterConfig, resources_now: Callable[[], dict[str, float]]
 ) -> dict[str, float]:
-    """The cluster's resources once the fewest workers fit into them, or as they are after JOIN_SECONDS."""
-    ends, told = time.monotonic() + JOIN_SECONDS, False
-    while (lacking := list(shortages(config, resources := resources_now()))) and time.monotonic() < ends:
-        if not told:
-            print(f"waiting for nodes: {'; '.join(lacking)}", flush=True)
-            told = True
+    """The cluster's resources once the fewest workers fit into them, or as they are after `join_seconds`."""
+    tells = now = time.monotonic()
+    ends = now + config.join_seconds
+    while (lacking := list(shortages(config, resources := resources_now()))) and now < ends:
+        if now >= tells:
+            print(f"waiting for nodes, {ends - now:,.0f} s more: {'; '.join(lacking)}", flush=True)
+            tells = now + TELL_SECONDS
         time.sleep(0.5)
+        now = time.monotonic()
     return resources
 
 

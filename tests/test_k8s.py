@@ -77,6 +77,16 @@ def test_ray_reads_from_each_cluster_what_the_run_asks_for(name: str) -> None:
         assert (train["max_workers"], data["max_workers"], data["resources"]["CPU"]) == (2, 4, 30)
 
 
+@pytest.mark.parametrize("workers", [32, 64, 128, 256])
+def test_the_run_can_grow_without_another_order_as_far_as_the_readme_says(workers: int) -> None:
+    objects = load(renders()["base"])
+    settings = of_kind(objects, "ConfigMap")[0]["data"]
+    before = mounted_config(one(objects, "RayJob"), objects, PROJECT)
+    settings["train.yaml"] = settings["train.yaml"].replace("num_workers: 16", f"num_workers: {workers}")
+    grown = mounted_config(one(objects, "RayJob"), objects, PROJECT)
+    assert (grown.cluster.num_workers, grown.order) == (workers, before.order)
+
+
 # --- the entrypoint, as the operator submits it ---
 
 IN_A_POD = """

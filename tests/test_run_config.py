@@ -173,9 +173,23 @@ def test_a_driver_waits_for_the_nodes_of_a_cluster_that_just_starts(monkeypatch,
     config, nodes = ClusterConfig(num_workers=2), iter([{}, {"CPU": 1.0}, {"CPU": 4.0}])
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     assert joined_resources(config, lambda: next(nodes)) == {"CPU": 4.0}
-    assert "waiting for nodes: cluster.num_workers=2" in capsys.readouterr().out
-    monkeypatch.setattr("cluster.session.JOIN_SECONDS", 0.0)
-    assert joined_resources(config, lambda: {"CPU": 1.0}) == {"CPU": 1.0}, "the caller says what is lacking"
+    assert "cluster.num_workers=2" in capsys.readouterr().out
+    given_up = replace(config, join_seconds=0.0)
+    assert joined_resources(given_up, lambda: {"CPU": 1.0}) == {"CPU": 1.0}, "the caller says what is lacking"
+
+
+def test_a_driver_that_waits_long_for_nodes_goes_on_saying_what_is_there_and_how_long_it_waits(
+    monkeypatch, capsys
+):
+    now = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    joined_resources(ClusterConfig(num_workers=2, join_seconds=100.0), lambda: {"CPU": 1.0})
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told] == [
+        f"waiting for nodes, {left} s more" for left in (100, 60, 20)
+    ]
+    assert all("= 2 CPUs, but the cluster has 1" in line for line in told)
 
 
 def test_uris_are_absolute_before_they_travel_to_a_worker(monkeypatch, tmp_path):
