@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.config import ConfigError, load_config
 from cluster.preflight import PreflightConfig
+from cluster.session import ClusterConfig
 from k8s.manifests import Object, Render, groups, name_of, of_kind
 from trainers import evaluate
 from trainers.config import PretrainConfig
@@ -103,19 +104,24 @@ def run_configuration(render: Render) -> Iterator[str]:
     """The run asks for the workers, GPUs and CPUs that the groups have, or it waits for ever, or GPUs idle."""
     for job in of_kind(render.objects, "RayJob"):
         config = readable_config(job, render)
-        if not isinstance(config, PretrainConfig):
+        if config is None:
             continue
-        cluster = config.cluster
+        is_sweep = isinstance(config, SweepConfig)
+        cluster: ClusterConfig = (config.base if is_sweep else config).cluster
+        most = config.sweep.max_concurrent if is_sweep else 1  # runs at a time; 0: as many as fit
         workers = [group for group in groups([job]) if not group.is_head]
         gpus = sum(group.replicas * group.asked("nvidia.com/gpu") for group in workers)
         cpus = sum(group.replicas * group.asked("cpu") for group in workers)
         on_gpu_nodes = sum(g.replicas * g.asked("cpu") for g in workers if g.asked("nvidia.com/gpu"))
+        driver = job["spec"].get("entrypointNumGpus", 0)
+        num_workers = (most or 1) * cluster.num_workers
         wanted, wanted_cpus = (
-            cluster.num_workers * cluster.gpus_per_worker,
-            cluster.num_workers * cluster.cpus_per_worker,
+            num_workers * cluster.gpus_per_worker + driver,
+            num_workers * cluster.cpus_per_worker,
         )
-        if wanted != gpus:
-            yield f"{name_of(job)}: cluster.num_workers={cluster.num_workers} takes {wanted:g} GPUs of {gpus:g}"
+        if wanted > gpus or (most and wanted < gpus):
+            runs = f"sweep.max_concurrent={most}, each of " if is_sweep else ""
+            yield f"{name_of(job)}: {runs}cluster.num_workers={cluster.num_workers} takes {wanted:g} GPUs of {gpus:g}"
         if wanted_cpus >= cpus or (gpus and wanted_cpus > on_gpu_nodes):
             yield f"{name_of(job)}: {wanted_cpus:g} CPUs for workers leave none of the groups' {on_gpu_nodes or cpus:g}"
 

@@ -39,6 +39,12 @@ def put(thing: Any, *path: Any) -> None:
     thing[last] = value
 
 
+def edit(config_map: dict[str, Any], file: str, old: str, new: str) -> None:
+    text = config_map["data"][file]
+    assert old in text
+    config_map["data"][file] = text.replace(old, new)
+
+
 Fault = tuple[str, str, Callable[[list[dict[str, Any]]], object]]
 FAULTS: dict[str, Fault] = {  # what was done wrong -> the rule that finds it, the render, the deed
     "name-too-long": ("names", "base", lambda o: put(one(o, "RayJob"), "metadata", "name", "p" * 48)),
@@ -249,6 +255,21 @@ FAULTS: dict[str, Fault] = {  # what was done wrong -> the rule that finds it, t
         "run_configuration",
         "base",
         lambda o: put(ray(o), "resources", "requests", "nvidia.com/gpu", "4"),
+    ),
+    "finetuning-of-another-size": (
+        "run_configuration",
+        "jobs/finetune on base",
+        lambda o: edit(run_map(o), "finetune.yaml", "num_workers: 16", "num_workers: 8"),
+    ),
+    "more-trials-than-gpus": (
+        "run_configuration",
+        "jobs/sweep on eks",
+        lambda o: edit(run_map(o), "sweep.yaml", "max_concurrent: 15", "max_concurrent: 16"),
+    ),
+    "preflight-of-a-part": (
+        "run_configuration",
+        "jobs/preflight on base",
+        lambda o: edit(run_map(o), "preflight.yaml", "num_workers: 16", "num_workers: 8"),
     ),
     "no-cpu-to-read": (
         "run_configuration",
