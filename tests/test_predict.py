@@ -137,6 +137,23 @@ def test_a_record_that_was_cut_is_counted_and_marked(model, tmp_path):
     assert [line.get("truncated") for line in lines] == [None, True]
 
 
+def test_a_prompt_that_was_cut_for_the_answer_it_asks_for_is_counted_and_marked(tmp_path):
+    exported = load_exported(open_store(put_backbone(tmp_path / "backbone")))
+    task = TaskConfig(name="t", kind="generation", data=TaskFiles(uri="elsewhere.jsonl"))
+    tokenizer, pad = framed(exported.tokenizer, exported.boundary_id, causal=True)
+    made = TaskModel(exported.model, task, AdaptConfig(dropout=0.0), seed=0).eval()
+    encoder = Encoder(task, tokenizer, pad, 128, True, True)
+    export_task_model(made, encoder, exported.boundary_id, open_store(str(tmp_path / "export")))
+    text = "a film " * 28
+    length = len(tokenizer.encode(text.rstrip()).ids) - 1  # without the boundary that would close it
+    assert 128 - 8 >= length > 128 - 60  # it fits, beside a short answer and not beside a long one
+    uri = put_lines(tmp_path / "r.jsonl", [{"text": text}])
+    for new_tokens, cut in ((8, 0), (60, 1)):
+        output = str(tmp_path / f"out-{new_tokens}")
+        predictor = Predictor(str(tmp_path / "export"), output, 4, 1, new_tokens)
+        assert answered(predictor, pieces_of(uri)[0]) == Counts(1, 0, truncated=cut)
+
+
 def options_of(folder, source, output, **changes):
     return argparse.Namespace(
         **(

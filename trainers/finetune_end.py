@@ -22,7 +22,7 @@ from trainers.finetune_loop import Choice, Progress, best_path
 from trainers.finetune_order import FinetuneOrder, origin_of
 from trainers.lora import merge_lora
 from trainers.task_encoding import Encoder
-from trainers.task_evaluation import answer_tokens, answers_to, score_of
+from trainers.task_evaluation import answers_to, asked, score_of
 from trainers.task_export import export_task_model
 from trainers.task_metrics import Answer, bootstrap_interval, measure
 from trainers.task_model import TaskModel
@@ -143,13 +143,11 @@ def answer(
         max_new_tokens=config.validation.max_new_tokens,
     )
     task, values = encoder.task, [one.value for one in found]
-    asked = encoded
-    if task.kind == "generation":
-        asked = encoder.ask(examples, answer_tokens(config.validation.max_new_tokens, encoder.max_tokens))
+    rows_asked = asked(encoder, examples, encoded, config.validation.max_new_tokens)
     described: dict[str, Any] = {
         "metrics": score_of(task, examples, found, losses, weights).metrics,
         "records": len(examples),
-        "truncated": sum(row.truncated for row in asked),
+        "truncated": sum(row.truncated for row in rows_asked),
         "answers": answer_lines(examples, found),
     }
     if task.judged_by != "loss":

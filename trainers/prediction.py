@@ -19,7 +19,7 @@ from cluster.storage import Store, open_store
 from trainers.local_copy import local_copy
 from trainers.prediction_rows import Piece, Row, rows_of
 from trainers.task_encoding import Encoded
-from trainers.task_evaluation import answers_to
+from trainers.task_evaluation import answers_to, asked
 from trainers.task_export import load_task_model
 from trainers.task_records import Example, example_of
 
@@ -38,7 +38,7 @@ class Counts:
     refused: int = 0
     """Those that are no example: their line holds the error."""
     truncated: int = 0
-    """Answered ones that were longer than the model's positions, and were cut."""
+    """Answered ones that were cut: longer than the model's positions, or than an answer to write leaves of them."""
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -123,7 +123,8 @@ class Predictor:
             device=self._device,
             max_new_tokens=self._max_new_tokens,
         )
-        for (at, example), row, answer in zip(examples, encoded, answers, strict=True):
+        rows = asked(self._encoder, chosen, encoded, self._max_new_tokens)
+        for (at, example), row, answer in zip(examples, rows, answers, strict=True):
             lines[at] |= {"id": example.id, "answer": answer.value}
             if not math.isnan(answer.confidence):
                 lines[at]["confidence"] = round(answer.confidence, 6)

@@ -74,7 +74,7 @@ def written_answers(
         return []  # a worker without a share of the records
     backbone: Any = model.backbone
     new_tokens = answer_tokens(max_new_tokens, encoder.max_tokens)
-    prompts = [asked.ids for asked in encoder.ask(examples, new_tokens)]
+    prompts = [prompt.ids for prompt in encoder.ask(examples, new_tokens)]
     sampling = SamplingConfig(temperature=0, max_new_tokens=new_tokens)
     texts = [""] * len(prompts)
     closing = prompts[0][0]  # the boundary, which opens each prompt, also ends an answer
@@ -88,6 +88,15 @@ def written_answers(
 def answer_tokens(max_new_tokens: int, max_tokens: int) -> int:
     """Tokens that an answer may take of a record's: half of them at most, so that something is asked."""
     return max(1, min(max_new_tokens, max_tokens // 2))
+
+
+def asked(
+    encoder: Encoder, examples: Sequence[Example], encoded: Sequence[Encoded], max_new_tokens: int
+) -> Sequence[Encoded]:
+    """The rows that answers follow: those of `encode`, but of generation prompts, which leave room for an answer."""
+    if encoder.task.kind != "generation":
+        return encoded
+    return encoder.ask(examples, answer_tokens(max_new_tokens, encoder.max_tokens))
 
 
 def score_of(
