@@ -56,8 +56,23 @@ def test_each_word_has_one_tag_on_its_last_piece_under_causal_attention_else_on_
 
 def test_a_words_tag_is_left_out_where_the_word_is_cut_off():
     made = encoder("token_classification", max_tokens=4, truncate=True, labels=("O",))
-    (row,) = made.encode([example(words=["one"] * 30, target=["O"] * 30)])
+    (row,) = made.encode([example(words=["a"] * 30, target=["O"] * 30)])
     assert len(row.ids) == 4 and row.truncated and row.ids[-1] == BOUNDARY
+    assert row.target.tolist() == [IGNORED, 0, 0, IGNORED]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_of_two_texts_the_longer_one_is_cut_and_both_stay(causal):
+    made = encoder("pairs", causal=causal, max_tokens=48, truncate=True, labels=("a",))
+    long, short = "the film " * 40, "one of <|endoftext|>"
+    of_short = made.tokenizer.encode(short).ids[1:-1]
+    for texts, second in (((long, short), 1), ((short, long), 0)):
+        (row,) = made.encode([example(*texts, target="a")])
+        assert row.truncated and len(row.ids) == 48
+        inner = [i for i, t in zip(row.ids, row.types, strict=True) if t == second]
+        assert inner[0 if second else 1 : -1] == of_short, "the shorter text is not whole"
+        closing = made.tokenizer.encode("").ids[-1]
+        assert row.ids[-1] == closing and row.ids.count(closing) == (3 if causal else 2)
 
 
 def test_the_answers_tokens_hold_the_answer():

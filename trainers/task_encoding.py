@@ -9,6 +9,7 @@ Legend: B rows, T positions, C labels.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,10 @@ class Encoder:
         else:
             pairs = [(e.text, e.pair) if e.pair else e.text for e in examples]
             encodings = self.tokenizer.encode_batch(pairs)
-            found = [self._encoded(e, encoding) for e, encoding in zip(examples, encodings, strict=True)]
+            found = [
+                self._encoded(example, encoding, text)
+                for example, encoding, text in zip(examples, encodings, pairs, strict=True)
+            ]
         self._refuse_cut(examples, found, [len(encoding.ids) for encoding in encodings], self.max_tokens)
         return found
 
@@ -126,20 +130,27 @@ class Encoder:
                 ]
             )
 
-    def _encoded(self, example: Example, encoding: Any) -> Encoded:
+    @cached_property
+    def _cutting(self) -> Tokenizer:
+        """The tokenizer, that cuts to `max_tokens`: the longer one of two texts first, and never the framing, for a
+        decoder's answer stands on the closing token."""
+        cutting = copy.deepcopy(self.tokenizer)
+        cutting.encode_special_tokens = self.tokenizer.encode_special_tokens  # which a copy forgets
+        cutting.enable_truncation(self.max_tokens, strategy="longest_first")
+        return cutting
+
+    def _encoded(self, example: Example, encoding: Any, text: str | tuple[str, str]) -> Encoded:
         cut = len(encoding.ids) > self.max_tokens
-        ids, types = encoding.ids[: self.max_tokens], encoding.type_ids[: self.max_tokens]
-        spans: list[tuple[int, int]] = []
         if cut:
-            ids[-1] = encoding.ids[-1]  # the closing token stays: a decoder's answer stands on it
+            (encoding,) = self._cutting.encode_batch([text])
+        spans: list[tuple[int, int]] = []
         if self.task.kind in ("token_classification", "question_answering"):
             wanted = 1 if self.task.kind == "question_answering" else 0
-            sequence = encoding.sequence_ids[: self.max_tokens]
             spans = [
                 span if part == wanted and span[1] > span[0] else (-1, -1)
-                for span, part in zip(encoding.offsets, sequence, strict=False)
+                for span, part in zip(encoding.offsets, encoding.sequence_ids, strict=True)
             ]
-        return Encoded(ids, types, self._target(example, spans), spans, cut)
+        return Encoded(encoding.ids, encoding.type_ids, self._target(example, spans), spans, cut)
 
     def _generation(self, example: Example, framed_prompt: list[int]) -> Encoded:
         """Prompt, answer and closing boundary in one row; the loss is on what follows the prompt."""
