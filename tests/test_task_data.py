@@ -177,6 +177,45 @@ def test_a_line_ends_where_json_lines_do_and_not_within_a_text(tmp_path, inside,
     assert [e.id for e in read_examples(config, config.data.uri)] == [record["id"] for record in records]
 
 
+QUESTIONS = TaskConfig(name="qa", kind="question_answering", columns=TaskColumns(pair="context"))
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        "One line.\r\nAnna in 1889.\r\n",
+        "\n\nAnna in 1889.",
+        "Cafe\u0301, \u1112\u1161\u11ab: Anna in 1889.",
+        "\ufeff 1889 ",
+    ],
+)
+@pytest.mark.parametrize("told", ["start", "answer_start", None])
+def test_an_answers_start_is_one_in_the_context_as_the_record_has_it(context, told):
+    answer = "1889"
+    label = {"text": answer} | ({told: context.index(answer)} if told else {})
+    found = example_of(QUESTIONS, {"text": "When?", "context": context, "label": label}, "r.jsonl:1")
+    assert found.pair != context, "the context needs no normalising"
+    start = found.target["start"]
+    assert found.pair[start : start + len(answer)] == answer == found.target["text"]
+
+
+def test_an_answer_is_normalised_as_its_context_is_and_refused_where_it_does_not_stand():
+    row = {"text": "Where?", "context": "first\r\nthe cafe\u0301 there"}
+    answer = "cafe\u0301"
+    found = example_of(
+        QUESTIONS, row | {"label": {"text": answer, "start": row["context"].index(answer)}}, "r:1"
+    )
+    assert found.target == {"text": "café", "start": found.pair.index("café")}
+    for wrong in (
+        {"text": answer, "start": 0},
+        {"text": answer, "start": -5},
+        "bar",
+        {"text": " ", "start": 11},
+    ):
+        with pytest.raises(ValueError, match="does not stand in the context|is not an answer"):
+            example_of(QUESTIONS, row | {"label": wrong}, "r:1")
+
+
 @pytest.mark.parametrize("kind", ["generation", "regression", "question_answering"])
 @pytest.mark.parametrize("similarity", [0.7, 1.0])
 def test_several_good_answers_to_one_question_stay_together(tmp_path, kind, similarity):

@@ -155,7 +155,7 @@ def example_of(task: TaskConfig, row: Mapping[str, Any], place: str, labelled: b
         text = _text(row, columns.text)
     pair = _text(row, columns.pair) if columns.pair else ""
     name = row.get(columns.id)
-    target = _target(task, row, words, pair) if labelled else None
+    target = _target(task, row, words) if labelled else None
     return Example(place if name in (None, "") else str(name), text, pair, words, target)
 
 
@@ -185,7 +185,7 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _target(task: TaskConfig, row: Mapping[str, Any], words: Sequence[str], pair: str) -> Target:
+def _target(task: TaskConfig, row: Mapping[str, Any], words: Sequence[str]) -> Target:
     column = task.columns.label
     value: Any = row.get(column)
     if task.kind == "token_classification":
@@ -197,7 +197,7 @@ def _target(task: TaskConfig, row: Mapping[str, Any], words: Sequence[str], pair
             raise ValueError(f"{column}={value!r} is not a number")
         return float(value)
     if task.kind == "question_answering":
-        return _span(column, value, pair)
+        return _span(column, value, row[task.columns.pair])
     if task.multi_label:
         if not _texts(value):
             raise ValueError(f"{column}={value!r} is not a list of labels")
@@ -210,18 +210,26 @@ def _target(task: TaskConfig, row: Mapping[str, Any], words: Sequence[str], pair
 
 
 def _span(column: str, value: Any, context: str) -> dict[str, Any]:
-    """An answer is a text, or {"text", "start"}; as SQuAD's, lists of one or more take the first."""
+    """An answer is a text, or {"text", "start"}; as SQuAD's, lists of one or more take the first. The start is one in
+    the context as the record has it; what is returned is one in the normalised context, as the example has it."""
     start = None
     if isinstance(value, dict):
         start = value.get("start", value.get("answer_start"))
         value = value.get("text")
         value, start = (part[0] if isinstance(part, list) and part else part for part in (value, start))
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column}={value!r} is not an answer: a text, or its text and start")
-    start = context.find(value) if start is None else start
-    if start < 0 or context[start : start + len(value)] != value:
+    text, normalised = normalise(value), normalise(context)
+    if start is None:
+        at = normalised.find(text)
+    else:
+        stands = start >= 0 and context[start : start + len(value)] == value
+        at = (
+            len(normalise(context[:start] + "x")) - 1 if stands else -1
+        )  # x: blank space before the answer stays
+    if at < 0 or normalised[at : at + len(text)] != text:
         raise ValueError(f"{column}={value!r} does not stand in the context at {start}")
-    return {"text": value, "start": start}
+    return {"text": text, "start": at}
 
 
 def to_lines(examples: Sequence[Example]) -> bytes:
