@@ -2,6 +2,7 @@
 
 import functools
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,15 @@ class Group:
     def asked(self, resource: str) -> float:
         """What Ray's container of one pod asks for."""
         return quantity(self.ray.get("resources", {}).get("requests", {}).get(resource, 0))
+
+    @property
+    def demand(self) -> Counter[str]:
+        """What all of its pods ask for, by resource."""
+        total: Counter[str] = Counter()
+        for container in self.containers:
+            for resource, asked in container.get("resources", {}).get("requests", {}).items():
+                total[resource] += self.replicas * quantity(asked)
+        return total
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,20 @@ The limits are KubeRay's (controllers/ray/utils/validation.go of 1.7), those of 
 pure function from a render to a line per fault. Its docstring says what happens where it is broken.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
-from k8s.manifests import Render, groups, name_of, namespace_of, of_kind, ray_clusters
+from k8s.manifests import (
+    Group,
+    Object,
+    Render,
+    groups,
+    name_of,
+    namespace_of,
+    of_kind,
+    quantity,
+    ray_clusters,
+)
 
 SUBMISSION_MODES = {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"}
 OWNED_BY_OPERATOR = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_USE_TLS", "RAY_AUTH_TOKEN"}
@@ -84,6 +95,67 @@ def kueue_flavors(render: Render) -> Iterator[str]:
                     yield f"ClusterQueue {name_of(queue)}: {flavor['name']} must list coveredResources in their order"
 
 
+def kueue_quota(render: Render) -> Iterator[str]:
+    """Kueue admits a run whole: where one group fits into no flavor beside the others, the run waits for ever."""
+    labels = {name_of(f): f["spec"].get("nodeLabels", {}) for f in of_kind(render.objects, "ResourceFlavor")}
+    behind = {
+        (namespace_of(q), name_of(q)): q["spec"]["clusterQueue"]
+        for q in of_kind(render.objects, "LocalQueue")
+    }
+    queues = {name_of(queue): queue["spec"] for queue in of_kind(render.objects, "ClusterQueue")}
+    for thing in of_kind(render.objects, "RayJob", "RayCluster"):
+        label = thing["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
+        name = behind.get((namespace_of(thing), label))
+        if name not in queues or "cohortName" in queues[name]:  # others of a cohort may lend what it lacks
+            continue
+        for resources in queues[name]["resourceGroups"]:
+            for line in left_out(groups([thing]), resources, labels):
+                yield f"{line} of ClusterQueue {name}"
+
+
+def left_out(wanting: list[Group], resources: Object, labels: dict[str, dict[str, str]]) -> Iterator[str]:
+    """The groups for which no flavor has room, as Kueue looks: each takes the first that fits, on nodes it may use."""
+    room = {
+        flavor["name"]: {each["name"]: quantity(each["nominalQuota"]) for each in flavor["resources"]}
+        for flavor in resources["flavors"]
+    }
+    for group in wanting:
+        asked = {r: n for r, n in group.demand.items() if r in resources["coveredResources"]}
+        chosen = group.pod.get("nodeSelector", {})
+        short = {
+            flavor: [
+                f"{r} {asked[r]:,.0f} of {left.get(r, 0):,.0f} left"
+                for r in asked
+                if asked[r] > left.get(r, 0)
+            ]
+            for flavor, left in room.items()
+            if all(chosen.get(key, value) == value for key, value in labels.get(flavor, {}).items())
+        }
+        if fitting := next((flavor for flavor, lacks in short.items() if not lacks), None):
+            room[fitting] = {r: left - asked.get(r, 0) for r, left in room[fitting].items()}
+        else:
+            why = "; ".join(f"{flavor}: {', '.join(lacks)}" for flavor, lacks in short.items())
+            yield f"{group.at} fits into no flavor ({why or 'none is for its nodes'})"
+
+
+def volcano_queue(render: Render) -> Iterator[str]:
+    """Volcano starts a run's pods together: above the queue's capability they stay Pending."""
+    capability = {
+        name_of(q): q["spec"].get("capability", {})
+        for q in of_kind(render.objects, "Queue")
+        if q["apiVersion"].startswith("scheduling.volcano.sh/")
+    }
+    for thing in of_kind(render.objects, "RayJob", "RayCluster"):
+        queue = thing["metadata"].get("labels", {}).get("volcano.sh/queue-name")
+        asked = sum((group.demand for group in groups([thing])), Counter())
+        for resource, most in capability.get(queue, {}).items():
+            if asked[resource] > quantity(most):
+                yield (
+                    f"{name_of(thing)}: capability.{resource}={most} of Queue {queue} is less than the "
+                    f"{asked[resource]:,.0f} of the groups"
+                )
+
+
 def autoscaler(render: Render) -> Iterator[str]:
     for thing, spec in ray_clusters(render.objects):
         options, is_on = spec.get("autoscalerOptions", {}), bool(spec.get("enableInTreeAutoscaling"))
@@ -126,7 +198,7 @@ def feature_gates(render: Render) -> Iterator[str]:
         if spec.get("gcsFaultToleranceOptions", {}).get("backend") == "rocksdb":
             wanted.append("GCSFaultToleranceEmbeddedStorage")
         for gate in set(wanted) - render.gates:
-            yield f"{name_of(thing)} needs the operator's feature gate {gate}, which its values leave off"
+            yield f"{name_of(thing)} needs the operator's feature gate {gate}: operator/alpha.yaml, and --alpha here"
 
 
 RULES = (
@@ -134,6 +206,8 @@ RULES = (
     versions,
     kueue,
     kueue_flavors,
+    kueue_quota,
+    volcano_queue,
     autoscaler,
     start_parameters,
     owned_variables,

@@ -39,6 +39,10 @@ def put(thing: Any, *path: Any) -> None:
     thing[last] = value
 
 
+def flavor(objects: list[dict[str, Any]], index: int) -> dict[str, Any]:
+    return one(objects, "ClusterQueue")["spec"]["resourceGroups"][0]["flavors"][index]
+
+
 def edit(config_map: dict[str, Any], file: str, old: str, new: str) -> None:
     text = config_map["data"][file]
     assert old in text
@@ -164,6 +168,29 @@ FAULTS: dict[str, Fault] = {  # what was done wrong -> the rule that finds it, t
         "kueue",
         "overlays/eks",
         lambda o: put(one(o, "LocalQueue"), "metadata", "namespace", "default"),
+    ),
+    "kueue-quota-of-fewer-gpus": (
+        "kueue_quota",
+        "overlays/eks",
+        lambda o: put(flavor(o, 1)["resources"][3], "nominalQuota", 8),
+    ),
+    "kueue-quota-of-another-pool": (  # enough in all, but the GPU nodes' CPUs are not for readers
+        "kueue_quota",
+        "overlays/gke",
+        lambda o: [
+            put(flavor(o, 0)["resources"][0], "nominalQuota", 100),
+            put(flavor(o, 1)["resources"][0], "nominalQuota", 400),
+        ],
+    ),
+    "kueue-quota-of-one-more-node": (
+        "kueue_quota",
+        "components/kueue",
+        lambda o: put(group(o), "replicas", 3),
+    ),
+    "volcano-queue-of-fewer-gpus": (
+        "volcano_queue",
+        "components/volcano",
+        lambda o: put(one(o, "Queue"), "spec", "capability", "nvidia.com/gpu", "8"),
     ),
     "unknown-flavor": ("kueue_flavors", "overlays/eks", lambda o: o.remove(one(o, "ResourceFlavor"))),
     "restarted-under-v2": (
