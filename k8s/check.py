@@ -1,8 +1,9 @@
-"""Hold the manifests against schemas, rules and hadolint: `python k8s/check.py [OVERLAY …]`, before `kubectl apply`.
+"""Hold the manifests against schemas, rules and hadolint: `python k8s/check.py [--alpha] [OVERLAY …]`, before `kubectl`.
 
 Without arguments every overlay, and each component and job upon a base that it fits. Nothing is contacted.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -27,15 +28,23 @@ OVERLAYS = sorted(folder for folder in (K8S / "overlays").iterdir() if folder.is
 RULES = pod_rules.RULES + ray_rules.RULES + ray_fields.RULES + job_rules.RULES
 COMPONENTS = sorted(folder for folder in (K8S / "components").iterdir() if folder.is_dir())
 JOBS = sorted(folder for folder in (K8S / "jobs").iterdir() if folder.is_dir())
+ALPHA = {"components/gcs-ft-rocksdb", "components/historyserver", "components/mtls"}
+"""Renders that need the gates of operator/alpha.yaml."""
 JOB_OVERLAYS = (K8S / "base", K8S / "overlays" / "eks", K8S / "overlays" / "onprem")
 """Whose buckets the jobs' own files name."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check what the command line names, print the faults, exit 1 if there are any."""
-    arguments = sys.argv[1:] if argv is None else argv
-    faults = [line for folder in map(Path, arguments) for line in problems(folder)]
-    if not arguments:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overlays", nargs="*", type=Path, metavar="OVERLAY")
+    parser.add_argument(
+        "--alpha", action="store_true", help="the operator has the gates of operator/alpha.yaml on"
+    )
+    arguments = parser.parse_args(argv)
+    values = "alpha" if arguments.alpha else "values"
+    faults = [line for folder in arguments.overlays for line in problems(folder, values)]
+    if not arguments.overlays:
         faults = [line for name, text in all_renders() for line in problems_of(text, name)]
         faults += job_collisions()
         faults += dockerfile_problems()
@@ -44,14 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise SystemExit(bool(faults))
 
 
-def problems(folder: Path) -> list[str]:
-    return problems_of(rendered(folder, tool("kubectl")), str(folder))
+def problems(folder: Path, values: str = "values") -> list[str]:
+    return problems_of(rendered(folder, tool("kubectl")), str(folder), values)
 
 
-def problems_of(text: str, name: str) -> list[str]:
-    """What is wrong with rendered manifests, each line with their name."""
-    alpha = "historyServerOptions" in text or "tlsOptions" in text or "backend: rocksdb" in text
-    render = render_of(load(text), "alpha" if alpha and name.startswith("components/") else "values")
+def problems_of(text: str, name: str, values: str = "values") -> list[str]:
+    """What is wrong with rendered manifests, each line with their name; with the operator's `values`."""
+    render = render_of(load(text), "alpha" if name in ALPHA else values)
     return [f"{name}: {line}" for line in [*schema_problems(render.objects), *broken(render)]]
 
 

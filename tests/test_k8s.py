@@ -21,7 +21,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from cluster.storage import open_store
-from k8s.check import OVERLAYS, PROJECT, all_renders, dockerfile_problems, problems_of
+from k8s.check import ALPHA, K8S, OVERLAYS, PROJECT, all_renders, dockerfile_problems, main, problems_of
 from k8s.job_rules import mounted_config
 from k8s.manifests import load, of_kind
 from tests.small_run import SETTINGS, put_corpus, steps_by_number
@@ -75,6 +75,34 @@ def test_ray_reads_from_each_cluster_what_the_run_asks_for(name: str) -> None:
         sizes = (train["resources"]["CPU"], train["resources"]["GPU"], train["resources"]["memory"])
         assert sizes == (88, 8, 1000 * 2**30)
         assert (train["max_workers"], data["max_workers"], data["resources"]["CPU"]) == (2, 4, 30)
+
+
+@pytest.mark.parametrize("component", sorted(ALPHA))
+def test_an_overlay_of_ones_own_with_an_alpha_component_passes_where_the_gates_are_on(
+    component: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {
+        "kind": "Kustomization",
+        "resources": [os.path.relpath(K8S / "base", tmp_path.resolve())],
+        "components": [os.path.relpath(K8S / component, tmp_path.resolve())],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    for options, expected in (["--alpha"], "no fault\n"), ([], "--alpha"):
+        with pytest.raises(SystemExit):
+            main([*options, str(tmp_path)])
+        assert expected in capsys.readouterr().out
+
+
+def test_pods_on_google_reach_cloud_dns_at_the_metadata_servers_address() -> None:
+    open_ports = {
+        (port["protocol"], port["port"])
+        for policy in of_kind(objects_of("overlays/gke"), "NetworkPolicy")
+        for egress in policy["spec"]["egress"]
+        for peer in egress["to"]
+        if peer.get("ipBlock", {}).get("cidr") == "169.254.169.254/32"
+        for port in egress["ports"]
+    }
+    assert {("UDP", 53), ("TCP", 53)} <= open_ports
 
 
 @pytest.mark.parametrize("workers", [32, 64, 128, 256])
