@@ -4,7 +4,8 @@
 
 The manifest lies in memory already; `plan` is from there to the first step's rows, a whole epoch put into its order. A
 step's rows are timed in both ways that they are asked for: any step on its own, and by windows, as the readers do.
-Medians; the growth of the process's peak memory.
+Medians; the growth of the process's peak memory. Then the tokens that readers fetch for each one that is trained, with
+the automatic window: it takes whole fragments of each source.
 """
 
 import argparse
@@ -25,10 +26,12 @@ from data.order import Order, OrderConfig
 
 SEQ_LEN, ROWS_PER_STEP, LANES = 2_048, 512, 64
 FRAGMENTS_PER_SHARD = 128
+MIXED_FRAGMENTS, SOURCES = 200_000, (1, 5, 22, 50)
+"""Of the corpora whose reads are counted: fragments, and numbers of sources."""
 
 
-def manifest_of(num_fragments: int) -> Manifest:
-    """Fragments of about a million tokens, as a corpus of trillions has them."""
+def manifest_of(num_fragments: int, num_sources: int = 1) -> Manifest:
+    """Fragments of about a million tokens, as a corpus of trillions has them; shards of the sources in turn."""
     num_shards = -(-num_fragments // FRAGMENTS_PER_SHARD)
     index = np.arange(num_fragments)
     fragments = Fragments(
@@ -39,8 +42,21 @@ def manifest_of(num_fragments: int) -> Manifest:
         num_documents=index,
         checksum=index.astype(np.uint32),
     )
-    shards = tuple(Shard(f"shards/{i:016x}.parquet", "train", "web", 1, "") for i in range(num_shards))
-    return Manifest("0" * 16, 50_257, 50_256, "uint16", ("web",), shards, fragments, {}, {})
+    sources = tuple(f"web{number or ''}" for number in range(num_sources))
+    shards = tuple(
+        Shard(f"shards/{i:016x}.parquet", "train", sources[i % num_sources], 1, "") for i in range(num_shards)
+    )
+    return Manifest("0" * 16, 50_257, 50_256, "uint16", sources, shards, fragments, {}, {})
+
+
+def fetched_over_trained(order: Order, manifest: Manifest, num_windows: int = 2) -> float:
+    """Tokens of all fragments that the first windows of all lanes read, over those that they train."""
+    pairs = [(number, lane) for number in range(num_windows) for lane in range(order.lanes)]
+    windows = order.windows(*zip(*pairs, strict=True))
+    fetched = sum(
+        int(manifest.fragments.num_tokens[np.unique(window.runs.fragment)].sum()) for window in windows
+    )
+    return fetched / (sum(int(window.num_rows.sum()) for window in windows) * order.seq_len)
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -81,6 +97,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"  any step                            {any_step * 1e3:.2f} ms")
     steps = order.slots.window_steps
     print(f"  by windows of {steps} steps             {by_window / steps * 1e3:.3f} ms a step")
+    print("fetched over trained, with the automatic window, by number of sources:")
+    for num_sources in SOURCES:
+        mixed = manifest_of(MIXED_FRAGMENTS, num_sources)
+        order = Order(mixed, OrderConfig(lanes=LANES), seq_len=SEQ_LEN, rows_per_step=ROWS_PER_STEP)
+        size = order.window_bytes / 2**20
+        print(f"  {num_sources:<3}   {fetched_over_trained(order, mixed):.2f} ({size:.0f} MiB a lane)")
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from data.slots import Slots
 # More lanes let more workers take part; fewer make longer windows at the same memory. 64 is eight nodes of
 # eight GPUs.
 AUTOMATIC_LANES = 64
-# A window reads its fragments (2 MiB each) whole, also the two that reach over its ends: at 4 MiB it reads
-# 1.5 bytes for each one it uses, at 1 MiB 3. Larger ones make the first step wait longer: it needs a whole
-# window of each of its lanes.
-WINDOW_BYTES = 4 * 2**20
+# A window reads fragments (2 MiB each) whole, of each source also the two that reach over its ends: 4 MiB a source read
+# 1.5 bytes for each one used (4 MiB for 22 sources: 11.7). A machine's object store holds two windows of each of its
+# lanes: 64 take 2 GiB at most, all that a local session has; 22 sources then read 3.7, 50 read 7.2 (bench_order.py).
+WINDOW_BYTES, LARGEST_WINDOW_BYTES = 4 * 2**20, 16 * 2**20
 
 ORDER_VERSION = "order-1"
 
@@ -63,8 +63,8 @@ class OrderConfig:
     largest divisor up to 64.
     """
     window_steps: int = 0
-    """Steps within which a lane's rows are permuted, read as one block. 0: as many as fill 4 MiB a lane, and
-    no more than an epoch has.
+    """Steps within which a lane's rows are permuted, read as one block. 0: as many as fill 4 MiB a lane for each
+    source with a weight, 16 MiB at most, and no more than an epoch has. Longer ones read less, in more memory.
     """
     weights: dict[str, float] = field(default_factory=dict)
     """Share of each source in every step, as parts of their sum. Empty: in proportion to the sources' rows,
@@ -172,7 +172,7 @@ class Order:
         schedule = self._checked_schedule(config)
         mixture = Mixture(rows_per_step=rows_per_step, lanes=self.lanes, schedule=schedule, seed=config.seed)
         token_bytes = np.dtype(manifest.token_dtype).itemsize
-        window_steps = config.window_steps or self._automatic_window(token_bytes)
+        window_steps = config.window_steps or self._automatic_window(token_bytes, schedule)
         self.slots = Slots(mixture, window_steps, config.seed)
         self.window_bytes = window_steps * self.rows_per_lane * (seq_len + 1) * token_bytes
         """Tokens of one window of one lane, in bytes."""
@@ -241,11 +241,13 @@ class Order:
         """What each epoch of each source leaves out (see `Epochs.remainder`), to be printed before a run."""
         return {name: epochs.remainder() for name, epochs in zip(self.source_names, self.epochs, strict=True)}
 
-    def _automatic_window(self, token_bytes: int) -> int:
+    def _automatic_window(self, token_bytes: int, schedule: list[tuple[int, list[float]]]) -> int:
+        num_sources = int(np.any([weights for _, weights in schedule], axis=0).sum())  # weighted at some step
+        window_bytes = min(num_sources * WINDOW_BYTES, LARGEST_WINDOW_BYTES)
         row_bytes = self.rows_per_lane * (self.seq_len + 1) * token_bytes
         # Permuting over more than an epoch would train some rows twice before others once.
         epoch_steps = max(1, sum(epochs.lane_rows for epochs in self.epochs) // self.rows_per_lane)
-        windows = math.ceil(epoch_steps * row_bytes / WINDOW_BYTES)
+        windows = math.ceil(epoch_steps * row_bytes / window_bytes)
         return math.ceil(epoch_steps / windows)
 
     def _checked_schedule(self, config: OrderConfig) -> list[tuple[int, list[float]]]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import bench_order
 from data.epochs import Rows
 from data.manifest import Fragments, Manifest, Shard
 from data.order import Order, OrderConfig, OrderError, WeightChange, largest_divisor
@@ -276,6 +277,30 @@ def test_the_bits_of_the_order_never_change():
     order = sample_order(weights={"web": 2.0, "books": 1.0}, window_steps=5)
     assert order.digest == GOLDEN_DIGEST
     assert identities(order.step_rows(123)) == GOLDEN_ROWS
+
+
+def test_the_automatic_window_of_one_source_never_changes():
+    order = Order(manifest_of({"web": [1_000_000] * 2_000}), OrderConfig(), seq_len=2_048, rows_per_step=512)
+    assert (order.slots.window_steps, order.digest) == (128, "fe4c609171899bac")
+
+
+@pytest.mark.parametrize(("num_sources", "most"), [(1, 1.55), (4, 1.55), (5, 1.65), (22, 3.75)])
+def test_the_automatic_window_grows_with_the_sources_up_to_16_mib_a_lane(num_sources, most):
+    manifest = bench_order.manifest_of(20_000, num_sources)
+    order = Order(manifest, OrderConfig(), seq_len=2_048, rows_per_step=512)
+    assert order.lanes == 64 and order.window_bytes <= 1.001 * 16 * 2**20
+    assert bench_order.fetched_over_trained(order, manifest) < most
+
+
+def test_sources_that_never_have_a_weight_do_not_change_the_automatic_window():
+    manifest = bench_order.manifest_of(20_000, 3)
+
+    def window_bytes(later):
+        weights = {"web": 1.0, "web1": 0.0, "web2": 0.0}
+        config = OrderConfig(weights=weights, schedule=(WeightChange(step=9, weights=weights | later),))
+        return Order(manifest, config, seq_len=2_048, rows_per_step=512).window_bytes
+
+    assert window_bytes({"web1": 1.0}) == pytest.approx(2 * window_bytes({}), rel=0.01)
 
 
 def test_lanes_are_chosen_to_divide_the_batch_and_the_window_to_fit_an_epoch():
