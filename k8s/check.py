@@ -1,4 +1,4 @@
-"""Hold the manifests against schemas, rules and hadolint: `python k8s/check.py [--alpha] [OVERLAY …]`, before `kubectl`.
+"""Hold the manifests against schemas, rules and hadolint: `python k8s/check.py [--alpha] [OVERLAY …]`.
 
 Without arguments every overlay, and each component and job upon a base that it fits. Nothing is contacted.
 """
