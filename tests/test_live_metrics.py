@@ -138,8 +138,12 @@ def test_the_driver_tells_events_in_the_same_words_and_only_where_it_is_asked_to
 
 
 def tell_of_a_short_run(uri: str) -> None:
-    """What worker 0 of a run tells, each kind of record once; for as long as its process is left alive."""
+    """What worker 0 of a run tells, each kind of record once; for as long as its process is left alive.
+
+    Beside it a run that has just begun, and has told nothing.
+    """
     with (
+        LiveMetrics("begun"),
         LiveMetrics("scraped") as live,
         MetricsWriter(open_store(uri), 1, observers=[live.observe]) as writer,
     ):
@@ -187,6 +191,10 @@ def test_what_alerts_and_dashboard_ask_for_stands_where_prometheus_scrapes(tmp_p
                 assert driver.poll() is None and time.monotonic() < ends, (missing, spent)
                 time.sleep(1)
             driver.kill()
+    counted = {
+        re.split(r"[ {]", line)[0]: float(line.split()[-1]) for line in lines if 'run="begun"' in line
+    }
+    assert counted == {f"ray_pretrain_{name}_total": pytest.approx(0.0) for name in COUNTERS}
     assert spent["waiting_for_nodes"] == pytest.approx(20.0, abs=0.1)
     assert (spent["data_wait"], spent["validating"]) == (1.0, 3.0)
     assert spent["starting"] > 0 and spent["recomputed"] == 0

@@ -55,6 +55,9 @@ COUNTERS = {
 RENAMED = {"lr": "learning_rate"}
 SCRAPE_SECONDS_VARIABLE = "PRETRAIN_SCRAPE_SECONDS"
 """How long a driver stays after its run's end, so that Prometheus sees it: more than its interval and Ray's 10 s."""
+ZERO = sys.float_info.min
+"""A counter's first value: Ray refuses an increase by nothing, and a series that begins with its first event does not
+increase by it for Prometheus. Added to 1.0, it leaves 1.0."""
 READ_SECONDS = 12.0
 """Between two looks of the driver at the records on storage."""
 REFRESH_SECONDS = 4.0
@@ -126,6 +129,8 @@ class LiveMetrics(Background):
         self._tags = {"run": run}
         self._gauges = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in GAUGES.items()}
         self._counters = {name: Counter(PREFIX + name, text, ("run",)) for name, text in COUNTERS.items()}
+        for counter in self._counters.values():
+            counter.inc(ZERO, self._tags)
         self._productive = Productive()
         self._last: dict[str, float] = {}
 
