@@ -8,7 +8,14 @@ from scipy import stats
 
 from trainers.task import TaskConfig
 from trainers.task_encoding import Encoded
-from trainers.task_metrics import bootstrap_interval, measure, read_scores, seeds_interval, squad_scores
+from trainers.task_metrics import (
+    bootstrap_interval,
+    judged_interval,
+    measure,
+    read_scores,
+    seeds_interval,
+    squad_scores,
+)
 from trainers.task_records import Example
 
 LABELS = ("a", "b")
@@ -55,6 +62,55 @@ def test_answers_are_compared_as_squad_does():
 def test_chinese_answers_are_compared_by_characters():
     found = measure(task("generation"), examples(["天上有月"]), ["天上有云"])
     assert found["rouge_l"] == pytest.approx(3 / 4)
+
+
+def test_an_answer_in_a_script_without_blanks_shares_characters_and_its_punctuation_is_none():
+    assert squad_scores("一八八九年。", "一八八九") == {
+        "f1": pytest.approx(2 * 4 / (5 + 4)),
+        "exact_match": 0.0,
+    }
+    assert squad_scores("「巴黎」", "巴黎，") == {"f1": 1.0, "exact_match": 1.0}
+    assert squad_scores("“Paris”", "paris") == {"f1": 1.0, "exact_match": 1.0}
+    assert squad_scores("दिल्ली", "दल्ली")["f1"] == 0.0  # a vowel sign is no punctuation
+
+
+@pytest.mark.parametrize(
+    ("given", "targets", "answers"),
+    [
+        (task(labels=LABELS, metric="macro_f1"), ["a", "b", "a", "a", "b"], ["a", "a", "b", "a", "b"]),
+        (
+            task("question_answering"),
+            [{"text": t, "start": 0} for t in ("one two", "three")],
+            ["one", "three"],
+        ),
+        (task("generation", metric="exact_match"), ["one two", "three", "four"], ["one two", "free", "four"]),
+        (task("regression", metric="mse"), [1.0, 2.0, 4.0], [1.5, 2.0, 3.0]),
+        (task("token_classification"), [["B-X", "O"], ["B-X", "I-X"]], [["B-X", "O"], ["O", "I-X"]]),
+    ],
+)
+def test_the_interval_is_that_of_the_metric_that_judges(given, targets, answers):
+    records = examples(targets)
+
+    def of_rows(rows):
+        return measure(given, [records[i] for i in rows], [answers[i] for i in rows])[given.judged_by]
+
+    assert judged_interval(given, records, answers) == bootstrap_interval(
+        of_rows, len(records), resamples=200
+    )
+
+
+def test_an_interval_computes_no_metric_that_does_not_judge(monkeypatch):
+    import rouge_score.rouge_scorer
+    import sacrebleu
+
+    def computed(*arguments, **more):
+        raise AssertionError("another metric was computed")
+
+    monkeypatch.setattr(sacrebleu, "corpus_chrf", computed)
+    monkeypatch.setattr(sacrebleu, "corpus_bleu", computed)
+    monkeypatch.setattr(rouge_score.rouge_scorer.RougeScorer, "score", computed)
+    given = task("generation", metric="exact_match")
+    assert judged_interval(given, examples(["a", "b"]), ["a", "b"]) == (1.0, 1.0)
 
 
 def test_a_span_ends_where_it_begins_or_later_and_lies_in_the_context():

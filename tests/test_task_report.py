@@ -8,7 +8,32 @@ from task_files import put_lines
 from cluster.storage import open_store
 from trainers.task import TaskConfig, TaskFiles
 from trainers.task_data import prepare_task
-from trainers.task_report import write_task_report
+from trainers.task_metrics import measure
+from trainers.task_records import Example
+from trainers.task_report import is_right, write_task_report
+
+
+@pytest.mark.parametrize(
+    ("kind", "exact", "target", "answers"),
+    [
+        ("classification", "accuracy", ["a", "b"], {("b", "a"): True, ("a", "b"): True, ("a",): False}),
+        (
+            "question_answering",
+            "exact_match",
+            {"text": "the Eiffel Tower", "start": 0},
+            {"Eiffel tower.": True, "Eiffel": False},
+        ),
+        ("generation", "exact_match", "yes ", {" yes": True, "Yes": False}),
+    ],
+)
+def test_an_answer_is_right_on_the_page_where_the_exact_metric_says_so(kind, exact, target, answers):
+    several = kind == "classification"
+    task = TaskConfig(name="t", kind=kind, multi_label=several, labels=("b", "a") if several else ())
+    for found, right in answers.items():
+        answer = list(found) if several else found
+        assert is_right(task, {"target": target, "answer": answer}) == right
+        example = Example("e", "text", "", [], target)
+        assert measure(task, [example], [answer])[exact] == right
 
 
 @pytest.fixture

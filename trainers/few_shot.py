@@ -20,7 +20,7 @@ from trainers.generate import SamplingConfig, complete
 from trainers.task import TaskConfig
 from trainers.task_data import PreparedTask, choose_budget
 from trainers.task_encoding import prompt_of
-from trainers.task_metrics import bootstrap_interval, measure
+from trainers.task_metrics import judged_interval, measure
 from trainers.task_model import is_causal
 from trainers.task_records import Example, Target
 
@@ -86,12 +86,8 @@ def cannot_be_asked(exported: Exported, task: TaskConfig, config: FewShotConfig)
 
 def judged(task: TaskConfig, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:
     """All metrics, and the interval of the task's own."""
-
-    def of_rows(rows: np.ndarray) -> float:
-        return measure(task, [examples[i] for i in rows], [answers[i] for i in rows])[task.judged_by]
-
     found = measure(task, examples, answers)
-    return {"metrics": found, "interval": bootstrap_interval(of_rows, len(examples), resamples=200)}
+    return {"metrics": found, "interval": judged_interval(task, examples, answers)}
 
 
 def choose_asked(prepared: PreparedTask, config: FewShotConfig) -> list[Example]:

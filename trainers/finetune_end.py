@@ -10,7 +10,6 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 
@@ -24,7 +23,7 @@ from trainers.lora import merge_lora
 from trainers.task_encoding import Encoder
 from trainers.task_evaluation import answers_to, asked, score_of
 from trainers.task_export import export_task_model
-from trainers.task_metrics import Answer, bootstrap_interval, measure
+from trainers.task_metrics import Answer, judged_interval
 from trainers.task_model import TaskModel
 from trainers.task_records import Example
 from trainers.verdict import EXPORT, VERDICT, claim_test_split, record_verdict
@@ -142,7 +141,7 @@ def answer(
         device=device,
         max_new_tokens=config.validation.max_new_tokens,
     )
-    task, values = encoder.task, [one.value for one in found]
+    task = encoder.task
     rows_asked = asked(encoder, examples, encoded, config.validation.max_new_tokens)
     described: dict[str, Any] = {
         "metrics": score_of(task, examples, found, losses, weights).metrics,
@@ -151,11 +150,7 @@ def answer(
         "answers": answer_lines(examples, found),
     }
     if task.judged_by != "loss":
-
-        def of_rows(rows: np.ndarray) -> float:
-            return measure(task, [examples[i] for i in rows], [values[i] for i in rows])[task.judged_by]
-
-        described["interval"] = bootstrap_interval(of_rows, len(examples), resamples=200)
+        described["interval"] = judged_interval(task, examples, [one.value for one in found])
     return described
 
 

@@ -7,9 +7,11 @@ Metrics are those of scikit-learn, scipy, seqeval, sacrebleu and rouge-score; F1
 import math
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,21 +86,33 @@ def _span(example: Example, encoded: Encoded, scores: np.ndarray) -> Answer:
     return Answer(text, float(joint[begin, end]))
 
 
-def measure(task: TaskConfig, examples: Sequence[Example], answers: Sequence[Any]) -> dict[str, float]:
-    """Every metric of the kind but the loss, over the values of answers; 0 to 1, but mse and correlations."""
-    targets = [example.target for example in examples]
+Metrics = Mapping[str, Callable[[], Any]]
+"""Metrics by name, each to be computed when it is asked for."""
+
+
+def measure(
+    task: TaskConfig, examples: Sequence[Example], answers: Sequence[Any], only: str = ""
+) -> dict[str, float]:
+    """Every metric of the kind but the loss, or one `only`, over the values of answers; 0 to 1, but mse and
+    correlations."""
+    found = _metrics(task, [example.target for example in examples], answers)
+    return {name: float(found[name]()) for name in ([only] if only else found)}
+
+
+def _metrics(task: TaskConfig, targets: Sequence[Any], answers: Sequence[Any]) -> Metrics:
     if task.kind == "regression":
         return _regression(targets, answers)
     if task.kind == "token_classification":
         return _tagging(targets, answers)
     if task.kind == "question_answering":
-        return mean_of([squad_scores(t["text"], a) for t, a in zip(targets, answers, strict=True)])
+        scores = [squad_scores(t["text"], a) for t, a in zip(targets, answers, strict=True)]
+        return {name: partial(np.mean, [score[name] for score in scores]) for name in ("f1", "exact_match")}
     if task.kind == "generation":
         return _texts(targets, answers)
     return _labels(task, targets, answers)
 
 
-def _labels(task: TaskConfig, targets: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
+def _labels(task: TaskConfig, targets: Sequence[Any], answers: Sequence[Any]) -> Metrics:
     from sklearn import (
         metrics,
     )  # here and below: these packages take a second to load, and workers start often
@@ -112,17 +126,18 @@ def _labels(task: TaskConfig, targets: Sequence[Any], answers: Sequence[Any]) ->
             for each in (targets, answers)
         )
         index = {}
-    scores = {
-        "accuracy": metrics.accuracy_score(truth, found),
-        "macro_f1": metrics.f1_score(truth, found, average="macro", zero_division=0, **index),
-        "micro_f1": metrics.f1_score(truth, found, average="micro", zero_division=0, **index),
+    f1 = partial(metrics.f1_score, truth, found, zero_division=0, **index)
+    scores: dict[str, Callable[[], Any]] = {
+        "accuracy": lambda: metrics.accuracy_score(truth, found),
+        "macro_f1": lambda: f1(average="macro"),
+        "micro_f1": lambda: f1(average="micro"),
     }
     if not task.multi_label:
-        scores["matthews"] = metrics.matthews_corrcoef(truth, found)
-    return {name: float(score) for name, score in scores.items()}
+        scores["matthews"] = lambda: metrics.matthews_corrcoef(truth, found)
+    return scores
 
 
-def _regression(targets: Sequence[float], answers: Sequence[float]) -> dict[str, float]:
+def _regression(targets: Sequence[float], answers: Sequence[float]) -> Metrics:
     from scipy import stats
 
     truth, found = np.array(targets), np.array(answers)
@@ -130,49 +145,57 @@ def _regression(targets: Sequence[float], answers: Sequence[float]) -> dict[str,
         np.ptp(truth) == 0 or np.ptp(found) == 0
     )  # then a correlation is not defined: nothing was learnt
     return {
-        "pearson": 0.0 if constant else float(stats.pearsonr(truth, found).statistic),
-        "spearman": 0.0 if constant else float(stats.spearmanr(truth, found).statistic),
-        "mse": float(np.mean((truth - found) ** 2)),
+        "pearson": lambda: 0.0 if constant else stats.pearsonr(truth, found).statistic,
+        "spearman": lambda: 0.0 if constant else stats.spearmanr(truth, found).statistic,
+        "mse": lambda: np.mean((truth - found) ** 2),
     }
 
 
-def _tagging(targets: Sequence[list[str]], answers: Sequence[list[str]]) -> dict[str, float]:
+def _tagging(targets: Sequence[list[str]], answers: Sequence[list[str]]) -> Metrics:
     from seqeval.metrics import accuracy_score, f1_score
 
     return {
-        "entity_f1": float(f1_score(list(targets), list(answers), zero_division=0)),
-        "token_accuracy": float(accuracy_score(list(targets), list(answers))),
+        "entity_f1": lambda: f1_score(list(targets), list(answers), zero_division=0),
+        "token_accuracy": lambda: accuracy_score(list(targets), list(answers)),
     }
 
 
-def _texts(targets: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+def _texts(targets: Sequence[str], answers: Sequence[str]) -> Metrics:
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
     # Its own tokenizer keeps Latin letters and digits alone; characters are the words of other scripts.
     rouge = RougeScorer(["rougeL"], tokenizer=_WordsOrCharacters())
-    recall = [rouge.score(t, a)["rougeL"].fmeasure for t, a in zip(targets, answers, strict=True)]
+    pairs = list(zip(targets, answers, strict=True))
     tokenize = "zh" if any("\u4e00" <= char <= "\u9fff" for target in targets for char in target) else "13a"
     return {
-        "chrf": sacrebleu.corpus_chrf(list(answers), [list(targets)]).score / 100,
-        "bleu": sacrebleu.corpus_bleu(list(answers), [list(targets)], tokenize=tokenize).score / 100,
-        "rouge_l": float(np.mean(recall)),
-        "exact_match": float(
-            np.mean([t.strip() == a.strip() for t, a in zip(targets, answers, strict=True)])
-        ),
+        "chrf": lambda: sacrebleu.corpus_chrf(list(answers), [list(targets)]).score / 100,
+        "bleu": lambda: sacrebleu.corpus_bleu(list(answers), [list(targets)], tokenize=tokenize).score / 100,
+        "rouge_l": lambda: np.mean([rouge.score(t, a)["rougeL"].fmeasure for t, a in pairs]),
+        "exact_match": lambda: np.mean([same_text(t, a) for t, a in pairs]),
     }
+
+
+def same_text(target: str, answer: str) -> bool:
+    """Exact match of a written answer: but for blanks around it."""
+    return target.strip() == answer.strip()
+
+
+CHARACTERS = r"\u3040-\u30ff\u3400-\u9fff"
+"""Kana and Chinese: written without blanks, so that a character counts as a word."""
 
 
 class _WordsOrCharacters:
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.lower())
+        return re.findall(rf"[{CHARACTERS}]|[^\W{CHARACTERS}]+", text.lower())
 
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def squad_scores(target: str, answer: str) -> dict[str, float]:
-    """F1 of shared words, and exact match, without case, punctuation and articles."""
+    """F1 of shared words, or characters of scripts without blanks, and exact match; without case, punctuation and
+    articles."""
     truth, found = ([*_squad_words(text)] for text in (target, answer))
     shared = sum((Counter(truth) & Counter(found)).values())
     f1 = 2 * shared / (len(truth) + len(found)) if shared else float(truth == found)
@@ -180,12 +203,13 @@ def squad_scores(target: str, answer: str) -> dict[str, float]:
 
 
 def _squad_words(text: str) -> list[str]:
-    plain = "".join(char for char in text.lower() if char not in string.punctuation)
-    return ARTICLES.sub(" ", plain).split()
+    """SQuAD's, but of any script: its punctuation is ASCII's. Marks stay, which vowels are in many scripts."""
+    plain = "".join(char for char in text.lower() if not _is_punctuation(char))
+    return re.findall(rf"[{CHARACTERS}]|[^\s{CHARACTERS}]+", ARTICLES.sub(" ", plain))
 
 
-def mean_of(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+def _is_punctuation(char: str) -> bool:
+    return char in string.punctuation or unicodedata.category(char).startswith("P")
 
 
 def bootstrap_interval(
@@ -195,6 +219,18 @@ def bootstrap_interval(
     generator = np.random.default_rng(seed)
     found = [statistic(generator.integers(num_rows, size=num_rows)) for _ in range(resamples)]
     return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
+
+
+def judged_interval(
+    task: TaskConfig, examples: Sequence[Example], answers: Sequence[Any]
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the metric that judges, over 200 resamples; no other is computed for it."""
+
+    def of_rows(rows: np.ndarray) -> float:
+        some = [examples[row] for row in rows], [answers[row] for row in rows]
+        return measure(task, *some, only=task.judged_by)[task.judged_by]
+
+    return bootstrap_interval(of_rows, len(examples), resamples=200)
 
 
 def seeds_interval(values: Sequence[float]) -> tuple[float, float, float]:

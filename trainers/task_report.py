@@ -16,7 +16,7 @@ from trainers.report import REPORT, page_environment
 from trainers.task import TaskConfig
 from trainers.task_data import PreparedTask, labels_in, target_text
 from trainers.task_encoding import Encoder
-from trainers.task_metrics import seeds_interval
+from trainers.task_metrics import same_text, seeds_interval, squad_scores
 
 ERRORS_SHOWN = 30
 """Wrong answers on the page, the surest first."""
@@ -120,11 +120,15 @@ def validation_chart(task: TaskConfig, curve: Sequence[tuple[int, float]]) -> Ch
 
 
 def is_right(task: TaskConfig, answer: dict[str, Any]) -> bool:
-    """Whether an answer is the target; a number is never wrong, only off."""
+    """Whether an answer is the target, as the exact metrics of the kind have it; a number is never wrong, only off."""
+    target, found = answer["target"], answer["answer"]
     if task.kind == "regression":
         return True
-    target = answer["target"]
-    return answer["answer"] == (target["text"] if isinstance(target, dict) else target)
+    if task.kind == "question_answering":
+        return squad_scores(target["text"], found)["exact_match"] == 1
+    if task.kind == "generation":
+        return same_text(target, found)
+    return set(found) == set(target) if task.multi_label else found == target
 
 
 def confusion(task: TaskConfig, answers: Sequence[dict[str, Any]]) -> list[tuple[str, list[int]]]:
