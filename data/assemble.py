@@ -1,21 +1,24 @@
 """From finished pieces to the corpus: checks between the passes, the work that follows, the manifest."""
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.config import to_dict
 from cluster.storage import Store, open_store
 from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards
-from data.dedup import DOCUMENTS_PER_RANGE, HashFile
+from data.dedup import DOCUMENTS_PER_RANGE, Duplicates, HashFile
 from data.manifest import (
     FRAGMENT_DTYPES,
+    LISTED,
     SPLITS,
     Fragments,
     Manifest,
@@ -42,12 +45,16 @@ READING_THREADS = 16
 FILES_PER_RANGE = 1_000
 
 
-def read_records(store: Store, kind: str, digests: Sequence[str]) -> list[dict[str, Any]]:
-    """Read the records of finished pieces, in the order of `digests`."""
+def read_records(store: Store, kind: str, digests: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Read the records of finished pieces, in the order of `digests`; no more than the threads hold are in memory."""
     with ThreadPoolExecutor(READING_THREADS) as pool:
-        return [
-            json.loads(each) for each in pool.map(lambda name: store.read(record_path(kind, name)), digests)
-        ]
+        reading = deque[Future[bytes]]()
+        for digest in digests:
+            reading.append(pool.submit(store.read, record_path(kind, digest)))
+            if len(reading) == READING_THREADS:
+                yield json.loads(reading.popleft().result())
+        while reading:
+            yield json.loads(reading.popleft().result())
 
 
 def check_surveys(config: CorpusConfig, surveys: Sequence[Mapping[str, Any]]) -> None:
@@ -140,7 +147,7 @@ def plan_tokens(
     digests: Sequence[str],
     surveys: Sequence[Mapping[str, Any]],
     ranges: Sequence[HashRange],
-    found: Sequence[Mapping[str, Any]],
+    duplicates: Duplicates,
     tokenizer: FixedTokenizer,
     fragment_tokens: int,
 ) -> list[TokenWork]:
@@ -148,15 +155,12 @@ def plan_tokens(
 
     Args:
         digests: Of the pieces' surveys, whose records are `surveys`.
-        found: Records of `ranges`.
+        duplicates: Added up over `ranges`.
     """
-    left_out = np.zeros(len(pieces), np.uint64)  # sums modulo 2**64: which documents of a piece are left out
-    for record in found:
-        np.add.at(left_out, np.array(record["piece"], np.int64), np.array(record["fingerprint"], np.uint64))
-    paths = tuple(each.path for each in ranges)
+    left_out, paths = duplicates.fingerprint.tolist(), tuple(each.path for each in ranges)
     return [
         TokenWork(
-            digest_of("tokens", digest, int(left_out[index]), tokenizer.fingerprint, fragment_tokens),
+            digest_of("tokens", digest, left_out[index], tokenizer.fingerprint, fragment_tokens),
             piece,
             index,
             paths,
@@ -173,51 +177,59 @@ def assemble(
     tokenizer: FixedTokenizer,
     pieces: Sequence[Piece],
     surveys: Sequence[Mapping[str, Any]],
-    found: Sequence[Mapping[str, Any]],
-    tokens: Sequence[Mapping[str, Any]],
+    duplicates: Duplicates,
+    tokens: Iterable[Mapping[str, Any]],
 ) -> Manifest:
-    """Join the records of all passes, in the corpus's order, into the manifest.
+    """Join what the passes found, in the corpus's order, into the manifest.
+
+    Args:
+        tokens: Records of the last pass, taken one at a time.
 
     Raises:
         CorpusError: the tokenizer's own normaliser empties more documents than may be set aside.
     """
-    emptied = sum(record["set_aside"] for record in tokens)
+    shards, fragments, emptied = _join_shards(tokens)
     documents = sum(survey["documents"] for survey in surveys)
-    if emptied > config.set_aside_limit * documents:
+    if emptied.sum() > config.set_aside_limit * documents:
         raise CorpusError(
-            f"{emptied:,} of {documents:,} documents are {EMPTIED}, more than corpus.set_aside_limit="
+            f"{emptied.sum():,} of {documents:,} documents are {EMPTIED}, more than corpus.set_aside_limit="
             f"{config.set_aside_limit}: give a tokenizer that keeps these characters. "
             f"All of them: {config.prepared}/set_aside/"
         )
-    shards: list[Shard] = []
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in FRAGMENT_DTYPES}
-    for record in tokens:
-        for written in record["shards"]:
-            fragments = written["fragments"] | {
-                "shard": [len(shards)] * len(written["fragments"]["row_group"])
-            }
-            shards.append(Shard(**written["shard"]))
-            for name, dtype in FRAGMENT_DTYPES.items():
-                columns[name].append(np.array(fragments[name], dtype))
     sources = tuple(config.named_sources())
-    duplicates = {split: dict.fromkeys(sources, 0) for split in SPLITS}
-    for record in found:
-        for piece, split, count in zip(record["piece"], record["split"], record["count"], strict=True):
-            duplicates[SPLITS[split]][pieces[piece].source] += count
+    left_out = {split: dict.fromkeys(sources, 0) for split in SPLITS}
     set_aside = dict.fromkeys(sources, 0)
-    for piece, survey, record in zip(pieces, surveys, tokens, strict=True):
-        set_aside[piece.source] += survey["set_aside"] + record["set_aside"]
+    for index, (piece, survey) in enumerate(zip(pieces, surveys, strict=True)):
+        set_aside[piece.source] += survey["set_aside"] + int(emptied[index])
+        for split, count in zip(SPLITS, duplicates.count[index].tolist(), strict=True):
+            left_out[split][piece.source] += count
     return Manifest(
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         boundary_id=tokenizer.boundary_id,
         token_dtype=tokenizer.token_dtype,
         sources=sources,
-        shards=tuple(shards),
-        fragments=Fragments.from_columns({name: np.concatenate(parts) for name, parts in columns.items()}),
-        duplicates=duplicates,
+        shards=shards,
+        fragments=fragments,
+        duplicates=left_out,
         set_aside=set_aside,
     )
+
+
+def _join_shards(
+    tokens: Iterable[Mapping[str, Any]],
+) -> tuple[tuple[Shard, ...], Fragments, NDArray[np.int64]]:
+    """All shards, their fragments, and [pieces]: the documents that each piece set aside."""
+    shards, columns = list[Shard](), {name: array("q") for name in FRAGMENT_DTYPES}
+    set_aside = array("q")
+    for record in tokens:
+        set_aside.append(record["set_aside"])
+        for written in record["shards"]:
+            for name in LISTED:
+                columns[name].extend(written["fragments"][name])
+            columns["shard"].extend([len(shards)] * len(written["fragments"]["row_group"]))
+            shards.append(Shard(**written["shard"]))
+    return tuple(shards), Fragments.from_columns(columns), np.array(set_aside, np.int64)
 
 
 def existing_manifest(config: CorpusConfig) -> Manifest | None:
@@ -242,13 +254,14 @@ def finished(
         manifest = read_manifest(store, record["manifest"])
     except (FileNotFoundError, ManifestError):
         return None  # preparing again makes it anew, from pieces that are done
-    return manifest if not missing_shards(store, manifest.shards) else None
+    sizes = shard_sizes(store)
+    whole = all(sizes.get(shard.path) == shard.num_bytes for shard in manifest.shards)
+    return manifest if whole else None
 
 
-def missing_shards(store: Store, shards: Sequence[Shard]) -> set[str]:
-    """Paths of token shards that are not in the store with their size."""
-    sizes = {each.path: each.num_bytes for each in store.list("shards/")}
-    return {shard.path for shard in shards if sizes.get(shard.path) != shard.num_bytes}
+def shard_sizes(store: Store) -> dict[str, int]:
+    """Bytes of the token shards that are in the store, by path."""
+    return {each.path: each.num_bytes for each in store.list("shards/")}
 
 
 def inputs_path(config: CorpusConfig, shards: Sequence[RawShard], given: FixedTokenizer | None) -> str:

@@ -9,15 +9,16 @@ source, path and line. That is a property of the set of texts: neither timing no
 were added has a say.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cluster.storage import Store
 from data.manifest import SPLITS
@@ -120,6 +121,26 @@ def record_duplicates(store: Store, path: str, duplicates: pa.Table) -> dict[str
         "count": np.bincount(group, minlength=len(keys)).tolist(),
         "fingerprint": fingerprint.tolist(),
     }
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """What is left out of each piece, added up over all ranges."""
+
+    count: NDArray[np.int64]
+    """[pieces, splits]: documents."""
+    fingerprint: NDArray[np.uint64]
+    """[pieces]: tells which documents they are."""
+
+
+def add_up(records: Iterable[Mapping[str, Any]], num_pieces: int) -> Duplicates:
+    """Add up what `record_duplicates` returned for each range, one record at a time."""
+    total = Duplicates(np.zeros((num_pieces, len(SPLITS)), np.int64), np.zeros(num_pieces, np.uint64))
+    for record in records:
+        piece = np.array(record["piece"], np.int64)
+        np.add.at(total.count, (piece, np.array(record["split"], np.int64)), record["count"])
+        np.add.at(total.fingerprint, piece, np.array(record["fingerprint"], np.uint64))
+    return total
 
 
 def duplicates_of(store: Store, paths: list[str], piece: int) -> np.ndarray:

@@ -11,11 +11,12 @@ Four passes over pieces of work, each named by its input and done once:
 3. tokenizer: the given one, or one trained on a bounded sample of the train split;
 4. tokens: read every piece again, leave out what was noted, write token shards.
 
-Memory is bounded by a piece's hashes (17 bytes a document), a range of hashes, and a batch of texts. After a
-kill, finished pieces are found by their records. When shards are added, all hashes are sorted again, which
-takes seconds where tokenizing takes hours; an old piece is tokenized anew only if one of its documents
-became, or stopped being, a duplicate. So a corpus that grew has the manifest of one prepared at once, with
-one exception: a trained tokenizer stays as it was first trained.
+Memory of a task is bounded by a piece's hashes (17 bytes a document), a range of hashes, and a batch of texts;
+that of this process by the surveys' records and the manifest, for all other records are added up as they are
+read. After a kill, finished pieces are found by their records. When shards are added, all hashes are sorted
+again, which takes seconds where tokenizing takes hours; an old piece is tokenized anew only if one of its
+documents became, or stopped being, a duplicate. So a corpus that grew has the manifest of one prepared at
+once, with one exception: a trained tokenizer stays as it was first trained.
 """
 
 import json
@@ -44,11 +45,11 @@ from data.assemble import (
     finished,
     given_tokenizer,
     inputs_path,
-    missing_shards,
     plan_groups,
     plan_ranges,
     plan_tokens,
     read_records,
+    shard_sizes,
 )
 from data.corpus import (
     CorpusConfig,
@@ -57,8 +58,9 @@ from data.corpus import (
     group_shards,
     list_raw_shards,
 )
+from data.dedup import add_up
 from data.documents import corpus_problems
-from data.manifest import Manifest, Shard, mark_latest, write_manifest
+from data.manifest import Manifest, mark_latest, write_manifest
 from data.pieces import Piece, deduplicate, digest_of, merge, record_path, survey, tokenize
 from data.progress import PassMeter, PassProgress, progress_line
 from data.tokenizer_sample import sample_texts
@@ -130,18 +132,19 @@ def prepare(
     sizes = [piece.num_bytes for piece in pieces]
     digests = [piece.survey_digest(config) for piece in pieces]
     passes = _Passes(config, store, on_progress, fan_out)
-    surveys = passes.run("survey", survey, pieces, digests, sizes)
+    surveys = list(passes.run("survey", survey, pieces, digests, sizes))
     check_surveys(config, surveys)
     if groups := plan_groups(surveys, digests):
         passes.run("merged", merge, groups, [each.digest for each in groups], [1] * len(groups))
     ranges = plan_ranges(surveys, digests, groups)
     found = passes.run("duplicates", deduplicate, ranges, [each.digest for each in ranges], [1] * len(ranges))
+    duplicates = add_up(found, len(pieces))
     tokenizer = _fix_tokenizer(config, store, given, pieces, surveys)
     fragment_tokens = fragment_tokens_for(config, shards)
-    plan = plan_tokens(pieces, digests, surveys, ranges, found, tokenizer, fragment_tokens)
+    plan = plan_tokens(pieces, digests, surveys, ranges, duplicates, tokenizer, fragment_tokens)
     _forget_lost_shards(store, [each.digest for each in plan])
     tokens = passes.run("tokens", tokenize, plan, [each.digest for each in plan], sizes)
-    manifest = assemble(config, tokenizer, pieces, surveys, found, tokens)
+    manifest = assemble(config, tokenizer, pieces, surveys, duplicates, tokens)
     write_manifest(store, manifest)
     store.put(inputs_path(config, shards, given), json.dumps({"manifest": manifest.digest}).encode())
     return manifest
@@ -174,13 +177,10 @@ def _forget_lost_shards(store: Store, digests: Sequence[str]) -> None:
     """Delete records of pieces whose token shards were deleted or cut since: they are done again."""
     listed = {each.path for each in store.list("pieces/tokens-")}
     done = [digest for digest in digests if record_path("tokens", digest) in listed]
-    shards = {
-        digest: [Shard(**written["shard"]) for written in record["shards"]]
-        for digest, record in zip(done, read_records(store, "tokens", done), strict=True)
-    }
-    missing = missing_shards(store, [shard for each in shards.values() for shard in each])
-    for digest, each in shards.items():
-        if not missing.isdisjoint(shard.path for shard in each):
+    sizes = shard_sizes(store)
+    for digest, record in zip(done, read_records(store, "tokens", done), strict=True):
+        shards = [written["shard"] for written in record["shards"]]
+        if any(sizes.get(shard["path"]) != shard["num_bytes"] for shard in shards):
             store.delete(record_path("tokens", digest))
 
 
@@ -200,8 +200,10 @@ class _Passes:
         work: Sequence[Work],
         digests: Sequence[str],
         sizes: Sequence[int],
-    ) -> list[dict[str, Any]]:
-        """Call `function`, which puts the record named by the digest, where it is not there; all records."""
+    ) -> Iterator[dict[str, Any]]:
+        """Call `function`, which puts the record named by the digest, where it is not there. Then all records, each
+        read when it is taken.
+        """
         listed = {each.path for each in self.store.list(f"pieces/{kind}-")}
         todo = [index for index, digest in enumerate(digests) if record_path(kind, digest) not in listed]
         meter = PassMeter(

@@ -1,6 +1,8 @@
 """Laws of exact duplicates: which one stays, whatever the ranges and groups, and how often a file is opened."""
 
+import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -12,6 +14,7 @@ from cluster.storage import open_store
 from data.clean import content_hash
 from data.dedup import (
     HashFile,
+    add_up,
     duplicates_of,
     find_duplicates,
     merge_hashes,
@@ -109,3 +112,41 @@ def test_a_merged_file_follows_from_its_pieces_alone_wherever_they_stand(tmp_pat
     files = put_pieces(store, [[(number, number % 3), (7, 0)] for number in range(pieces_per_group)])
     later = [HashFile(file.path, file.first_piece + 100) for file in files]
     assert merge_hashes(store, files) == merge_hashes(store, later)
+
+
+def record_of(pieces: int, seed: int) -> dict[str, list[int]]:
+    """A range's record with documents of each piece and split."""
+    places = range(pieces * len(SPLITS))
+    return {
+        "piece": [place // len(SPLITS) for place in places],
+        "split": [place % len(SPLITS) for place in places],
+        "count": [(place + seed) % 7 + 1 for place in places],
+        "fingerprint": [(place + seed) * 0x9E3779B97F4A7C15 % 2**64 for place in places],
+    }
+
+
+def test_records_of_all_ranges_add_up_to_each_pieces_duplicates():
+    records = [record_of(4, seed) for seed in range(5)]
+    expected, fingerprints = Counter(), Counter()
+    for record in records:
+        for piece, split, count, fingerprint in zip(*record.values(), strict=True):
+            expected[piece, split] += count
+            fingerprints[piece] += fingerprint
+    found = add_up(iter(records), 5)
+    assert found.count.tolist() == [[expected[piece, split] for split in range(3)] for piece in range(5)]
+    assert found.fingerprint.tolist() == [fingerprints[piece] % 2**64 for piece in range(5)]
+
+
+def test_adding_up_takes_the_memory_of_one_range_however_many_there_are():
+    def peak_bytes(num_ranges: int) -> int:
+        def ranges() -> Iterator[dict[str, list[int]]]:
+            for seed in range(num_ranges):
+                yield record_of(2_000, seed)
+
+        tracemalloc.start()
+        add_up(ranges(), 2_000)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak_bytes(20) < 1.2 * peak_bytes(2)
