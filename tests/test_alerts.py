@@ -12,21 +12,22 @@ import pytest
 import yaml
 
 from k8s.check import K8S
-from trainers.live_metrics import COUNTERS, DRIVER_GAUGES, GAUGES
+from trainers.live_metrics import COUNTERS, DRIVER_GAUGES, GAUGES, ZERO
 
 MONITORING = K8S / "components" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]
 PROMTOOL = os.environ.get("PROMTOOL") or shutil.which("promtool")
 RUN = '{run="a", pid="1"}'
+FAILED = 'kuberay_job_deployment_status{name="pretrain", namespace="pretraining", deployment_status="Failed"}'
 WAITED = 'ray_pretrain_spent_seconds{run="a", pid="2", part="waiting_for_nodes"}'
 HEALTHY = {
     # `start+stepxcount`: one sample a minute, for ten hours
     f"ray_pretrain_last_step_timestamp_seconds{RUN}": "0+60x600",
     f"ray_pretrain_last_checkpoint_timestamp_seconds{RUN}": "0+60x600",
-    f"ray_pretrain_nonfinite_losses_total{RUN}": "0+0x600",
+    f"ray_pretrain_nonfinite_losses_total{RUN}": f"{ZERO}+0x600",
     f"ray_pretrain_tokens_per_second{RUN}": "1000+0x600",
     f"ray_pretrain_attempt{RUN}": "1+0x600",
-    f"ray_pretrain_skipped_steps_total{RUN}": "0+0x600",
+    f"ray_pretrain_skipped_steps_total{RUN}": f"{ZERO}+0x600",
     f"ray_pretrain_data_wait_seconds_total{RUN}": "0+1x600",
     WAITED: "0+0x600",
     'ray_node_mem_total{ray_io_cluster="c", ip="1"}': "1+0x600",
@@ -35,13 +36,18 @@ HEALTHY = {
 }
 SICK = {  # what differs -> the alert that fires at minute 540
     "PretrainingStandsStill": {f"ray_pretrain_last_step_timestamp_seconds{RUN}": "0+60x500 30000+0x100"},
-    "PretrainingLossNotFinite": {f"ray_pretrain_nonfinite_losses_total{RUN}": "0+0x500 0+1x100"},
+    # One, in a worker that was started anew and has counted nothing before.
+    "PretrainingLossNotFinite": {
+        f"ray_pretrain_nonfinite_losses_total{RUN}": "0+0x500 stale",
+        f"ray_pretrain_nonfinite_losses_total{RUN.replace('1', '3')}": f"_x510 {ZERO}+0x25 1+0x60",
+    },
     "PretrainingSkipsSteps": {f"ray_pretrain_skipped_steps_total{RUN}": "0+0x500 0+1x100"},
     "PretrainingCheckpointIsOld": {f"ray_pretrain_last_checkpoint_timestamp_seconds{RUN}": "0+0x600"},
     "PretrainingWaitsForData": {f"ray_pretrain_data_wait_seconds_total{RUN}": "0+30x600"},
     "PretrainingWaitsForNodes": {WAITED: "0+0x500 0+30x100"},
     "PretrainingSlowedDown": {f"ray_pretrain_tokens_per_second{RUN}": "1000+0x500 500+0x100"},
     "PretrainingRestartsOften": {f"ray_pretrain_attempt{RUN}": "1+0x500 1x9 2x9 3x9 4x60"},
+    "RayJobFailed": {FAILED: "_x500 1+0x100", FAILED.replace("Failed", "Running"): "1+0x499 stale"},
     "RayNodeLost": {'ray_node_mem_total{ray_io_cluster="c", ip="2"}': "1+0x520 stale"},
     "RayNodeDiskNearlyFull": {
         'ray_node_disk_utilization_percentage{ray_io_cluster="c", ip="1"}': "50+0x500 90+0x100"
@@ -50,6 +56,7 @@ SICK = {  # what differs -> the alert that fires at minute 540
 STEP, FINISHED = (f"ray_pretrain_{name}_timestamp_seconds{RUN}" for name in ("last_step", "finished"))
 WITHOUT_WORKER_0 = {  # its pod is gone, and its series with it: name -> what differs, and the alert, if any
     "lost": ({STEP: "0+60x500 stale"}, "PretrainingStandsStill"),
+    "lost-hours-ago": ({STEP: "0+60x60 stale"}, "PretrainingStandsStill"),
     "lost-and-replaced": ({STEP: "0+60x500 stale", STEP.replace("1", "2"): "_x510 30600+60x80"}, None),
     "finished": ({STEP: "0+60x500 stale", FINISHED: "_x500 30010 30010 stale"}, None),
     "finished-then-continued-then-lost": (

@@ -191,9 +191,7 @@ def test_what_alerts_and_dashboard_ask_for_stands_where_prometheus_scrapes(tmp_p
                 assert driver.poll() is None and time.monotonic() < ends, (missing, spent)
                 time.sleep(1)
             driver.kill()
-    counted = {
-        re.split(r"[ {]", line)[0]: float(line.split()[-1]) for line in lines if 'run="begun"' in line
-    }
+    counted = {re.split(r"[ {]", line)[0]: float(line.split()[-1]) for line in lines if 'run="begun"' in line}
     assert counted == {f"ray_pretrain_{name}_total": pytest.approx(0.0) for name in COUNTERS}
     assert spent["waiting_for_nodes"] == pytest.approx(20.0, abs=0.1)
     assert (spent["data_wait"], spent["validating"]) == (1.0, 3.0)
