@@ -5,9 +5,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
 import trial_experiments
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from trial_experiments import Doing, Training
 
@@ -19,6 +22,7 @@ from tune.search_space import Dimension, SearchSpace
 from tune.sweep import claim_judgement
 from tune.sweep_config import SweepRunConfig
 from tune.trial_records import read_trials
+from tune.trials import scheduler
 
 pytestmark = pytest.mark.cluster
 RATES = (0.1, 0.2, 0.3)
@@ -102,6 +106,16 @@ def test_a_trial_that_falls_behind_is_stopped_and_leaves_no_checkpoint(sweep):
     assert winner.point == {"rate": 0.3}
     assert [trial.status for trial in read_trials(sweep)] == ["finished", "stopped", "stopped"]
     assert not [info.path for info in sweep.list("trials/") if "/checkpoints/" in info.path]
+
+
+def test_a_median_of_too_few_trials_pauses_none():
+    rule = scheduler(SweepRunConfig(scheduler="median", grace=0.1))
+    rule.set_search_properties("score", "max")
+    trial, controller = Mock(trial_id="one"), Mock()
+    controller.get_live_trials.return_value = [Mock(status=Trial.PENDING)]  # to whom it would make room
+    for percent in (5, 50, 99):
+        said = rule.on_trial_result(controller, trial, {"percent": percent, "score": 0.5})
+        assert said == TrialScheduler.CONTINUE
 
 
 def test_what_fails_by_itself_is_tried_once_and_recorded_with_its_error(sweep):

@@ -235,5 +235,12 @@ def scheduler(config: SweepRunConfig) -> TrialScheduler:
             time_attr="percent", max_t=PERCENT, grace_period=grace, reduction_factor=3
         )
     if config.scheduler == "median":
-        return MedianStoppingRule(time_attr="percent", grace_period=grace, min_samples_required=3)
+        # It would pause a trial while fewer than three others have come as far, and ours cannot go on from a pause:
+        # no trial has run for longer than this slice.
+        return MedianStoppingRule(
+            time_attr="percent",
+            grace_period=grace,
+            min_samples_required=3,
+            min_time_slice=math.inf,  # type: ignore[arg-type]
+        )
     return FIFOScheduler()
