@@ -102,6 +102,14 @@ def test_the_test_split_is_refused(place):
         evaluate.main(["--model", "m", "--task", str(place / "task.yaml"), "--split", "test"])
 
 
+def test_a_split_that_a_task_is_not_asked_on_is_refused(place):
+    with pytest.raises(SystemExit, match="--split train is for --corpus"):
+        evaluate.main(
+            ["--model", str(place / "model"), "--task", str(place / "task.yaml"), "--split", "train",
+             "--prepared", str(place / "prepared"), "--max-rows", "1"]
+        )  # fmt: skip
+
+
 def test_prompts_that_do_not_fit_are_one_error(place):
     exported = load_exported(open_store(str(place / "model")))
     with pytest.raises(ConfigError, match="the model has 128 positions; ask with fewer --shots"):

@@ -155,6 +155,22 @@ def test_a_checkpoint_is_of_one_metric_and_prompt(place):
     assert all(found["backbone"]["uri"].endswith("model") for found in identities)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch": {"max_tokens": 8}}, "records of t are longer than 8 tokens"),
+        ({"optimizer": {"learning_rate": 0.02}}, "optimizer.learning_rate=0.02, but the run was started"),
+    ],
+)
+def test_a_dry_run_finds_what_a_run_would_be_refused_for(place, learnt, changes, message):
+    name = "dry" if "batch" in changes else "learnt"
+    before = run_of(place, name).list()
+    with pytest.raises(ConfigError, match=message):
+        main([*command(place, name, changes)[2:], "--dry-run"])
+    main([*command(place, name, {})[2:], "--dry-run"])
+    assert run_of(place, name).list() == before
+
+
 def test_a_command_does_not_train_a_run_beside_one_that_lives(place, learnt):
     with lease(run_of(place, "learnt")), pytest.raises(RunTakenError, match="is being driven by process"):
         main(command(place, "learnt", {})[2:])

@@ -45,6 +45,16 @@ def test_the_linear_model_learns_words_and_the_majority_does_not() -> None:
     assert math.isclose(majority(task, train, test)["accuracy"], 2 / 3)
 
 
+def test_a_metric_that_the_linear_model_lacks_is_refused_at_the_start(tmp_path: Path) -> None:
+    uri = put_lines(tmp_path / "records.jsonl", sentences(80))
+    task = put_task(
+        tmp_path / "task.yaml", name="toy", kind="classification", metric="loss", data={"uri": uri}
+    )
+    command = ["--base.run.task", task, "--base.backbone.uri", "nowhere", "--curve.storage", str(tmp_path)]
+    with pytest.raises(ConfigError, match="metric=loss: the linear model"):
+        main(command)
+
+
 @pytest.mark.slow
 def test_the_command_measures_every_arm_and_checks_what_the_backbone_has_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,16 +1,21 @@
 """The page of a run, whatever its answers hold."""
 
+import io
 import json
 
 import pytest
-from task_files import put_lines
+from rich.console import Console
+from task_files import put_lines, small_tokenizer
+from tokenizers import Tokenizer
 
+from cluster.config import ConfigError
 from cluster.storage import open_store
-from trainers.task import TaskConfig, TaskFiles
+from trainers.task import TaskConfig, TaskFiles, TaskPrompt
 from trainers.task_data import prepare_task
+from trainers.task_encoding import Encoder, framed
 from trainers.task_metrics import measure
 from trainers.task_records import Example
-from trainers.task_report import is_right, write_task_report
+from trainers.task_report import is_right, task_tables, write_task_report
 
 
 @pytest.mark.parametrize(
@@ -34,6 +39,26 @@ def test_an_answer_is_right_on_the_page_where_the_exact_metric_says_so(kind, exa
         assert is_right(task, {"target": target, "answer": answer}) == right
         example = Example("e", "text", "", [], target)
         assert measure(task, [example], [answer])[exact] == right
+
+
+def test_the_table_counts_as_too_long_what_is_refused_as_too_long(tmp_path):
+    records = [{"text": f"word {n}", "label": f"answer {n} " * (9 if n % 2 else 1)} for n in range(60)]
+    data = TaskFiles(uri=put_lines(tmp_path / "r.jsonl", records))
+    prompt = TaskPrompt(template="a question of many words: {text}")
+    task = TaskConfig(name="t", kind="generation", data=data, prompt=prompt)
+    prepared = prepare_task(task, open_store(str(tmp_path / "p")))
+    tokenizer, pad = framed(Tokenizer.from_str(small_tokenizer().json), 0, causal=True)
+    encoder = Encoder(prepared.task, tokenizer, pad, 48, False, True)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(task_tables(prepared, encoder)[0])
+    over = {
+        line.split("│")[1].strip(): line.split("│")[-2].strip()
+        for line in console.export_text().splitlines()
+        if line.startswith("│")
+    }
+    for split in ("train", "validation"):
+        with pytest.raises(ConfigError, match=f"^{over[split]} of "):
+            encoder.encode(prepared.read(split))
 
 
 @pytest.fixture

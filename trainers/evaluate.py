@@ -89,9 +89,12 @@ def ask(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     Raises:
         TestSplitError: for the test split.
+        ValueError: for the training split, which the solved records are from.
         ConfigError: a task, a model or a number of records that does not fit.
     """
     refuse_test_split(options.split)
+    if options.split != "validation":
+        raise ValueError(f"--split {options.split} is for --corpus: a task is asked on its validation split")
     prepared = prepare_task(load_task(options.task), open_store(options.prepared))
     exported = load_exported(open_store(options.model))
     exported.model.to(device_here())

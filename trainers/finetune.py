@@ -25,7 +25,7 @@ try:
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
     from trainers.finetune_end import RESULT
-    from trainers.finetune_group import place_to_train, train_in_group
+    from trainers.finetune_group import check_records, place_to_train, train_in_group
     from trainers.finetune_loop import OnValidation
     from trainers.finetune_order import ORIGIN, FinetuneOrder, origin_of
     from trainers.finetune_result import FinetuneResult
@@ -39,7 +39,9 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
-FLAGS = {"dry-run": "check everything, print the tables of the task, train nothing"}
+FLAGS = {
+    "dry-run": "check task, backbone, records and run but not the cluster, print the task's tables, train nothing"
+}
 
 
 def finetune(
@@ -74,6 +76,18 @@ def finetune(
                 train_in_group(order, run, on_validation)
         results.append(json.loads(run.read(RESULT)))
     return FinetuneResult(task.task.judged_by, results)
+
+
+def check(config: FinetuneConfig, prepared: PreparedTask) -> None:
+    """What `finetune` checks of each seed before it trains.
+
+    Raises:
+        ConfigError: a run that may not go on so, or records that do not fit.
+    """
+    backbone = backbone_digest(config)
+    for seed in config.run.seeds:
+        check_unchanged(seed_store(config, seed), config, prepared, backbone)
+        check_records(FinetuneOrder(config, prepared, seed, backbone))
 
 
 def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, backbone: str) -> None:
@@ -126,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for table in task_tables(prepared, encoder):
         console.print(table)
     if "dry-run" in loaded.flags:
-        return
+        return check(config, prepared)
 
     def tell(step: int, score: Any) -> None:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in score.metrics.items())

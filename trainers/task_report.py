@@ -1,8 +1,10 @@
 """What a task holds before training, and what a fine-tuning run came to: tables and one page."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,8 @@ MOST_LABELS = 30
 
 
 def task_tables(prepared: PreparedTask, encoder: Encoder) -> list[Table]:
-    """Balance of the classes and lengths in tokens, of train and validation; of test the count alone."""
+    """Balance of the classes and lengths in tokens, as they are trained with (second texts, templates and answers
+    included), of train and validation; of test the count alone."""
     task = prepared.task
     splits = {name: prepared.read(name) for name in ("train", "validation")}
     left_out = ", ".join(f"{number:,} {reason}" for reason, number in prepared.left_out.items() if number)
@@ -36,11 +39,10 @@ def task_tables(prepared: PreparedTask, encoder: Encoder) -> list[Table]:
     for column in ("split", "records", "median tokens", "longest", f"over {encoder.max_tokens:,}"):
         counts.add_column(column, justify="left" if column == "split" else "right")
     tables = [counts]
+    whole = replace(encoder, max_tokens=sys.maxsize)
     for name, examples in splits.items():
         # Only measured here: what is too long is refused when the run is put together.
-        lengths = [
-            len(encoding.ids) for encoding in encoder.tokenizer.encode_batch([e.content for e in examples])
-        ]
+        lengths = [len(row.ids) for row in whole.encode(examples)]
         over = sum(length > encoder.max_tokens for length in lengths)
         counts.add_row(
             name, f"{len(examples):,}", f"{np.median(lengths):.0f}", f"{max(lengths):,}", f"{over:,}"

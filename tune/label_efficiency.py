@@ -84,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = load_task(config.base.run.task)
     if task.kind not in ("classification", "pairs") or task.multi_label:
         raise ConfigError([f"kind={task.kind}: a curve needs one label per record, for the linear model"])
+    if task.judged_by == "loss":
+        raise ConfigError(
+            ["metric=loss: the linear model and the commonest label have none; nearest: metric=accuracy"]
+        )
     prepared = prepare_task(task, open_store(config.base.run.prepared))
     store = open_store(config.curve.storage).child(config.curve.name or f"{task.name}-labels")
     with lease(store, console.print), place_to_train(config.base.cluster):
