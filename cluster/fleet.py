@@ -70,7 +70,7 @@ GPUS = {
             link=450e9,
             network=50e9,
             matrix_share=0.60,
-            source="NVIDIA H100 SXM data sheet; 400 Gb/s a GPU (AWS p5, GCP a3-mega)",
+            source="NVIDIA H100 SXM data sheet; 400 Gb/s a GPU (AWS p5; GCP a3-mega has half)",
         ),
         Gpu(
             name="a100-80gb",

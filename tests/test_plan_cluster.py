@@ -4,7 +4,8 @@ import pytest
 
 from cluster.config import ConfigError, load_config
 from trainers.config import PretrainConfig
-from trainers.plan_cluster import ClusterPlanConfig, main, options, room
+from trainers.plan import rows_per_worker
+from trainers.plan_cluster import ClusterPlanConfig, job_of, main, options, room
 from trainers.throughput import Strategy
 
 LLAMA_7B = ["--config", "trainers/configs/llama-7b.yaml"]
@@ -46,7 +47,16 @@ def test_a_model_that_is_too_large_for_one_gpu_fits_with_parameters_in_host_memo
 def test_the_plan_names_keys_time_cost_energy_and_its_own_error(capsys) -> None:
     main([*LLAMA_7B, "--gpus", "256", "--gpu", "h100-80gb"])
     text = capsys.readouterr().out
-    for part in ("engine.zero_stage=", "1.00 T tokens", "GPU-hours", "$", "CO2", "median", "worst"):
+    for part in (
+        "engine.zero_stage=",
+        "1.00 T tokens",
+        "GPU-hours",
+        "$",
+        "CO2",
+        "median",
+        "worst",
+        "stage 3",
+    ):
         assert part in text
     days = float(re.search(r"tokens in (\d+) d", text)[1])
     # 1 T tokens x 4.3e10 FLOP on 256 H100s at 30 to 45 % of their peak: 4.4 to 6.6 days.
@@ -58,6 +68,31 @@ def test_unknown_gpus_and_more_gpus_than_rows_are_named_together() -> None:
         config("--gpu", "h100", "--gpus", "5000")
     assert "h100-80gb" in str(found.value)
     assert "batch.rows_per_step" in str(found.value)
+
+
+def test_fewer_lanes_than_gpus_are_refused_as_the_run_refuses_them() -> None:
+    with pytest.raises(ConfigError) as found:
+        config("--order.lanes", "128", "--cluster.num_workers", "128", "--gpus", "256")
+    (problem,) = found.value.problems
+    assert "gpus=256 cannot share order.lanes=128" in problem
+    assert "order.lanes=256" in problem
+
+
+@pytest.mark.parametrize("gpus", [8, 48, 64, 96, 256, 1_000])
+def test_a_run_takes_the_lanes_that_a_plan_names_and_has_its_rows_per_worker(gpus: int, capsys) -> None:
+    own = ["--order.lanes", "0", "--cluster.num_workers", "1"]
+    main([*LLAMA_7B, *own, "--gpus", str(gpus)])
+    text = capsys.readouterr().out
+    named = re.search(r"order\.lanes=(\d+)", text)
+    assert bool(named) == (gpus > 64), "the run chooses as many as it needs up to there"
+    lanes = named[1] if named else "0"
+    run = [*LLAMA_7B, "--cluster.num_workers", str(gpus), "--order.lanes", lanes]
+    run += ["--corpus.uri", "raw", "--corpus.prepared", "prepared"]
+    assert load_config(PretrainConfig, run, description="").config.order.lanes == int(lanes)
+    best = next(option for option in options(config(*own, "--gpus", str(gpus))) if option.fits)
+    rows = rows_per_worker(job_of(config(*own, "--gpus", str(gpus)), best.strategy))
+    assert best.micro_batches * best.strategy.micro_batch_rows == rows
+    assert rows * gpus >= 1_024
 
 
 def test_room_is_less_than_the_memory() -> None:

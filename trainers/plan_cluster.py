@@ -3,6 +3,7 @@
     python trainers/plan_cluster.py --config trainers/configs/llama-7b.yaml --gpus 256 --gpu h100-80gb
 
 Memory is counted as in trainers/plan.py, speed estimated as in trainers/throughput.py; nothing is measured or started.
+The speeds that the estimate was held against (trainers/published_speeds.py) are of stage 3 alone.
 """
 
 import itertools
@@ -23,8 +24,9 @@ from cluster.config import load_config, nearest, run_entry
 from cluster.fleet import GPUS, Gpu
 from cluster.hardware import Peak, estimate_energy
 from data.corpus import CorpusConfig
+from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.config import PretrainConfig
-from trainers.plan import Job, Memory, memory_per_worker, rows_per_worker
+from trainers.plan import Job, Memory, memory_per_worker, micro_batches, rows_per_worker
 from trainers.published_speeds import errors
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
 from trainers.throughput import StepTime, Strategy, step_time
@@ -67,6 +69,11 @@ class ClusterPlanConfig(PretrainConfig):
             yield f"gpu={self.gpu} is not in the table of cluster/fleet.py; nearest: {guess}"
         if not 1 <= self.gpus <= self.batch.rows_per_step:
             yield f"gpus={self.gpus:,} must be from 1 to batch.rows_per_step={self.batch.rows_per_step:,}"
+        elif 0 < self.order.lanes < self.gpus:
+            yield (
+                f"gpus={self.gpus:,} cannot share order.lanes={self.order.lanes:,}: a run would refuse them; set "
+                f"order.lanes={lanes_for(self.batch.rows_per_step, self.gpus):,}, or 0 to have it planned"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def options(config: ClusterPlanConfig) -> list[Option]:
     """Every combination that a configuration can have, the fastest first, those that do not fit last."""
-    rows = -(-config.batch.rows_per_step // config.gpus)
+    rows = rows_per_worker(job_of(config, Strategy(zero_stage=0, micro_batch_rows=1)))
     sizes = [number for number in BATCH_SIZES if number <= rows and rows % number == 0]
     combinations: Iterator[tuple[Any, ...]] = itertools.product(
         (0, 1, 2, 3), ("none", "optimizer", "optimizer+parameters"), (False, True), sizes
@@ -135,14 +142,14 @@ def options(config: ClusterPlanConfig) -> list[Option]:
 def option_of(config: ClusterPlanConfig, strategy: Strategy) -> Option:
     gpu, model = GPUS[config.gpu], model_of(config)
     job = job_of(config, strategy)
-    micro_batches = -(-rows_per_worker(job) // strategy.micro_batch_rows)
+    passes = micro_batches(job)
     memory = memory_per_worker(job)
     on_device = memory.total - memory.checkpoint_buffers - offloaded(strategy, memory)
-    time = step_time(model, job.seq_len, micro_batches, strategy, gpu, config.gpus)
+    time = step_time(model, job.seq_len, passes, strategy, gpu, config.gpus)
     speed = job.rows_per_step * job.seq_len / time.total
     return Option(
         strategy=strategy,
-        micro_batches=micro_batches,
+        micro_batches=passes,
         memory=memory,
         device_bytes=on_device,
         fits=on_device <= room(gpu),
@@ -177,10 +184,24 @@ def job_of(config: ClusterPlanConfig, strategy: Strategy) -> Job:
         rows_per_step=config.batch.rows_per_step,
         steps=config.run.steps,
         num_workers=config.gpus,
+        lanes=lanes_of(config),
         peak=Peak(gpu.accelerator.bf16, gpu.accelerator.source),
         watts=config.gpus * (config.energy.watts_per_device or gpu.accelerator.watts),
         energy=config.energy,
     )
+
+
+def lanes_of(config: ClusterPlanConfig) -> int:
+    """Those of the configuration, or what the run chooses; where that is fewer than GPUs, the run must be told more."""
+    rows = config.batch.rows_per_step
+    chosen = config.order.lanes or largest_divisor(rows, AUTOMATIC_LANES)
+    return chosen if chosen >= config.gpus else lanes_for(rows, config.gpus)
+
+
+def lanes_for(rows_per_step: int, workers: int) -> int:
+    """Lanes that so many workers can share with the fewest rows of weight zero."""
+    divisors = [lanes for lanes in range(workers, rows_per_step + 1) if rows_per_step % lanes == 0]
+    return min(divisors, key=lambda lanes: -(-lanes // workers) * (rows_per_step // lanes))
 
 
 def model_of(config: ClusterPlanConfig) -> ModelConfig:
@@ -224,6 +245,8 @@ def summary(config: ClusterPlanConfig, gpu: Gpu, best: Option) -> Iterator[str]:
     keys = f"engine.zero_stage={way.zero_stage} engine.offload={way.offload} "
     keys += f"engine.activation_checkpointing={str(way.activation_checkpointing).lower()} "
     yield f"fastest    {keys}engine.micro_batch_rows={way.micro_batch_rows}"
+    if not config.order.lanes and (lanes := lanes_of(config)) > AUTOMATIC_LANES:
+        yield f"           order.lanes={lanes}: a run of {config.gpus} workers needs it from its first step on"
     yield f"time       {count(tokens)} tokens in {duration(seconds)}, {hours:,.0f} GPU-hours"
     yield f"cost       ${hours * config.dollars_per_gpu_hour:,.0f} at ${config.dollars_per_gpu_hour:g} a GPU-hour"
     yield f"energy     {energy(used.kwh)}, {mass(used.co2_grams)} CO2; {used.assumption}"
@@ -239,7 +262,8 @@ def basis(gpu: Gpu) -> Iterator[str]:
     yield f"constants  {gpu.accelerator.source}; {gpu.source}"
     yield (
         f"error      of the model on {len(found)} published speeds: median {statistics.median(sizes):.0%}, "
-        f"worst {worst:+.0%} ({row.source}, {row.model}, {row.num_gpus} x {row.gpu}, {row.seq_len:,} tokens a row)"
+        f"worst {worst:+.0%} ({row.source}, {row.model}, {row.num_gpus} x {row.gpu}, {row.seq_len:,} tokens a row); "
+        "all of stage 3: for the others it was held against none"
     )
 
 
