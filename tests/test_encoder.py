@@ -132,7 +132,8 @@ def test_biases_start_at_zero_and_norms_at_one(config):
 def test_activation_checkpointing_changes_no_gradient(config):
     gradients = []
     for recompute in (False, True):
-        model = build(config, seed=0, activation_checkpointing=recompute)
+        model = build(config, seed=0)
+        model.activation_checkpointing = recompute
         total, *others = model(tokens_of(), targets_BP=tokens_of())
         (total + sum(other.sum() for other in others if other.requires_grad)).backward()
         gradients.append([p.grad for p in model.parameters()])

@@ -16,7 +16,7 @@ from trainers.bert import SWITCHES
 from trainers.causal import causal_lm
 from trainers.engine import Engine, EngineConfig
 from trainers.masked import PADDING_SEGMENT, MaskedAndPairs
-from trainers.model import build
+from trainers.model import build, build_hollow, initial_value
 from trainers.objective import Term
 from trainers.optimizer import OptimizerConfig
 from trainers.shape import ModelConfig
@@ -101,8 +101,15 @@ def losses_of(case: Case, rank: int) -> list[float]:
         micro_batch_rows=ROWS // WORKERS,
         compile=case.compile,
     )
-    model = build(case.model, seed=0, activation_checkpointing=case.recompute)
-    engine = Engine(model, config, OPTIMIZER, lambda step: 1.0, micro_batches=1)
+    model = build_hollow(case.model)
+    model.activation_checkpointing = case.recompute
+
+    def value_of(name: str, shape: torch.Size) -> torch.Tensor:
+        held = sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
+        assert case.stage < 3 or held < 1_000, f"{held} bytes of a model that nobody should have whole"
+        return initial_value(case.model, 0, name, shape)
+
+    engine = Engine(model, config, OPTIMIZER, lambda step: 1.0, micro_batches=1, values=value_of)
     losses = []
     for step in range(STEPS):
         loss = loss_of(case, engine, step, slice(rank, None, WORKERS))

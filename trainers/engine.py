@@ -152,7 +152,8 @@ class Engine:
 
     torch.distributed must be up. `rate_factor` gives the share of the peak rate after a number of finished
     steps; `fused_rows` the rows of each part of parameters that are several matrices in one; `rate_scales` the share
-    of its rate that a parameter has, by name.
+    of its rate that a parameter has, by name. `values` gives the initial value of each parameter, by name and shape, of
+    a model that holds none yet (`trainers.model.build_hollow`): stage 3 then never has a whole model in one place.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Engine:
         micro_batches: int,
         fused_rows: Mapping[str, Sequence[int]] | None = None,
         rate_scales: Mapping[str, float] | None = None,
+        values: Callable[[str, torch.Size], Tensor] | None = None,
     ) -> None:
         self.config = config
         self.num_steps = 0
@@ -179,7 +181,9 @@ class Engine:
             model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
         self._optimizer = build_optimizer(model.named_parameters(), optimizer, rate_scales)
         self._apply, self._optimizer.step = self._optimizer.step, self._apply_if_accepted  # type: ignore
-        self._engine = _initialize(model, self._optimizer, build_deepspeed_config(config, micro_batches))
+        self._engine = _initialize(
+            model, self._optimizer, config, build_deepspeed_config(config, micro_batches), values
+        )
         self._masters = masters(self._engine.optimizer, model, dist.get_rank())
         create_moments(self._masters, self._optimizer, lambda p: moments(optimizer, role_of(p.name, p.shape)))
         if isinstance(self._optimizer, Muon):
@@ -290,7 +294,13 @@ class Engine:
                 yield name, whole.view(shape)
 
 
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def _initialize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: EngineConfig,
+    deepspeed_config: dict[str, Any],
+    values: Callable[[str, torch.Size], Tensor] | None,
+) -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
@@ -304,7 +314,37 @@ def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: dict
     deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
     # Said at every collective of stage 3; the new names are for DeepSpeed to use.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    _place(model, config, deepspeed_config, values)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config, dist_init_required=False
+        model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
     )
     return engine
+
+
+def _place(
+    model: nn.Module,
+    config: EngineConfig,
+    deepspeed_config: dict[str, Any],
+    values: Callable[[str, torch.Size], Tensor] | None,
+) -> None:
+    """Give each parameter its value and type and, at stage 3, each worker its part, one parameter after the other.
+
+    Left to itself, DeepSpeed puts the whole model on every device before it partitions it.
+    """
+    import deepspeed
+
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    first: Any = None
+    for name, parameter in list(model.named_parameters()):
+        if values is not None:
+            parameter.data = values(name, parameter.shape)
+        parameter.data = parameter.data.to(dtype)
+        if config.zero_stage < 3:
+            continue
+        if first is None:
+            first = parameter
+            deepspeed.zero.Init(
+                module=nn.ParameterList([first]), config_dict_or_path=deepspeed_config, dtype=dtype
+            )
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])

@@ -164,11 +164,9 @@ def build(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    activation_checkpointing: bool = False,
 ) -> Backbone:
     """Make a backbone with the initial weights of `seed`."""
     model = build_empty(config, device=device, dtype=dtype)
-    model.activation_checkpointing = activation_checkpointing
     initialize(model, seed)
     return model
 
@@ -180,6 +178,18 @@ def build_empty(
     with torch.device("meta"):
         model = Backbone(config).to(dtype)
     model.to_empty(device=device)
+    model.tie()
+    return model
+
+
+def build_hollow(config: ModelConfig) -> Backbone:
+    """Make a backbone whose parameters have their shapes and next to no memory, for values that come later."""
+    with torch.device("meta"):
+        model = Backbone(config)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # Not on the meta device, from which `data` cannot be set to a real one.
+            setattr(module, name, nn.Parameter(torch.zeros(()).expand(parameter.shape)))
     model.tie()
     return model
 

@@ -33,7 +33,7 @@ from trainers.live_metrics import LiveMetrics, event_log
 from trainers.llama import rows_of_fused
 from trainers.loop import Parts, train
 from trainers.metrics import Meter, MetricsWriter, Record
-from trainers.model import build
+from trainers.model import build, build_hollow, initial_value
 from trainers.objective import Objective
 from trainers.objectives import objective_of
 from trainers.schedule import rate_factor
@@ -129,12 +129,14 @@ def assemble(
     rows = -(-order.lanes // workers.world_size) * order.rows_per_lane
     micro_batch_rows = config.engine.rows_per_pass(rows)
     model_config = model_of(config, manifest)
-    model = build(
-        model_config, config.run.seed, activation_checkpointing=config.engine.activation_checkpointing
-    )
+    values: Callable[[str, torch.Size], torch.Tensor] | None = None
     if config.run.init_from and newest is None:
         # Before the engine is built, which copies the weights into its masters.
+        model = build(model_config, config.run.seed)
         load_initial(model, read_stored(open_store(config.run.init_from)))
+    else:
+        model, values = build_hollow(model_config), partial(initial_value, model_config, config.run.seed)
+    model.activation_checkpointing = config.engine.activation_checkpointing
     engine = Engine(
         model,
         replace(config.engine, micro_batch_rows=micro_batch_rows),
@@ -142,6 +144,7 @@ def assemble(
         partial(rate_factor, config.schedule, total_steps=config.run.steps),
         micro_batches=rows // micro_batch_rows,
         fused_rows=rows_of_fused(model_config, (name for name, _ in model.named_parameters())),
+        values=values,
     )
     peak = peak_of(
         engine.device.type, device_name(engine.device), config.engine.precision, config.cluster.threads
