@@ -373,7 +373,9 @@ def test_where_nothing_may_be_deleted_checkpoints_are_committed_all_the_same(fol
         raise StorageError(f"may not delete {path}")
 
     config = CheckpointConfig(keep_last=1, file_bytes=HEADER_ROOM_BYTES + 128)
-    with CheckpointWriter(Interposed(folder, delete=delete), config, rank=0, world_size=1, attempt=1) as writer:
+    with CheckpointWriter(
+        Interposed(folder, delete=delete), config, rank=0, world_size=1, attempt=1
+    ) as writer:
         for step in (1, 2, 3):
             writer.save(step, slices_of(0, 1, state_at(step)), {})
     assert len(committed(folder)) == 3
@@ -504,7 +506,9 @@ def kept_steps(store: Store) -> list[int]:
 
 
 def test_the_last_the_best_and_every_nth_are_kept_and_nothing_of_the_others(folder: Store) -> None:
-    config = CheckpointConfig(every_steps=10, keep_last=2, keep_every_steps=40, file_bytes=HEADER_ROOM_BYTES + 128)
+    config = CheckpointConfig(
+        every_steps=10, keep_last=2, keep_every_steps=40, file_bytes=HEADER_ROOM_BYTES + 128
+    )
     for step in range(10, 101, 10):
         if step == 40:
             folder.put("best.json", json.dumps({"checkpoint": folder_name(30, 2, 1)}).encode())

@@ -95,6 +95,17 @@ def test_energy_counts_every_attempt_with_its_own_workers():
     assert energy.co2_grams == pytest.approx(energy.kwh * 400)
 
 
+def test_what_a_worker_says_it_draws_comes_before_what_the_driver_would():
+    records = [
+        {**each, "watts": 700.0} if each.get("event") == "start" and each["attempt"] == 1 else each
+        for each in RECORDS
+    ]
+    config = {"energy": {"overhead": 1.0}}
+    energy = energy_of(run_of(records, config=config, environment={"watts_per_worker": 100.0}))
+    assert energy.kwh == pytest.approx((700 * 2 * 12 + 100 * 9) / 3.6e6)
+    assert energy_of(run_of(records, config=config)) is None, "the second attempt is anyone's guess"
+
+
 def test_without_a_known_power_no_energy_is_claimed():
     assert energy_of(run_of(RECORDS)) is None
     assert energy_of(run_of([], environment={"watts_per_worker": 100.0})) is None

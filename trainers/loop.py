@@ -7,7 +7,7 @@ had not been interrupted.
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +64,8 @@ class Parts:
     run: Store
     stop_requested: Callable[[], bool]
     """Whether this worker was asked to save and end."""
+    hardware: dict[str, Any] = field(default_factory=dict)
+    """Of this worker, for the record: `device`, and `watts` that it is taken to draw. The driver may have another."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def restore(parts: Parts) -> tuple[int, Selection]:
     name = record.name if record else None
     world_size = parts.workers.world_size
     times = {"asked": parts.asked, "began": parts.began}
-    note(parts, step, "start", world_size=world_size, checkpoint=name, **times)
+    note(parts, step, "start", world_size=world_size, checkpoint=name, **times, **parts.hardware)
     parts.heartbeat.beat(step, "compile")
     return step, selection
 

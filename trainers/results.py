@@ -92,6 +92,8 @@ class Attempt:
     num_workers: int | None
     seconds: float
     """By the clock, from its first record to its last."""
+    watts: float | None
+    """That each worker is taken to draw, by what the first of them saw; None if it did not say."""
 
 
 def attempts_of(records: list[Record]) -> list[Attempt]:
@@ -109,6 +111,7 @@ def attempts_of(records: list[Record]) -> list[Attempt]:
                 first_step=first_step,
                 last_step=max(record["step"] for record in own),
                 num_workers=starts[0].get("world_size") if starts else None,
+                watts=starts[0].get("watts") if starts else None,
                 seconds=max(times) - min(times) + before,
             )
         )
@@ -164,16 +167,22 @@ def totals_of(run: RunFiles) -> Totals | None:
 
 
 def energy_of(run: RunFiles) -> Energy | None:
-    """Energy of all attempts, repeated steps included; None where the environment does not say the power."""
-    watts_per_worker = (run.environment or {}).get("watts_per_worker")
-    attempts = attempts_of(run.attempts)
-    if not watts_per_worker or not attempts:
+    """Energy of all attempts, repeated steps included; None where neither workers nor driver said the power.
+
+    A driver may run on a host that has none of the workers' devices: what they say comes first.
+    """
+    drivers = (run.environment or {}).get("watts_per_worker") or 0.0
+    joules = seconds = 0.0
+    for attempt in attempts_of(run.attempts):
+        watts: float = attempt.watts or drivers
+        if not watts:
+            return None
+        joules += watts * attempt.seconds * (attempt.num_workers or 1)
+        seconds += attempt.seconds
+    if not seconds:
         return None
     config = from_dict(EnergyConfig, (run.config or {}).get("energy") or {})
-    seconds = sum(attempt.seconds for attempt in attempts)
-    worker_seconds = sum(attempt.seconds * (attempt.num_workers or 1) for attempt in attempts)
-    watts = watts_per_worker * worker_seconds / seconds if seconds else 0.0
-    return estimate_energy(config, watts, seconds)
+    return estimate_energy(config, joules / seconds, seconds)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cluster.hardware import peak_of
+from cluster.hardware import cpu_name, peak_of, worker_watts
 from cluster.storage import Store, open_store
 from data.evaluation_rows import EvaluationBatch, evaluation_batches
 from data.manifest import Manifest, read_manifest
@@ -146,9 +146,9 @@ def assemble(
         fused_rows=rows_of_fused(model_config, (name for name, _ in model.named_parameters())),
         values=values,
     )
-    peak = peak_of(
-        engine.device.type, device_name(engine.device), config.engine.precision, config.cluster.threads
-    )
+    device, name = engine.device.type, device_name(engine.device)
+    peak = peak_of(device, name, config.engine.precision, config.cluster.threads)
+    watts = worker_watts(config.energy, device, name, config.cluster.cpus_per_worker)
     leads = workers.leads
     objective = objective_of(
         config.objective,
@@ -208,6 +208,7 @@ def assemble(
         heartbeat=heartbeat,
         run=run,
         stop_requested=stack.enter_context(StopRequest(run)) if leads else lambda: False,
+        hardware={"device": name, "watts": watts},
     )
 
 
@@ -298,4 +299,4 @@ def conclude(parts: Parts, data: Data) -> None:
 
 def device_name(device: torch.device) -> str:
     """What the hardware table calls this device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
