@@ -1,6 +1,6 @@
 """What adapting costs over the bare model: a fine-tuning step, answers through Ray Data, a trial of Ray Tune.
 
-    python benchmarks/bench_adapt.py [--steps 30] [--records 3000] [--trials 3]
+    python benchmarks/bench_adapt.py [--steps 30] [--records 12000] [--trials 3]
 
 A 4-layer decoder of width 128 with initial weights, float32, one thread in everything; speeds are ratios within one
 run, of the lower quartiles of steps and of pieces. The bare loop is the same model, batches and optimiser with nothing
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=30, help="of fine-tuning")
-    parser.add_argument("--records", type=int, default=3_000, help="to be answered")
+    parser.add_argument("--records", type=int, default=12_000, help="to be answered")
     parser.add_argument("--trials", type=int, default=3, help="of the sweep")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -144,7 +144,7 @@ class Deaf(Witness):
         time.sleep(3600)
 
 cluster.add_node(**node)
-config = PreflightConfig(bandwidth_bytes=1 << 20, pair_seconds=40)
+config = PreflightConfig(bandwidth_bytes=1 << 20, pair_seconds=25)
 with ray_session(ClusterConfig(address=cluster.address)), witnesses() as nodes:
     nodes[0].leave()
     here = NodeAffinitySchedulingStrategy(nodes[0].node_id, soft=False)
