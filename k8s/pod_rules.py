@@ -96,7 +96,8 @@ def references(render: Render) -> Iterator[str]:
     for at, pod in pod_specs(render.objects):
         wanted = [("ServiceAccount", pod.get("serviceAccountName"))]
         wanted.append(("PriorityClass", pod.get("priorityClassName")))
-        wanted += [("ConfigMap", v["configMap"]["name"]) for v in pod.get("volumes", []) if "configMap" in v]
+        maps = [volume["configMap"] for volume in pod.get("volumes", []) if "configMap" in volume]
+        wanted += [("ConfigMap", each["name"]) for each in maps if not each.get("optional")]
         for container in pod["containers"]:
             wanted += [
                 ("ConfigMap", e["configMapRef"]["name"])

@@ -23,7 +23,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from cluster.storage import open_store
 from k8s.check import ALPHA, K8S, OVERLAYS, PROJECT, all_renders, dockerfile_problems, main, problems_of
 from k8s.job_rules import mounted_config
-from k8s.manifests import load, of_kind
+from k8s.manifests import groups, load, of_kind
 from tests.small_run import SETTINGS, put_corpus, steps_by_number
 
 
@@ -103,6 +103,14 @@ def test_pods_on_google_reach_cloud_dns_at_the_metadata_servers_address() -> Non
         for port in egress["ports"]
     }
     assert {("UDP", 53), ("TCP", 53)} <= open_ports
+
+
+def test_a_ca_of_ones_own_may_be_absent_and_then_no_variable_names_a_file() -> None:
+    for group in groups(objects_of("overlays/onprem")):
+        source = group.environment["AWS_CA_BUNDLE"]["valueFrom"]["configMapKeyRef"]
+        (volume,) = [v["configMap"] for v in group.pod["volumes"] if v["name"] == "s3-ca"]
+        assert volume == {"name": source["name"], "optional": True} and source["optional"]
+        assert {"name": "s3-ca", "mountPath": "/opt/s3-ca", "readOnly": True} in group.ray["volumeMounts"]
 
 
 @pytest.mark.parametrize("workers", [32, 64, 128, 256])
