@@ -141,10 +141,10 @@ def test_adding_up_takes_the_memory_of_one_range_however_many_there_are():
     def peak_bytes(num_ranges: int) -> int:
         def ranges() -> Iterator[dict[str, list[int]]]:
             for seed in range(num_ranges):
-                yield record_of(2_000, seed)
+                yield record_of(1_000, seed)
 
         tracemalloc.start()
-        add_up(ranges(), 2_000)
+        add_up(ranges(), 1_000)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
