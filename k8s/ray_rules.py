@@ -1,4 +1,4 @@
-"""Rules for what KubeRay and Kueue make of the manifests.
+"""Rules for what KubeRay, Kueue and Volcano make of the manifests, their queues' quotas included.
 
 The limits are KubeRay's (controllers/ray/utils/validation.go of 1.7), those of Kueue's webhooks, or ours. A rule is a
 pure function from a render to a line per fault. Its docstring says what happens where it is broken.
