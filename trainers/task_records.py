@@ -224,9 +224,8 @@ def _span(column: str, value: Any, context: str) -> dict[str, Any]:
         at = normalised.find(text)
     else:
         stands = start >= 0 and context[start : start + len(value)] == value
-        at = (
-            len(normalise(context[:start] + "x")) - 1 if stands else -1
-        )  # x: blank space before the answer stays
+        # With an x behind it, blank space before the answer is not taken for the end of a text.
+        at = len(normalise(context[:start] + "x")) - 1 if stands else -1
     if at < 0 or normalised[at : at + len(text)] != text:
         raise ValueError(f"{column}={value!r} does not stand in the context at {start}")
     return {"text": text, "start": at}
