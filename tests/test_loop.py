@@ -74,6 +74,7 @@ def test_the_record_of_the_best_step_is_written_again_if_it_was_cut_off_from_its
         identity={},
         asked=None,
         began=0.0,
+        hardware={},
         run=store,
         engine=SimpleNamespace(load_state=lambda reader: None),
         guard=SimpleNamespace(load=lambda state: None),
