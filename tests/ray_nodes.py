@@ -1,6 +1,8 @@
 """Nodes of a Ray cluster in processes of their own, that come, drain and die as machines do."""
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -172,13 +174,17 @@ def spent_seconds(lines: list[str], run: str) -> dict[str, float]:
 
 
 def free_ports(number: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(number)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports for servers that start soon. From 32,768 Linux gives ports to clients: one that asks for a server of this
+    machine before it listens can get that very port and speak to itself, and the server never gets it. Ray's workers
+    take those below 20,000, the S3 server those beside these."""
+    with contextlib.ExitStack() as sockets:
+        ports: list[int] = []
+        while len(ports) < number:
+            each, port = sockets.enter_context(socket.socket()), random.randrange(23_000, 30_000)
+            with contextlib.suppress(OSError):
+                each.bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports
 
 
 def wait_for_port(address: tuple[str, int], process: subprocess.Popen[bytes], log: Path) -> None:

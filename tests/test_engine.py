@@ -1,7 +1,6 @@
 """Real DeepSpeed on gloo, against a loop of plain torch. Processes are started once per number of workers."""
 
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.ray_nodes import free_ports
 from trainers.engine import Engine, EngineConfig, build_deepspeed_config
 from trainers.optimizer import OptimizerConfig
 from trainers.state import StateSlice
@@ -193,10 +193,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every case; each leaves a record of each worker."""
     folder = tmp_path_factory.mktemp("engine")
     for cases in (ALONE, PAIR, AGAIN):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(worker, (cases, folder, port), nprocs=cases[0].workers)
+        mp.spawn(worker, (cases, folder, *free_ports(1)), nprocs=cases[0].workers)
     return folder
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from cluster.storage import open_store
 from k8s.check import ALPHA, K8S, OVERLAYS, PROJECT, all_renders, dockerfile_problems, main, problems_of
 from k8s.job_rules import mounted_config
 from k8s.manifests import groups, load, of_kind
+from tests.ray_nodes import free_ports
 from tests.small_run import SETTINGS, put_corpus, steps_by_number
 
 
@@ -139,14 +139,6 @@ wait
 """
 
 
-def free_ports(number: int) -> list[str]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [str(each.getsockname()[1]) for each in sockets]
-
-
 def can_have_own_mounts() -> bool:
     probe = ["unshare", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/opt"]
     return bool(shutil.which("unshare")) and subprocess.run(probe, capture_output=True).returncode == 0
@@ -191,7 +183,7 @@ def test_the_entrypoint_runs_literally_on_a_cluster_that_asks_for_a_token(tmp_pa
     (files / "site.yaml").write_text(yaml.safe_dump(where))
     put_corpus(store.child("raw"))
 
-    token, (gcs, dashboard, *agents) = secrets.token_hex(16), free_ports(4)
+    token, (gcs, dashboard, *agents) = secrets.token_hex(16), map(str, free_ports(4))
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     environment = os.environ | {each["name"]: each["value"] for each in head["env"]}
     environment |= {
