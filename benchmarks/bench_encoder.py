@@ -23,8 +23,8 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from benchmarks.bare import BareLoop
 from benchmarks.bench_masking import CPU, PRESET, Framed
 from cluster.config import load_config
 from data.epochs import Rows
@@ -35,7 +35,6 @@ from trainers.engine import Engine
 from trainers.model import build
 from trainers.objective import Objective, micro_batches, on_device
 from trainers.objectives import objective_of
-from trainers.optimizer import build_optimizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -91,28 +90,11 @@ def bare_step(
     config: PretrainConfig, objective: Objective, batch: Framed, entries: int
 ) -> Callable[[], None]:
     model = build(replace(config.model, vocab_size=entries), seed=0, dtype=torch.bfloat16)
-    model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
-    masters = {name: nn.Parameter(weight.detach().float()) for name, weight in model.named_parameters()}
-    optimizer = build_optimizer(masters.items(), config.optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
+    loop = BareLoop(model, config.optimizer, config.engine.gradient_clip)
     arrays = objective.inputs(batch)
     counts = objective.targets(arrays)
     parts = micro_batches(on_device(arrays, CPU), config.engine.micro_batch_rows)
-
-    def step() -> None:
-        for part in parts:
-            objective.loss(model, part, counts).total.backward()
-        for name, weight in model.named_parameters():
-            assert weight.grad is not None
-            masters[name].grad, weight.grad = weight.grad.float(), None
-        nn.utils.clip_grad_norm_(masters.values(), config.engine.gradient_clip)
-        optimizer.step()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.copy_(masters[name])
-
-    return step
+    return lambda: loop.step(lambda model: (objective.loss(model, part, counts).total for part in parts))
 
 
 def engine_step(

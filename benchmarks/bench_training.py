@@ -1,11 +1,13 @@
 """The whole system against a bare PyTorch loop: tokens/s with one worker, and with two against plain DDP.
 
     python benchmarks/bench_training.py [--steps 60] [--workers 1 2]
+    python benchmarks/bench_training.py --config trainers/configs/gpt2-124m.yaml --rows 64 --workers 1 --raw URI
 
-Same model, precision, threads, compilation and batch (those of the sample preset), AdamW in both. The bare loop knows
-nothing but a forward and backward pass and an optimiser: no data to read, no ZeRO, no checkpoint, no metrics. Two
-workers of it are torch's DistributedDataParallel over gloo. The system is the real entry, Ray and all, on a small
-corpus; its rate is that of its own step records. The first steps, in which both compile, count for neither.
+Same model, precision, threads, compilation and batch (those of a preset), AdamW in both. The bare loop knows nothing
+but a forward and backward pass and an optimiser: no data to read, no ZeRO, no checkpoint, no metrics. Two workers of it
+are torch's DistributedDataParallel, over gloo or, where the preset asks for GPUs, NCCL. The system is the real entry,
+Ray and all, on a small corpus; its rate is that of its own step records. The first steps, in which both compile, count
+for neither.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
@@ -25,8 +27,8 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
 
+from benchmarks.bare import BareLoop
 from cluster.config import load_config
 from cluster.session import PROJECT
 from cluster.storage import open_store
@@ -35,7 +37,6 @@ from trainers.causal import causal_lm
 from trainers.config import PretrainConfig
 from trainers.metrics import read_metrics, steps_of
 from trainers.model import build
-from trainers.optimizer import build_optimizer
 from trainers.run import CPU_ALLOCATOR
 
 WARMUP_STEPS = 10
@@ -48,94 +49,128 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=60, help="steps of each run")
     parser.add_argument("--workers", type=int, nargs="+", default=(1, 2))
+    parser.add_argument("--config", type=Path, default=SAMPLE, help="preset")
+    parser.add_argument("--rows", type=int, help="rows of a step, instead of the preset's")
+    parser.add_argument("--raw", help="corpus that the system trains on, instead of a small one")
     arguments = parser.parse_args(argv)
+    preset = Preset(arguments.config, arguments.rows)
     print(
         "| workers | threads each | bare loop, tokens/s | whole system, tokens/s | ratio |\n|---|---|---|---|---|"
     )
     for workers in arguments.workers:
         threads = max(1, (os.cpu_count() or 2) // max(arguments.workers))
-        bare = bare_rate(workers, threads, arguments.steps)
-        system = system_rate(workers, threads, arguments.steps)
+        bare = bare_rate(preset, workers, threads, arguments.steps)
+        system = system_rate(preset, workers, threads, arguments.steps, arguments.raw)
         print(f"| {workers} | {threads} | {bare:,.0f} | {system:,.0f} | {system / bare:.2f} |", flush=True)
 
 
-def system_rate(workers: int, threads: int, steps: int) -> float:
+@dataclass(frozen=True)
+class Preset:
+    """What both train."""
+
+    path: Path
+    rows: int | None
+
+    @property
+    def config(self) -> PretrainConfig:
+        given = ["--config", str(self.path), "--corpus.uri", "raw", "--corpus.prepared", "prepared"]
+        given += ["--run.storage", "runs"]
+        if self.rows:
+            given += ["--batch.rows_per_step", str(self.rows)]
+        return load_config(PretrainConfig, given, description="").config
+
+
+def system_rate(preset: Preset, workers: int, threads: int, steps: int, raw: str | None) -> float:
     """Tokens/s of a run through the entry."""
+    config = preset.config
     with tempfile.TemporaryDirectory() as folder:
-        put_corpus(open_store(f"{folder}/raw"))
+        if raw is None:
+            put_corpus(open_store(f"{folder}/raw"))
         settings = {
-            "corpus.uri": f"{folder}/raw",
+            "corpus.uri": raw or f"{folder}/raw",
             "corpus.prepared": f"{folder}/prepared",
             "corpus.splits.validation_documents": "[]",
             "corpus.splits.test_documents": "[]",
             "corpus.splits.validation": 0.1,
             "corpus.splits.test": 0.1,
+            "run.name": "system",
             "run.storage": folder,
             "run.steps": steps,
             "run.floor_bytes": 0,
             "optimizer.kind": "adamw",
+            # Whatever entries so small a corpus makes.
+            "model.vocab_size": config.corpus.tokenizer.vocab_size,
+            "batch.rows_per_step": config.batch.rows_per_step,
             "cluster.num_workers": workers,
             "cluster.threads_per_worker": threads,
             "validation.every_steps": steps,
             "checkpoint.every_steps": steps,
         }
         changes = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-        entry = [sys.executable, str(PROJECT / "trainers" / "pretrain.py"), "--config", str(SAMPLE)]
+        entry = [sys.executable, str(PROJECT / "trainers" / "pretrain.py"), "--config", str(preset.path)]
         log = Path(folder, "log.txt")
         with open(log, "wb") as file:
             done = subprocess.run([*entry, *changes], stdout=file, stderr=file)
         if done.returncode:
             raise SystemExit(log.read_text(errors="replace")[-4000:])
-        records = steps_of(read_metrics(open_store(f"{folder}/sample")))[WARMUP_STEPS:]
+        records = steps_of(read_metrics(open_store(f"{folder}/system")))[WARMUP_STEPS:]
         return sum(r["tokens"] for r in records) / sum(r["step_seconds"] for r in records)
 
 
-def bare_rate(workers: int, threads: int, steps: int) -> float:
+def bare_rate(preset: Preset, workers: int, threads: int, steps: int) -> float:
     """Tokens/s of the bare loop, in processes of their own."""
     os.environ.update(CPU_ALLOCATOR)  # they start with it, as the system's workers do
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "rate.json")
         mp.start_processes(
-            bare_loop, args=(workers, threads, steps, folder, result), nprocs=workers, start_method="spawn"
+            bare_loop,
+            args=(preset, workers, threads, steps, folder, result),
+            nprocs=workers,
+            start_method="spawn",
         )
         return json.loads(result.read_text())
 
 
-def bare_loop(rank: int, workers: int, threads: int, steps: int, folder: str, result: Path) -> None:
+def bare_loop(
+    rank: int, preset: Preset, workers: int, threads: int, steps: int, folder: str, result: Path
+) -> None:
     """Train on random tokens. bf16 weights with float32 masters, as the engine has them."""
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=workers)
-    given = ["--config", str(SAMPLE), "--corpus.uri", "raw", "--corpus.prepared", "prepared"]
-    config = load_config(PretrainConfig, given, description="").config
+    config = preset.config
+    device = torch.device(f"cuda:{rank}" if config.cluster.gpus_per_worker else "cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, f"file://{folder}/init", rank=rank, world_size=workers)
     shape = replace(config.model, vocab_size=config.corpus.tokenizer.vocab_size)
     rows = config.batch.rows_per_step // workers
     size = min(rows, config.engine.micro_batch_rows)
-    model = build(shape, seed=0, dtype=torch.bfloat16)
-    model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
-    masters = {name: nn.Parameter(weight.detach().float()) for name, weight in model.named_parameters()}
-    optimizer = build_optimizer(masters.items(), replace(config.optimizer, kind="adamw"))
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
-    trained = nn.parallel.DistributedDataParallel(model) if workers > 1 else model
-    tokens = torch.randint(shape.vocab_size, (rows, config.batch.seq_len + 1))
-    weights, targets = torch.ones(size), rows * workers * config.batch.seq_len
+    loop = BareLoop(
+        build(shape, seed=0, dtype=torch.bfloat16).to(device),
+        replace(config.optimizer, kind="adamw"),
+        config.engine.gradient_clip,
+    )
+    tokens = torch.randint(shape.vocab_size, (rows, config.batch.seq_len + 1), device=device)
+    weights, targets = torch.ones(size, device=device), rows * workers * config.batch.seq_len
     started = 0.0
     for step in range(steps):
         if step == WARMUP_STEPS:
+            wait_for(device)
             started = time.perf_counter()
-        for micro in tokens.split(size):
-            (causal_lm(trained, micro, weights, boundary_id=0).total / targets).backward()
-        for name, weight in model.named_parameters():
-            masters[name].grad = weight.grad.float()
-            weight.grad = None
-        nn.utils.clip_grad_norm_(masters.values(), config.engine.gradient_clip)
-        optimizer.step()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.copy_(masters[name])
+        loop.step(
+            lambda model: (
+                causal_lm(model, micro, weights, boundary_id=0).total / targets
+                for micro in tokens.split(size)
+            )
+        )
+    wait_for(device)
     if rank == 0:
         result.write_text(json.dumps((steps - WARMUP_STEPS) * targets / (time.perf_counter() - started)))
     dist.destroy_process_group()
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

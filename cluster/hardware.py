@@ -11,9 +11,12 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
+
+if TYPE_CHECKING:  # seconds to import
+    import torch
 
 Precision = Literal["bf16", "fp32"]
 
@@ -166,7 +169,7 @@ def peak_of(device: str, device_name: str, precision: Precision, threads: int = 
     row = find_accelerator(device_name) if device == "cuda" else None
     if row is not None:
         return Peak(row.bf16 if precision == "bf16" else row.fp32, row.source)
-    if device == "cuda" and not _has_accelerator():
+    if device == "cuda" and device_here().type == "cpu":
         flops = ASSUMED.bf16 if precision == "bf16" else ASSUMED.fp32
         return Peak(flops, f"assumed, there is no GPU here: {ASSUMED.source}")
     flops = measured_flops_per_second(device, precision, threads)
@@ -218,10 +221,11 @@ def estimate_energy(config: EnergyConfig, watts: float, seconds: float) -> Energ
     )
 
 
-def _has_accelerator() -> bool:
+def device_here() -> "torch.device":
+    """Where a model that this process asks belongs: on its GPU, if it sees one."""
     import torch
 
-    return torch.cuda.is_available()
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _control_group(file: str) -> str:

@@ -17,6 +17,10 @@ os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 # The tensors of tests are so small that a second thread only waits for the first, and for long on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests compare with what the CPU computes, and start more workers than a machine has GPUs: those of test_gpu.py alone,
+# all in processes of their own, see what there is.
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Programs that pip has for Linux on x86-64 alone, and the files whose every test needs one.
 SERVER = "weed"
@@ -54,6 +58,18 @@ def no_run_outlives_its_test() -> Iterator[None]:
             if driver.poll() is None:
                 small_run.kill_tree(driver.pid)
         small_run.STARTED.clear()
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[None]:
+    """Processes that the test starts see this machine's GPUs."""
+    if not Path("/dev/nvidiactl").exists():
+        pytest.skip("needs a GPU")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES")
+        if VISIBLE is not None:
+            patch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -175,13 +175,3 @@ def test_what_cannot_be_asked_is_said_before_anything_is_scored(place, config, c
     exported = load_exported(open_store(str(place / "model")))
     with pytest.raises(ConfigError, match=re.escape(message)):
         evaluate_few_shot(exported, question_answering(place, **content), config)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_task_is_asked_on_the_gpu_where_there_is_one(place):
-    torch.cuda.reset_peak_memory_stats()
-    evaluate.main(
-        ["--model", str(place / "model"), "--task", str(place / "task.yaml"), "--max-rows", "4",
-         "--prepared", str(place / "prepared")]
-    )  # fmt: skip
-    assert torch.cuda.max_memory_allocated() > 0

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from cluster import hardware
 from cluster.hardware import EnergyConfig, estimate_energy, find_accelerator, peak_of, worker_watts
@@ -43,7 +44,7 @@ def test_the_peak_of_a_cpu_is_a_rate_that_a_product_reached():
 
 
 def test_a_plan_for_accelerators_can_be_made_without_one(monkeypatch):
-    monkeypatch.setattr(hardware, "_has_accelerator", lambda: False)
+    monkeypatch.setattr(hardware, "device_here", lambda: torch.device("cpu"))
     peak = peak_of("cuda", "Intel(R) Xeon(R) Processor", "bf16")
     assert peak.flops_per_second == 312e12 and "assumed" in peak.source and "A100" in peak.source
     assert worker_watts(EnergyConfig(), "cuda", "Intel(R) Xeon(R) Processor", cores=1) == 400 + 12

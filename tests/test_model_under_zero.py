@@ -63,6 +63,7 @@ CASES = [
     *(Case(stage, recompute=True) for stage in (1, 3)),
     Case(3, tied=True, recompute=True),
     *(Case(stage, tied=True, compile=True) for stage in (1, 3)),
+    Case(3, recompute=True, compile=True),
     *(Case(stage, tied=True, encoder=True) for stage in (0, 3)),
 ]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from cluster.hardware import device_here
 from cluster.storage import open_store
 from trainers.export import load_exported
 from trainers.reading import Reader
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.batch_size < 1:
         parser.error(f"--batch-size {options.batch_size} must be at least 1")
-    reader = Reader(load_exported(open_store(options.model)))
+    reader = Reader(load_exported(open_store(options.model)), device_here())
     texts = iter(options.text or lines())
     while batch := list(islice(texts, options.batch_size)):
         vectors = reader.embed(batch, options.pooling, batch_size=options.batch_size)

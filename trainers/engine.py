@@ -177,8 +177,9 @@ class Engine:
         self._grad_norm: float = math.inf
         self._accepted: bool | None = False
         if config.compile:
-            # Not the module, so that the hooks which DeepSpeed puts on it stay out of the graph.
-            model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+            # Not the modules, so that the hooks which DeepSpeed puts on them stay out of the graphs.
+            for part in (_units(model) if config.zero_stage == 3 else None) or [model]:
+                part.forward = torch.compile(part.forward)  # type: ignore[method-assign]
         self._optimizer = build_optimizer(model.named_parameters(), optimizer, rate_scales)
         self._apply, self._optimizer.step = self._optimizer.step, self._apply_if_accepted  # type: ignore
         self._engine = _initialize(
@@ -294,6 +295,14 @@ class Engine:
                 yield name, whole.view(shape)
 
 
+def _units(model: nn.Module) -> list[nn.Module]:
+    """The parts, marked by `zero_unit`, that stage 3 gathers each as a whole. None where parameters are frozen: it sums
+    a unit's gradients when it has that of its input, which nobody asks for above frozen parts."""
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        return []
+    return [part for part in model.modules() if getattr(part, "zero_unit", False)]
+
+
 def _initialize(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -333,6 +342,9 @@ def _place(
     """
     import deepspeed
 
+    if config.zero_stage == 3:
+        for unit in _units(model):
+            deepspeed.utils.set_z3_leaf_module(unit, True)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     first: Any = None
     for name, parameter in list(model.named_parameters()):

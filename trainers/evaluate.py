@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import torch
 from tokenizers import Tokenizer
 
+from cluster.hardware import device_here
 from cluster.storage import Store, open_store
 from data.evaluation_rows import evaluation_batches
 from data.framing import framing_of
@@ -100,10 +101,6 @@ def ask(options: argparse.Namespace) -> list[dict[str, Any]]:
     exported.model.to(device_here())
     settings = {key: getattr(options, key) for key in ("seed", "max_rows", "rows_per_batch", "calibrate")}
     return [evaluate_few_shot(exported, prepared, FewShotConfig(shots=n, **settings)) for n in options.shots]
-
-
-def device_here() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def refuse_test_split(split: str) -> None:

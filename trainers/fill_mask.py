@@ -11,6 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from cluster.hardware import device_here
 from cluster.storage import open_store
 from trainers.export import load_exported
 from trainers.reading import Reader
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.top < 1:
         parser.error(f"--top {options.top} must be at least 1")
-    reader = Reader(load_exported(open_store(options.model)))
+    reader = Reader(load_exported(open_store(options.model)), device_here())
     for text in options.text:
         print(text)
         for number, filled in enumerate(reader.fill(text, top=options.top, words=options.word), start=1):

@@ -13,6 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from cluster.hardware import device_here
 from cluster.storage import Store
 from trainers.checkpoint_commit import FOLDER as CHECKPOINTS
 from trainers.export import Exported
@@ -128,7 +129,7 @@ def answer(
 ) -> dict[str, Any]:
     """Metrics of the model on records, with a bootstrap interval of the task's metric, and every answer; in the
     precision that validation chose it in."""
-    device, config = torch.device("cuda" if torch.cuda.is_available() else "cpu"), order.config
+    device, config = device_here(), order.config
     encoder = replace(encoder, truncate=True)
     encoded = encoder.encode(examples)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cluster.hardware import device_here
+
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -184,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Continue the prompts of the command line and print them."""
     arguments = parse(argv)
     exported = load_exported(open_store(arguments.model))
+    exported.model.to(device_here())
     for prompt, completion in zip(
         arguments.prompt, complete(exported, arguments.prompt, arguments.sampling), strict=True
     ):

@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ConfigError
+from cluster.hardware import device_here
 from cluster.storage import open_store
-from trainers.evaluate import device_here
 from trainers.export import Exported, load_exported
 from trainers.few_shot import (
     WRITTEN,

@@ -97,6 +97,9 @@ def inner_parts(config: ModelConfig, layer: int) -> tuple[nn.Module, nn.Module]:
 class Block(nn.Module):
     """Norms before attention and MLP, as in Llama."""
 
+    zero_unit = True
+    """ZeRO stage 3 gathers its parameters together, and torch.compile compiles it as a whole then."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = norm_of(config)
@@ -113,6 +116,8 @@ class Block(nn.Module):
 
 class PostNormBlock(nn.Module):
     """Norms after each sum, as in BERT."""
+
+    zero_unit = True
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

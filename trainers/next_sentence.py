@@ -11,6 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from cluster.hardware import device_here
 from cluster.storage import open_store
 from trainers.export import load_exported
 from trainers.reading import Reader
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--first", required=True, help="the text that goes before")
     parser.add_argument("--second", required=True, action="append", help="a text that may follow; repeatable")
     options = parser.parse_args(argv)
-    reader = Reader(load_exported(open_store(options.model)))
+    reader = Reader(load_exported(open_store(options.model)), device_here())
     found = reader.goes_on([(options.first, second) for second in options.second])
     for second, probability in zip(options.second, found, strict=True):
         print(f"{probability:.4f}  {options.first} {second}")

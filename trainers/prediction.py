@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cluster.hardware import device_here
 from cluster.storage import Store, open_store
 from trainers.local_copy import local_copy
 from trainers.prediction_rows import Piece, Row, rows_of
@@ -62,7 +63,7 @@ class Predictor:
     ) -> None:
         torch.set_num_threads(threads)
         self._model, self._encoder = load_task_model(local_copy(open_store(model_uri)))
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device_here()
         self._model.to(self._device)
         self._output, self._rows, self._max_new_tokens = (
             open_store(output_uri),

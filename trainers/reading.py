@@ -18,6 +18,7 @@ from trainers.export import Exported
 MASK = "[MASK]"
 """How a hidden token is written, whatever the tokenizer calls it."""
 PADDING_SEGMENT, TEXT_SEGMENT = -1, 0
+CPU = torch.device("cpu")
 
 Pooling = Literal["mean", "cls"]
 
@@ -59,14 +60,14 @@ class Reader:
         ValueError: the tokenizer lacks a special token that this takes, or the model never saw what follows a token.
     """
 
-    def __init__(self, exported: Exported) -> None:
+    def __init__(self, exported: Exported, device: torch.device = CPU) -> None:
         if exported.objective == "causal":
             raise ValueError(
                 "the model was trained to continue texts alone (objective.kind=causal), and reads none as a whole; "
                 "use generate.py, or a model of objective.kind=mixed or masked"
             )
         serialised = exported.tokenizer.to_str().encode()
-        self._model, self._tokenizer = exported.model, exported.tokenizer
+        self._model, self._tokenizer = exported.model.to(device), exported.tokenizer
         self._ids, self._boundary_id = special_ids(serialised), exported.boundary_id
         self._vocabulary = Vocabulary.from_tokenizer(serialised)
         self._bidirectional = exported.model.config.attention == "bidirectional"
@@ -136,7 +137,7 @@ class Reader:
 
     def _hidden(self, rows: _Rows) -> Tensor:
         """[B, T, D], every position having seen all others."""
-        sees_all = None if self._bidirectional else torch.ones(len(rows.tokens_BT), dtype=torch.bool)
+        sees_all = None if self._bidirectional else torch.ones_like(rows.tokens_BT[:, 0], dtype=torch.bool)
         return self._model(rows.tokens_BT, rows.segments_BT, types_BT=rows.types_BT, sees_all_B=sees_all)
 
     def _batches(self, texts: Sequence[tuple[str, ...]], batch_size: int) -> Iterator[_Rows]:
@@ -165,7 +166,8 @@ class Reader:
             types_BT[row, : len(placed)] = torch.tensor(types)
             content_BT[row, : len(placed)] = torch.tensor(content)
             segments_BT[row, : len(placed)] = TEXT_SEGMENT
-        return _Rows(tokens_BT, types_BT, segments_BT, content_BT)
+        made = (tokens_BT, types_BT, segments_BT, content_BT)
+        return _Rows(*(each.to(self._model.embed_tokens.weight.device) for each in made))
 
     def _frame(self, parts: Sequence[Sequence[int]], ids: SpecialIds) -> Iterator[tuple[int, int, bool]]:
         """Token, type and whether it is part of a text."""
