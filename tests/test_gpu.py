@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from task_files import put_backbone, put_lines, put_task, sentences
 
 from cluster.session import PROJECT
 from cluster.storage import open_store
@@ -123,11 +124,41 @@ def test_a_run_on_a_gpu_loses_no_row_when_its_worker_dies_and_its_model_speaks(t
     assert all("NVIDIA" in start["device"] for start in starts)
     assert store.exists("test.json")
     assert float(steps[STEPS]["loss"]) < 0.9 * float(steps[1]["loss"])
-    entry = [sys.executable, str(PROJECT / "trainers" / "generate.py")]
-    said = subprocess.run(
-        [*entry, "--model", f"{tmp_path}/runs/pretrain/export", "--prompt", "The ", "--max-new-tokens", "8"],
-        capture_output=True,
-        text=True,
+    said = entry(
+        "generate", "--model", f"{tmp_path}/runs/pretrain/export", "--prompt", "The ", "--max-new-tokens", "8"
     )
-    assert said.returncode == 0, said.stderr[-4000:]
-    assert said.stdout.startswith("The ")
+    assert said.startswith("The ")
+
+
+def test_a_task_is_learned_asked_and_predicted_on_the_gpu(tmp_path):
+    uri = put_lines(tmp_path / "records.jsonl", sentences(400))
+    prompt = {"template": "{text}\nThis is", "answers": {"good": "fine", "bad": "bad"}}
+    put_task(tmp_path / "task.yaml", name="t", kind="classification", data={"uri": uri}, prompt=prompt)
+    put_backbone(tmp_path / "model")
+    task = ["--run.task", f"{tmp_path}/task.yaml", "--run.name", "t", "--run.storage", f"{tmp_path}/runs"]
+    schedule = ["--batch.min_steps", "120", "--batch.rows_per_step", "16", "--batch.epochs", "1"]
+    schedule += ["--optimizer.learning_rate", "0.01", "--cluster.gpus_per_worker", "1"]
+    entry("finetune", *task, "--backbone.uri", f"{tmp_path}/model", *schedule)
+    seed = tmp_path / "runs" / "t" / "seed-0"
+    assert json.loads((seed / "test.json").read_text())["metrics"]["accuracy"] > 0.8
+    entry(
+        "predict", "--model", f"{seed}/export", "--input", f"{tmp_path}/records.jsonl",
+        "--output", f"{tmp_path}/answers", "--gpus-per-worker", "1",
+    )  # fmt: skip
+    answers = [
+        line for path in (tmp_path / "answers").glob("*.jsonl") for line in path.read_text().splitlines()
+    ]
+    assert len(answers) == 400
+    told = entry(
+        "evaluate", "--model", f"{tmp_path}/model", "--task", f"{tmp_path}/task.yaml",
+        "--prepared", f"{tmp_path}/prepared", "--max-rows", "20",
+    )  # fmt: skip
+    assert "accuracy" in told
+
+
+def entry(name: str, *arguments: str) -> str:
+    """What a command of the project prints."""
+    command = [sys.executable, str(PROJECT / "trainers" / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
