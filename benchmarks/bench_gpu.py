@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", default=WAYS)
     arguments = parser.parse_args(argv)
     host = this_host()
+    if host.device == "cpu":
+        print("skipped: there is no GPU here")
+        return
     gpu = next((gpu.name for gpu in GPUS.values() if gpu.device == host.device_name), "h100-80gb")
     given = ["--config", str(arguments.config), "--gpus", "1", "--gpu", gpu]
     given += ["--batch.rows_per_step", str(arguments.rows), "--optimizer.kind", "adamw"]
@@ -134,9 +137,8 @@ def measure(config: ClusterPlanConfig, way: str, steps: int) -> Measured | None:
 
 def worker(rank: int, config: ClusterPlanConfig, way: str, steps: int, folder: str, result: Path) -> None:
     os.environ["LOCAL_RANK"] = "0"
-    on_gpu = torch.cuda.is_available()
-    dist.init_process_group("nccl" if on_gpu else "gloo", f"file://{folder}/init", rank=rank, world_size=1)
-    device = torch.device("cuda:0" if on_gpu else "cpu")
+    dist.init_process_group("nccl", f"file://{folder}/init", rank=rank, world_size=1)
+    device = torch.device("cuda:0")
     model, batch, rows = model_of(config), config.batch, config.batch.rows_per_step
     size = config.engine.rows_per_pass(rows)
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +157,7 @@ def worker(rank: int, config: ClusterPlanConfig, way: str, steps: int, folder: s
         seconds.append(time.perf_counter() - started)
     found = Measured(
         tokens_per_second=targets / statistics.median(seconds[WARMUP_STEPS:]),
-        bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+        bytes=torch.cuda.max_memory_allocated(),
         loss=loss,
     )
     result.write_text(json.dumps(found.__dict__))
