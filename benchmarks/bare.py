@@ -12,14 +12,11 @@ RATE = 1e-3
 
 
 class BareLoop:
-    """A bf16 model and its float32 masters, compiled where `compiled`; where torch.distributed is up with several
+    """A bf16 model and its float32 masters, compiled; where torch.distributed is up with several
     processes, in torch's DistributedDataParallel."""
 
-    def __init__(
-        self, model: nn.Module, optimizer: OptimizerConfig, gradient_clip: float, compiled: bool = True
-    ) -> None:
-        if compiled:
-            model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, gradient_clip: float) -> None:
+        model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
         self._weights = dict(model.named_parameters())
         self._masters = {
             name: nn.Parameter(weight.detach().float()) for name, weight in self._weights.items()

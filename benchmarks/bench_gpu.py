@@ -77,11 +77,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{host.device_name}; planned for {gpu}; {arguments.rows} rows of {seq_len:,} tokens a step\n")
     print("| way | tokens/s | of the bare loop | MFU | planned | memory | planned | loss |")
     print("|---|---|---|---|---|---|---|---|")
-    bare = None
+    bare, failed = None, []
     for way in arguments.ways:
         found = measure(config, way, arguments.steps)
         if found is None:
             print(f"| {way} | failed | | | | | | |", flush=True)
+            failed.append(way)
             continue
         bare = found.tokens_per_second if way == "bare" else bare
         flops = found.tokens_per_second * flops_per_token(model, seq_len)
@@ -93,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             + f" | {found.loss:.3f} |",
             flush=True,
         )
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def planned(config: ClusterPlanConfig, way: str, found: Measured) -> str:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.hardware import device_here
-
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cluster.keys import keys_of
+from cluster.hardware import device_here
 from cluster.storage import open_store
 from trainers.export import Exported, load_exported
 from trainers.layers import Cache
