@@ -19,8 +19,8 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import torch
 from torch import Tensor
 
-from cluster.keys import keys_of
 from cluster.hardware import device_here
+from cluster.keys import keys_of
 from cluster.storage import open_store
 from trainers.export import Exported, load_exported
 from trainers.layers import Cache
