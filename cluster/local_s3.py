@@ -64,7 +64,7 @@ class LocalS3:
                 env=os.environ | self.environment | {"GOMEMLIMIT": "300MiB"},
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the command, which saves here before it ends
+                process_group=0,  # Ctrl-C is for the command, which saves here before it ends
                 preexec_fn=_die_with_parent,
             )
         give_up_at = time.monotonic() + READY_SECONDS

@@ -136,7 +136,7 @@ class RayNodes:
                 stdout=file,
                 stderr=file,
                 env=self.environment,
-                start_new_session=True,
+                process_group=0,  # in a session of its own Linux can give it so little CPU that Ray gives it up
             )
         self.nodes.append(node)
         ends = time.monotonic() + READY_SECONDS

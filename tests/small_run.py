@@ -88,7 +88,7 @@ class SmallRun:
                 cwd=self._log.parent,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
                 env=os.environ | {"RAY_AUTH_MODE": "disabled"},
             )
         STARTED.append(driver)

@@ -415,7 +415,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(place):
     }  # fmt: skip
     finetune(config(place, "unbroken", **changes))
     run = run_of(place, "broken")
-    process = subprocess.Popen(command(place, "broken", changes), start_new_session=True)
+    process = subprocess.Popen(command(place, "broken", changes), process_group=0)
     while not (checkpoints := run.list("checkpoints/")) or not any("COMMIT" in i.path for i in checkpoints):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)

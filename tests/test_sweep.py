@@ -51,7 +51,7 @@ def start(place, *more):
     command += more
     log = open(place / "log", "ab")  # noqa: SIM115  (the process has it)
     return subprocess.Popen(
-        command, stdout=log, stderr=log, cwd=place, start_new_session=True,
+        command, stdout=log, stderr=log, cwd=place, process_group=0,
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip
 
