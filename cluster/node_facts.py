@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 from cluster.hardware import this_host
-from cluster.storage import StorageError, open_store
+from cluster.storage import RetryPolicy, StorageError, open_store
 
 PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "numpy", "safetensors", "tokenizers")
 PROBE_BYTES = 8 << 20
+# Long enough for a store that is busy, and short enough that a node without a way to it still says so in time.
+STORE_POLICY = RetryPolicy(give_up_seconds=30)
 STORE_ADVICE = "check address, keys or role, bucket and network policy of this node"
 UNSHARED_ADVICE = "use s3:// or gs://, or a folder that every node mounts"
 CAP_IPC_LOCK = 14
@@ -98,7 +100,7 @@ def gather(
     for uri, token in tokens.items():
         try:
             rates[uri] = probe_storage(uri, num_bytes)
-            if not open_store(uri).exists(token):
+            if not open_store(uri, STORE_POLICY).exists(token):
                 problems.append(f"{uri} is not shared: what the driver put there is not seen")
         except (StorageError, OSError, ValueError) as error:
             problems.append(f"{uri}: {error}")
@@ -141,7 +143,7 @@ def put_tokens(uris: Sequence[str]) -> tuple[dict[str, str], list[Finding]]:
     for uri in uris:
         name = f".preflight-{uuid.uuid4().hex}"
         try:
-            open_store(uri).put(name, b"written by the driver")
+            open_store(uri, STORE_POLICY).put(name, b"written by the driver")
             tokens[uri] = name
         except OSError as error:
             findings.append(Finding("the driver", f"{uri}: {error}", STORE_ADVICE))
@@ -151,12 +153,12 @@ def put_tokens(uris: Sequence[str]) -> tuple[dict[str, str], list[Finding]]:
 def delete_tokens(tokens: Mapping[str, str]) -> None:
     for uri, name in tokens.items():
         with contextlib.suppress(OSError):  # a store that is out of reach was reported already
-            open_store(uri).delete(name)
+            open_store(uri, STORE_POLICY).delete(name)
 
 
 def probe_storage(uri: str, num_bytes: int) -> tuple[float, float]:
     """Bytes/s of writing and of reading one object. Raises `StorageError` where either fails or differs."""
-    store, path = open_store(uri), f".preflight-{uuid.uuid4().hex}"
+    store, path = open_store(uri, STORE_POLICY), f".preflight-{uuid.uuid4().hex}"
     content = os.urandom(num_bytes)
     start = time.perf_counter()
     store.put(path, content)

@@ -12,12 +12,17 @@ from typing import Any
 import psutil
 
 from cluster.config import ConfigError
+from cluster.storage import PATIENCE
 
 PROJECT = Path(__file__).resolve().parents[1]
 
 # A session without a dashboard has no address for what asks one. Ray Train's watcher of its own controller would look
 # for it for 40 s, and the end of a worker group waits for the watcher, for up to 12 s. A closed port refuses at once.
 NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+
+# In workers and reads. The driver has reached the store before they start, so one that is away then will come back, and
+# giving up costs all since the last commit. Below heartbeat.timeout_seconds: who waits for a store is not hung.
+WORKERS_PATIENCE = "540"
 
 TELL_SECONDS = 30.0
 """Between two lines of a driver that waits for nodes."""
@@ -106,6 +111,7 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
     from ray.exceptions import AuthenticationError
 
     variables = {name: os.environ[name] for name in RAY_ENVIRONMENT}
+    variables[PATIENCE] = os.environ.get(PATIENCE, WORKERS_PATIENCE)
     if config.min_workers:
         # After a node is lost, Ray Train first tries the old size anew, for this long instead of 60 s.
         variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"

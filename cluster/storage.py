@@ -53,7 +53,7 @@ def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
     """The store at `uri`, which may be empty. Connects at first use; can be pickled. Raises `ValueError`.
 
     Without a policy a store that is away is waited for as long as STORE_PATIENCE_SECONDS says: 120 unless it is set,
-    and 900 outlasts an outage of ten minutes. Set it wherever workers run, and not above their hang limit.
+    and 540 in a session's workers (cluster/session.py). More is of use only below `heartbeat.timeout_seconds`.
     """
     policy = policy or RetryPolicy(give_up_seconds=_patience())
     scheme, separator, rest = uri.partition("://")

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.ray_nodes import free_ports
-from trainers.engine import Engine, EngineConfig, build_deepspeed_config
+from trainers.engine import Engine
+from trainers.engine_config import EngineConfig, build_deepspeed_config
 from trainers.optimizer import OptimizerConfig
 from trainers.state import StateSlice
 

@@ -25,7 +25,8 @@ from tests.small_run import (
     wait_for_step,
 )
 from trainers.causal import causal_lm
-from trainers.engine import Engine, EngineConfig
+from trainers.engine import Engine
+from trainers.engine_config import EngineConfig
 from trainers.metrics import events_of, read_attempts
 from trainers.model import build
 from trainers.optimizer import OptimizerConfig

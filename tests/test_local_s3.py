@@ -40,9 +40,7 @@ def start(folder: Path) -> tuple[subprocess.Popen[str], int]:
         "-c",
         COMMAND,
     ]
-    script = subprocess.Popen(
-        arguments, cwd=PROJECT, stdout=subprocess.PIPE, text=True, process_group=0
-    )
+    script = subprocess.Popen(arguments, cwd=PROJECT, stdout=subprocess.PIPE, text=True, process_group=0)
     assert script.stdout
     return script, urlparse(script.stdout.readline().strip()).port or 0
 

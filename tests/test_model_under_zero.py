@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 from data.masking import Masking
 from trainers.bert import SWITCHES
 from trainers.causal import causal_lm
-from trainers.engine import Engine, EngineConfig
+from trainers.engine import Engine
+from trainers.engine_config import EngineConfig
 from trainers.masked import PADDING_SEGMENT, MaskedAndPairs
 from trainers.model import build, build_hollow, initial_value
 from trainers.objective import Term

@@ -11,7 +11,7 @@ from data.order import Order
 from tests.token_corpus import put_token_corpus
 from trainers.checkpoint import CheckpointConfig
 from trainers.config import PretrainConfig
-from trainers.engine import EngineConfig
+from trainers.engine_config import EngineConfig
 from trainers.model import Backbone
 from trainers.optimizer import OptimizerConfig
 from trainers.plan import (

@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 from cluster.hardware import EnergyConfig, Peak
 from trainers.causal import causal_lm
 from trainers.checkpoint import CheckpointConfig
-from trainers.engine import Engine, EngineConfig
+from trainers.engine import Engine
+from trainers.engine_config import EngineConfig
 from trainers.model import build
 from trainers.optimizer import OptimizerConfig
 from trainers.plan import Job, memory_per_worker

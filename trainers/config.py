@@ -13,7 +13,7 @@ from data.framing import Framing, framing_of
 from data.manifest import Manifest
 from data.order import OrderConfig
 from trainers.checkpoint import CheckpointConfig
-from trainers.engine import EngineConfig
+from trainers.engine_config import EngineConfig
 from trainers.guard import GuardConfig
 from trainers.heartbeat import HeartbeatConfig
 from trainers.objectives import ObjectiveConfig

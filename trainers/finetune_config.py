@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from cluster.session import ClusterConfig
 from cluster.storage import Store, open_store
 from trainers.checkpoint import CheckpointConfig
-from trainers.engine import EngineConfig
+from trainers.engine_config import EngineConfig
 from trainers.optimizer import OptimizerConfig
 from trainers.schedule import ScheduleConfig
 from trainers.task_model import AdaptConfig

@@ -16,7 +16,7 @@ from cluster.hardware import Energy, EnergyConfig, Peak, estimate_energy
 from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.checkpoint import CheckpointConfig
 from trainers.checkpoint_writer import HEADER_ROOM_BYTES
-from trainers.engine import EngineConfig
+from trainers.engine_config import EngineConfig
 from trainers.optimizer import OptimizerConfig, moments
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
 from trainers.units import count, duration, energy, flop, mass, size
@@ -178,8 +178,8 @@ def memory_per_worker(job: Job) -> Memory:
     is_bf16 = engine.precision == "bf16"
     element = BFLOAT16 if is_bf16 else FLOAT32
     has_masters = stage >= 1 or is_bf16
-    # Several micro-batches are summed in float32, except at stage 0 (see trainers/engine.py). Stage 1 keeps the sum of
-    # all gradients beside those of the micro-batch; later ones keep their own part alone, and hand each gradient on.
+    # Several micro-batches are summed in float32, except at stage 0 (see trainers/engine_config.py). Stage 1 keeps the
+    # sum of all gradients beside those of the micro-batch; later ones keep their own part alone, and hand each on.
     several = micro_batches(job) > 1
     sum_element = FLOAT32 if is_bf16 and several and stage >= 1 else 0
     kept = element + sum_element if stage <= 1 else (sum_element or element) / workers
