@@ -1,4 +1,4 @@
-"""Cross entropy of a large vocabulary, never holding all logits in float32.
+"""Cross entropy of a large vocabulary, never holding all logits.
 
 Legend: N targets, C targets of a chunk, D model width, V vocabulary.
 """
@@ -7,10 +7,14 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MIN_CHUNK_TOKENS = 128
 """A matrix product over fewer tokens no longer fills the matrix units (AMX tiles of 32, tensor cores of 128)."""
+LOGITS_PER_HIDDEN = 4
+"""Elements of a chunk's logits for each of all hidden states: a layer keeps about 20, and a weight's gradient, read and
+written once a chunk in float32, costs more the smaller the chunks are."""
 
 
 def linear_cross_entropy(
@@ -28,67 +32,107 @@ def linear_cross_entropy(
     F.linear_cross_entropy, whose chunked form takes no token weights and breaks a compiled graph.
     """
     wants_gradient = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, weights_N, wants_gradient)
+    total, losses_N, *_ = _loss_and_gradients(
+        hidden_ND, weight_VD, bias_V, targets_N, weights_N, wants_gradient, torch.compiler.is_compiling()
+    )
+    return total, losses_N.detach()
 
 
 def chunk_tokens(num_tokens: int, width: int, vocab_size: int) -> int:
-    """Tokens a chunk, such that a chunk's logits have about as many elements as all hidden states."""
-    even = math.ceil(num_tokens / math.ceil(vocab_size / width))
+    """Tokens a chunk, such that it has about LOGITS_PER_HIDDEN logits for each element of all hidden states."""
+    even = math.ceil(num_tokens / math.ceil(vocab_size / width / LOGITS_PER_HIDDEN))
     return math.ceil(even / MIN_CHUNK_TOKENS) * MIN_CHUNK_TOKENS
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_N: Tensor,
-        weights_N: Tensor,
-        wants_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        size = chunk_tokens(len(hidden_ND), hidden_ND.shape[1], weight_VD.shape[0])
-        losses, grads_hidden = [], []
-        grad_weight_VD, grad_bias_V = None, None if bias_V is None else torch.zeros_like(bias_V).float()
-        for hidden_CD, targets_C, weights_C in zip(
-            hidden_ND.split(size), targets_N.split(size), weights_N.split(size), strict=True
-        ):
-            product_CV = hidden_CD @ weight_VD.T  # bf16 under bf16 weights or autocast
-            logits_CV = product_CV.float() if bias_V is None else product_CV.float() + bias_V.float()
-            log_normalizer_C = logits_CV.logsumexp(dim=-1)
-            picked_C = logits_CV.gather(-1, targets_C[:, None]).squeeze(-1)
-            losses.append((log_normalizer_C - picked_C) * weights_C)
-            if not wants_gradient:
-                continue
-            grad_CV = torch.exp(logits_CV - log_normalizer_C[:, None])
-            grad_CV = grad_CV.scatter_add(-1, targets_C[:, None], grad_CV.new_full((len(targets_C), 1), -1.0))
-            grad_CV = grad_CV * weights_C[:, None]
-            if grad_bias_V is not None:
-                grad_bias_V = grad_bias_V + grad_CV.sum(dim=0)
-            grad_CV = grad_CV.to(product_CV.dtype)
-            grads_hidden.append((grad_CV @ weight_VD).to(hidden_ND.dtype))
-            # Summed in float32: chunk sums of bf16 would lose the small ones.
-            part_VD = (grad_CV.T @ hidden_CD).float()
-            grad_weight_VD = part_VD if grad_weight_VD is None else grad_weight_VD + part_VD
-        losses_N = torch.cat(losses)
-        if wants_gradient:
-            assert grad_weight_VD is not None
-            if bias_V is not None and grad_bias_V is not None:
-                grad_bias_V = grad_bias_V.to(bias_V.dtype)
-            ctx.save_for_backward(torch.cat(grads_hidden), grad_weight_VD.to(weight_VD.dtype), grad_bias_V)
-        ctx.mark_non_differentiable(losses_N)
-        return losses_N.sum(), losses_N
+def _chunk(
+    logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, wants_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The weighted losses, and their gradient with respect to the logits."""
+    targets_C1, weights_C1 = targets_C[:, None], weights_C[:, None]
+    log_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+    log_C1 = log_CV.gather(-1, targets_C1)
+    losses_C = (-log_C1 * weights_C1).squeeze(-1)
+    if not wants_gradient:
+        return losses_C, logits_CV.new_empty(0)
+    grad_CV = log_CV.exp_().mul_(weights_C1).to(logits_CV.dtype)
+    # A probability near 1 less the target's 1 would cancel.
+    grad_C1 = torch.expm1(log_C1) * weights_C1
+    return losses_C, grad_CV.scatter_(-1, targets_C1, grad_C1.to(grad_CV.dtype))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
-        scale = grads[0]
-        return (
-            grad_hidden_ND * scale.to(grad_hidden_ND.dtype),
-            grad_weight_VD * scale.to(grad_weight_VD.dtype),
-            None if grad_bias_V is None else grad_bias_V * scale.to(grad_bias_V.dtype),
-            None,
-            None,
-            None,
-        )
+
+_fused_chunk = torch.compile(_chunk)
+
+
+# An operator of its own, into which the compiler of the model does not look: it would compute the logits of all chunks
+# before the first loss, and add up the weight's gradients after the last.
+@torch.library.custom_op("pretraining::linear_cross_entropy", mutates_args=())
+def _loss_and_gradients(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    wants_gradient: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the sum of the losses, the losses, and the sum's gradients: of hidden states, weight and bias."""
+    chunk, size = _fused_chunk if fused else _chunk, chunk_tokens(len(hidden_ND), *weight_VD.shape[::-1])
+    losses_N = weights_N.new_empty(len(hidden_ND), dtype=torch.float32)
+    grad_hidden_ND, grad_weight_VD, grad_bias_V = _unfilled(hidden_ND, weight_VD, bias_V, wants_gradient)
+    # Summed in float32: chunk sums of bf16 would lose the small ones.
+    sum_VD = torch.zeros_like(grad_weight_VD, dtype=torch.float32)
+    sum_V = torch.zeros_like(grad_bias_V, dtype=torch.float32)
+    for start in range(0, len(hidden_ND), size):
+        part = slice(start, start + size)
+        logits_CV = F.linear(hidden_ND[part], weight_VD, bias_V)
+        losses_N[part], grad_CV = chunk(logits_CV, targets_N[part], weights_N[part], wants_gradient)
+        if not wants_gradient:
+            continue
+        torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
+        sum_VD += grad_CV.T @ hidden_ND[part]
+        if bias_V is not None:
+            sum_V += grad_CV.sum(dim=0, dtype=torch.float32)
+    grad_weight_VD.copy_(sum_VD)
+    grad_bias_V.copy_(sum_V)
+    return losses_N.sum(), losses_N, grad_hidden_ND, grad_weight_VD, grad_bias_V
+
+
+def _unfilled(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wants_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, of no elements where there are none."""
+    none = hidden_ND.new_empty(0)
+    if not wants_gradient:
+        return none, none.clone(), none.clone()
+    return (
+        torch.empty_like(hidden_ND, memory_format=torch.contiguous_format),
+        torch.empty_like(weight_VD),
+        none if bias_V is None else torch.empty_like(bias_V),
+    )
+
+
+@_loss_and_gradients.register_fake
+def _(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    wants_gradient: bool,
+    fused: bool,
+) -> tuple[Tensor, ...]:
+    losses_N = weights_N.new_empty(len(hidden_ND), dtype=torch.float32)
+    return losses_N.sum(), losses_N, *_unfilled(hidden_ND, weight_VD, bias_V, wants_gradient)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.has_bias = inputs[2] is not None
+
+
+def _scale_gradients(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias = (grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
+    return hidden, weight, bias if ctx.has_bias else None, None, None, None, None
+
+
+_loss_and_gradients.register_autograd(_scale_gradients, setup_context=_keep_gradients)
