@@ -79,7 +79,7 @@ GPUS = {
             memory_bandwidth=2.04e12,
             link=300e9,
             network=25e9,
-            matrix_share=0.80,
+            matrix_share=0.85,
             source="NVIDIA A100 data sheet; 200 Gb/s a GPU (llm-foundry's cluster)",
         ),
         Gpu(
@@ -89,7 +89,7 @@ GPUS = {
             memory_bandwidth=1.555e12,
             link=300e9,
             network=25e9,
-            matrix_share=0.80,
+            matrix_share=0.85,
             source="NVIDIA A100 data sheet; 200 Gb/s a GPU (llm-foundry's cluster)",
         ),
         Gpu(

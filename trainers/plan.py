@@ -16,6 +16,7 @@ from cluster.hardware import Energy, EnergyConfig, Peak, estimate_energy
 from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.checkpoint import CheckpointConfig
 from trainers.checkpoint_writer import HEADER_ROOM_BYTES
+from trainers.cross_entropy import chunk_tokens
 from trainers.engine_config import EngineConfig
 from trainers.optimizer import OptimizerConfig, moments
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
@@ -204,13 +205,19 @@ def activation_bytes(job: Job, element: int) -> float:
     query, key, value and attention's output (2 D + 2 K); gate, up, gate's activation and their product (4 F),
     without a gate the MLP's inside before and after its activation (2 F).
     With activation checkpointing each layer keeps its input alone (D), and one layer at a time the rest.
+    Beside them the loss holds, of a chunk of tokens, logits, their logarithms in float32 and their gradient, and the
+    sum of the head's gradients in float32 (trainers/cross_entropy.py).
     """
     model = job.model
     rows = job.engine.rows_per_pass(rows_per_worker(job))
     D, K, F = model.hidden_size, model.kv_heads * model.head_width, model.intermediate_size
     layer = 6 * D + 2 * K + (4 if model.activation == "swiglu" else 2) * F
     kept = model.num_layers * D + layer if job.engine.activation_checkpointing else model.num_layers * layer
-    return float(rows * job.seq_len * (kept + 2 * D) * element)
+    tokens = rows * job.seq_len
+    targets = math.ceil(tokens * job.target_share)
+    logits = min(targets, chunk_tokens(targets, D, model.vocab_size)) * model.vocab_size
+    loss = (2 * element + FLOAT32) * logits + FLOAT32 * D * model.vocab_size
+    return float(tokens * (kept + 2 * D) * element + loss)
 
 
 def _lines(plan: Plan) -> Iterator[tuple[str, str]]:

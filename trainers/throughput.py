@@ -1,11 +1,11 @@
 """How fast a step would be: a model of computing and communication, with few constants, held against published speeds.
 
 A micro-batch's matrix products run at the GPU's `matrix_share` of its peak, attention at a share of its own, and
-everything elementwise at the speed of the GPU's memory; then come the optimiser, at memory speed, and ZeRO's
-collectives (Rajbhandari et al. 2020, section 7), as rings: a ring of N moves (N - 1) / N of the data through each GPU's
-share of the slower link. Not counted: the host's time for ZeRO's hooks, checkpoints, validation, failures. These
-constants and the shares in cluster/fleet.py were chosen on a grid for the least squared error
-over the rows of trainers/published_speeds.py; the planner prints what error is left.
+everything elementwise, the loss's logits included, at the speed of the GPU's memory; then come the optimiser, at memory
+speed, and ZeRO's collectives (Rajbhandari et al. 2020, section 7), as rings: a ring of N moves (N - 1) / N of the data
+through each GPU's share of the slower link. Not counted: the host's time for ZeRO's hooks, checkpoints, validation,
+failures. These constants and the shares in cluster/fleet.py were chosen on a grid for the least squared error over the
+rows of trainers/published_speeds.py; the planner prints what error is left.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ from typing import Literal
 from cluster.fleet import Gpu
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
 
-ATTENTION_SHARE = 0.30
+ATTENTION_SHARE = 0.25
 """Of the peak, fused attention at 2k to 8k positions, for the causal half alone."""
 PASSES = {False: 12.0, True: 6.0}
 """How often each activation is read or written in a forward and backward pass, eager and compiled."""
+LOGIT_BYTES = {False: 36, True: 14}
+"""Read and written for each logit beside the head's matrix products (trainers/cross_entropy.py), eager and compiled."""
 LINK_SHARE = 0.75
 """Of a link's bytes/s, reached by NCCL's large collectives."""
 HOST_BANDWIDTH = 25e9
@@ -94,6 +96,7 @@ def micro_batch_seconds(model: ModelConfig, seq_len: int, strategy: Strategy, gp
         matrices * again / (peak * gpu.matrix_share)
         + flash / (peak * ATTENTION_SHARE)
         + PASSES[strategy.compiled] * again * BF16 * elements / gpu.memory_bandwidth
+        + LOGIT_BYTES[strategy.compiled] * model.vocab_size / gpu.memory_bandwidth
     )
     return strategy.micro_batch_rows * seq_len * per_token
 
