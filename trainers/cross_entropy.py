@@ -3,7 +3,9 @@
 Legend: N targets, C targets of a chunk, D model width, V vocabulary.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +62,10 @@ def _chunk(
     return losses_C, grad_CV.scatter_(-1, targets_C1, grad_C1.to(grad_CV.dtype))
 
 
-_fused_chunk = torch.compile(_chunk)
+@functools.cache
+def _fused_chunk() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
+    """Made when first asked for: it loads the compiler, 2 s in every process that never compiles."""
+    return torch.compile(_chunk)
 
 
 # An operator of its own, into which the compiler of the model does not look: it would compute the logits of all chunks
@@ -76,7 +81,7 @@ def _loss_and_gradients(
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the sum of the losses, the losses, and the sum's gradients: of hidden states, weight and bias."""
-    chunk, size = _fused_chunk if fused else _chunk, chunk_tokens(len(hidden_ND), *weight_VD.shape[::-1])
+    chunk, size = _fused_chunk() if fused else _chunk, chunk_tokens(len(hidden_ND), *weight_VD.shape[::-1])
     losses_N = weights_N.new_empty(len(hidden_ND), dtype=torch.float32)
     grad_hidden_ND, grad_weight_VD, grad_bias_V = _unfilled(hidden_ND, weight_VD, bias_V, wants_gradient)
     # Summed in float32: chunk sums of bf16 would lose the small ones.
