@@ -3,9 +3,9 @@
     python benchmarks/bench_gpu.py [--config trainers/configs/gpt2-124m.yaml] [--rows 64] [--ways bare 1 3+recompute]
 
 A way is a ZeRO stage, and what is added to it: `recompute` (activation checkpointing), `offload` (optimiser states in
-host memory), `offload-all` (parameters too), `overlap` (DeepSpeed's overlap_comm), `eager` (not compiled). Each has a
-process of its own, and NCCL with this one worker. Rows are random tokens: no corpus, no Ray, no checkpoints, so what
-differs from the bare loop is the engine. Memory is the most that torch allocated; the planner's is
+host memory), `offload-all` (parameters too), `serial` (no overlap_comm of DeepSpeed's), `eager` (not compiled). Each
+has a process of its own, and NCCL with this one worker. Rows are random tokens: no corpus, no Ray, no checkpoints, so
+what differs from the bare loop is the engine. Memory is the most that torch allocated; the planner's is
 trainers/plan_cluster.py's for the same step.
 """
 
@@ -42,7 +42,7 @@ from trainers.shape import flops_per_token
 from trainers.throughput import Strategy
 
 PRESET = PROJECT / "trainers" / "configs" / "gpt2-124m.yaml"
-WAYS = ("bare", "0", "1", "1+eager", "1+overlap", "2", "3", "1+recompute", "1+offload", "3+offload-all")
+WAYS = ("bare", "0", "1", "1+eager", "1+serial", "2", "3", "1+recompute", "1+offload", "3+offload-all")
 OFFLOADS = {"offload": "optimizer", "offload-all": "optimizer+parameters"}
 WARMUP_STEPS = 3
 
@@ -119,7 +119,7 @@ def option_by(config: ClusterPlanConfig, way: str) -> Option:
             activation_checkpointing="recompute" in added,
             offload=next((OFFLOADS[name] for name in added if name in OFFLOADS), "none"),  # type: ignore[arg-type]
             compiled="eager" not in added,
-            overlapped="overlap" in added,
+            overlapped="serial" not in added,
         ),
     )
 
@@ -184,7 +184,7 @@ def bare_step(config: ClusterPlanConfig, device: torch.device, losses: Losses) -
 
 def engine_step(config: ClusterPlanConfig, way: str, losses: Losses) -> Callable[[], float]:
     strategy, added = option_by(config, way).strategy, way.split("+")
-    own = {"zero_optimization": {"overlap_comm": True}} if "overlap" in added else {}
+    own = {"zero_optimization": {"overlap_comm": False}} if "serial" in added else {}
     engine_config = replace(
         config.engine,
         zero_stage=strategy.zero_stage,

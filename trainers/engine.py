@@ -68,9 +68,8 @@ class Engine:
                 part.forward = torch.compile(part.forward)  # type: ignore[method-assign]
         self._optimizer = build_optimizer(model.named_parameters(), optimizer, rate_scales)
         self._apply, self._optimizer.step = self._optimizer.step, self._apply_if_accepted  # type: ignore
-        self._engine = _initialize(
-            model, self._optimizer, config, build_deepspeed_config(config, micro_batches), values
-        )
+        deepspeed_config = build_deepspeed_config(config, micro_batches, torch.cuda.is_available())
+        self._engine = _initialize(model, self._optimizer, config, deepspeed_config, values)
         self._masters = masters(self._engine.optimizer, model, dist.get_rank())
         create_moments(self._masters, self._optimizer, lambda p: moments(optimizer, role_of(p.name, p.shape)))
         if isinstance(self._optimizer, Muon):

@@ -78,14 +78,28 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def build_deepspeed_config(config: EngineConfig, micro_batches: int) -> dict[str, Any]:
+BUCKET_ELEMENTS = 50_000_000
+"""Of gradients that travel together: many enough for a link's full rate, few enough that the first ones leave early in
+the backward pass. DeepSpeed's own default is ten times as many, allocated whole however small the model is."""
+
+
+def overlaps(config: EngineConfig, on_gpu: bool) -> bool:
+    """Whether gradients travel, and stage 3 fetches parameters, while others are computed: on streams of a GPU."""
+    return on_gpu and config.zero_stage > 0 and config.offload == "none"
+
+
+def build_deepspeed_config(config: EngineConfig, micro_batches: int, on_gpu: bool) -> dict[str, Any]:
     """Return DeepSpeed's configuration for a number of micro-batches a step; the user's keys lie over ours."""
     stage = config.zero_stage
     built: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_rows,
         # The engine says itself which micro-batch is the last, so DeepSpeed divides nothing by their number.
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": overlaps(config, on_gpu),
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+        },
         # Ours are elementwise, or know the partition (Muon); DeepSpeed's own CPU Adam compiles for minutes.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -17,7 +17,7 @@ from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.checkpoint import CheckpointConfig
 from trainers.checkpoint_writer import HEADER_ROOM_BYTES
 from trainers.cross_entropy import chunk_tokens
-from trainers.engine_config import EngineConfig
+from trainers.engine_config import BUCKET_ELEMENTS, EngineConfig, overlaps
 from trainers.optimizer import OptimizerConfig, moments
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
 from trainers.units import count, duration, energy, flop, mass, size
@@ -28,8 +28,6 @@ CPU_UTILIZATION = 0.25
 """Assumed of the measured rate of matrix products: a 12 M decoder reached 0.25-0.3 on two cores with AMX."""
 
 FLOAT32, BFLOAT16 = 4, 2
-BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default zero_optimization.reduce_bucket_size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +186,13 @@ def memory_per_worker(job: Job) -> Memory:
     state_bytes = FLOAT32 * (parameters + moment_elements) / workers
     files = math.ceil(state_bytes / (job.checkpoint.file_bytes - HEADER_ROOM_BYTES))
     bucket = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET_ELEMENTS)
+    filled_beside = overlaps(engine, on_gpu=not job.peak.is_measured)  # one travels while another is filled
+    num_buckets = 2 if filled_beside and stage < 3 else 1 if filled_beside or stage >= 2 else 0
     return Memory(
         parameters=element * parameters / (workers if stage == 3 else 1),
         gradients=kept * parameters,
         optimizer=FLOAT32 * (has_masters * parameters + moment_elements) / (workers if stage else 1),
-        buckets=element * float(bucket) if stage >= 2 and workers > 1 else 0.0,
+        buckets=element * float(bucket) * num_buckets if workers > 1 else 0.0,
         activations=activation_bytes(job, element),
         checkpoint_buffers=files * job.checkpoint.file_bytes,
     )

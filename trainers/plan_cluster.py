@@ -131,6 +131,7 @@ def options(config: ClusterPlanConfig) -> list[Option]:
                 activation_checkpointing=recompute,
                 micro_batch_rows=micro,
                 compiled=config.engine.compile,
+                overlapped=stage > 0 and offload == "none",
             ),
         )
         for stage, offload, recompute, micro in combinations

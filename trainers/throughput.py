@@ -39,7 +39,7 @@ class Strategy:
     offload: Literal["none", "optimizer", "optimizer+parameters"] = "none"
     compiled: bool = True
     overlapped: bool = False
-    """Whether gradients travel while others are computed; stage 3 fetches parameters ahead in any case."""
+    """Whether gradients travel while others are computed; stage 3 is taken to fetch parameters ahead in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
