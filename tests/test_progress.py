@@ -107,6 +107,26 @@ def test_a_run_that_begins_after_the_first_look_is_read_in_full(tmp_path, monkey
     assert [record["step"] for record in tail.poll()] == [1, 2, 3, 4, 5]
 
 
+def test_what_a_failure_of_the_storage_cut_off_comes_with_the_next_call(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.metrics.SEGMENT_LINES", 2)
+    store = open_store(str(tmp_path))
+    with writer_for(store) as writer:
+        for step in range(1, 6):
+            writer.write(step_record(step))
+    original, reads = type(store).read, itertools.count(1)
+
+    def unreliable(self, path):
+        if next(reads) == 2:
+            raise StorageError("no route to host")
+        return original(self, path)
+
+    monkeypatch.setattr(type(store), "read", unreliable)
+    tail = Tail(store, whole=True)
+    with pytest.raises(StorageError):
+        tail.poll()
+    assert [record["step"] for record in tail.poll()] == [1, 2, 3, 4, 5]
+
+
 def follow(store, terminal):
     """The output for a run of four steps and a validation that another attempt began."""
     output = io.StringIO()

@@ -43,13 +43,12 @@ class Tail:
         if self._is_first:
             self._is_first = False
             self._versions = {path: found[path] for path in paths[:-1]}
-        new: list[Record] = []
-        for path in paths:
-            if self._versions.get(path) != found[path]:
-                records = parse(self._store.read(path))
-                new += records[self._num_read.get(path, 0) :]
-                self._num_read[path] = len(records)
-                self._versions[path] = found[path]
+        changed = [path for path in paths if self._versions.get(path) != found[path]]
+        read = {path: parse(self._store.read(path)) for path in changed}
+        new = [record for path in changed for record in read[path][self._num_read.get(path, 0) :]]
+        # Not before all are read: what a failure cuts off is told by the next call.
+        self._num_read |= {path: len(records) for path, records in read.items()}
+        self._versions |= {path: found[path] for path in changed}
         return new
 
 

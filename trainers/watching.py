@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from cluster.storage import StorageError, Store
-from trainers.metrics import Record, read_metrics, validations_of
+from trainers.metrics import Record, validations_of
+from trainers.progress import Tail
 
 POLL_SECONDS = 2.0
 """The workers flush their metrics every 5 s."""
@@ -26,12 +27,13 @@ def watched(
     Args:
         told: steps up to which the caller knows of the validations.
     """
+    tail = Tail(run, whole=True)
     thread = ThreadPoolExecutor(1, thread_name_prefix="watched")
     try:
         working = thread.submit(work)
         while not working.done():
             wait([working], POLL_SECONDS)
-            for record in validations(run):
+            for record in new_validations(tail):
                 if record["step"] > told:
                     told = record["step"]
                     found = record["validation"].items()
@@ -41,9 +43,9 @@ def watched(
         thread.shutdown(wait=False)  # interrupted, it ends with the Ray session
 
 
-def validations(run: Store) -> list[Record]:
-    """What the metrics on storage say; nothing while the storage does not answer."""
+def new_validations(tail: Tail) -> list[Record]:
+    """What came to the metrics on storage since the last call; nothing while the storage does not answer."""
     try:
-        return validations_of(read_metrics(run))
+        return validations_of(tail.poll())
     except StorageError:
         return []
