@@ -15,7 +15,7 @@ from data.tokens import FixedTokenizer, TokenizerConfig, train_tokenizer
 from trainers.config import BatchConfig, PretrainConfig, RunConfig
 from trainers.export import export, load_exported
 from trainers.formats import read_stored
-from trainers.initial import load_initial, with_initial
+from trainers.initial import begun, with_initial
 from trainers.model import build
 from trainers.objectives import ObjectiveConfig
 from trainers.shape import ModelConfig
@@ -73,8 +73,7 @@ def test_a_hugging_face_folder_gives_shape_tokenizer_and_equal_logits(fixed, kin
     assert config.corpus.tokenizer.path.endswith("/tokenizer.json")
     assert (config.model.hidden_size, config.model.num_layers, config.model.max_positions) == (48, 2, 64)
     assert config.model.vocab_size == 71  # the boundary of documents is new
-    model = build(config.model, seed=9)
-    load_initial(model, read_stored(open_store(str(tmp_path))))
+    model = begun(config.model, 9, read_stored(open_store(str(tmp_path))))
     tokens = torch.randint(6, 70, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = reference(tokens)
@@ -133,8 +132,8 @@ def test_a_folder_as_others_write_it_gives_equal_logits(fixed, kind, change, tmp
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_first_step_moves_the_weights_as_the_same_step_in_transformers(fixed, kind, tmp_path):
     reference = saved(kind, tmp_path, fixed.json)
-    model = build(with_initial(config_for(tmp_path, OBJECTIVES[kind])).model, seed=9)
-    load_initial(model, read_stored(open_store(str(tmp_path))))
+    shape = with_initial(config_for(tmp_path, OBJECTIVES[kind])).model
+    model = begun(shape, 9, read_stored(open_store(str(tmp_path))))
     tokens = torch.randint(6, 70, (2, 30), generator=torch.Generator().manual_seed(0))
     targets = tokens.roll(1, dims=1)
     losses = []
@@ -157,8 +156,7 @@ def test_an_export_of_this_project_gives_back_its_weights_and_its_tokenizer(fixe
     export(first.named_parameters(), shape, fixed.json.encode(), 0, open_store(str(tmp_path)))
     config = with_initial(config_for(tmp_path))
     assert config.model == shape
-    second = build(config.model, seed=2)
-    load_initial(second, read_stored(open_store(str(tmp_path))))
+    second = begun(config.model, 2, read_stored(open_store(str(tmp_path))))
     expected = dict(first.named_parameters())
     assert all(torch.equal(value, expected[name]) for name, value in second.named_parameters())
 
@@ -172,18 +170,21 @@ def test_new_entries_and_a_new_pair_head_start_at_random(fixed, tmp_path):
     pairs = ObjectiveConfig(kind="masked_sentence_order")
     given = config_for(tmp_path, model=ModelConfig(vocab_size=80), objective=pairs)
     config = with_initial(given)
-    second, untouched = build(config.model, seed=2), build(config.model, seed=2)
-    load_initial(second, read_stored(open_store(str(tmp_path))))
+    second = begun(config.model, 2, read_stored(open_store(str(tmp_path))))
+    untouched = build(config.model, seed=2)
     assert torch.equal(second.embed_tokens.weight[:70], first.embed_tokens.weight)
     assert torch.equal(second.embed_tokens.weight[70:], untouched.embed_tokens.weight[70:])
     assert torch.equal(second.pair_head.pooler.weight, untouched.pair_head.pooler.weight)
 
 
 def test_a_pair_head_that_the_objective_does_not_train_is_left_out(fixed, tmp_path):
-    saved("bert", tmp_path, fixed.json)
+    reference = saved("bert", tmp_path, fixed.json)
     config = with_initial(config_for(tmp_path, "masked"))
     assert not config.model.pair_head
-    load_initial(build(config.model, seed=1), read_stored(open_store(str(tmp_path))))
+    model = begun(config.model, 1, read_stored(open_store(str(tmp_path))))
+    tokens = torch.randint(6, 70, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (logits_of(model, tokens) - reference(tokens)[0]).abs().max() < 1e-4
 
 
 def test_an_objective_that_the_folder_cannot_have_is_refused_by_name(fixed, tmp_path):

@@ -5,10 +5,11 @@ is how training goes on with newer text: name old and new text under `corpus.sou
 is replayed against forgetting, under `order.weights` (Ibrahim et al. 2024).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 
 import torch
+from torch import Tensor
 
 from cluster.config import ConfigError
 from cluster.storage import open_store
@@ -16,7 +17,7 @@ from data.assemble import given_tokenizer
 from data.tokens import fix_tokenizer
 from trainers.config import PretrainConfig
 from trainers.formats import Stored, read_stored
-from trainers.model import Backbone, build
+from trainers.model import Backbone, build_empty, initial_value
 from trainers.shape import ModelConfig
 
 # What need not be as in the folder: not part of the shape, or may grow.
@@ -85,19 +86,36 @@ def grown(stored: Stored, vocab_size: int) -> Backbone:
 
     What is new is as in a run with `run.seed` 0 that starts from the folder.
     """
-    model = build(replace(stored.config, vocab_size=max(vocab_size, stored.config.vocab_size)), seed=0)
-    load_initial(model, stored)
-    return model.eval()
+    config = replace(stored.config, vocab_size=max(vocab_size, stored.config.vocab_size))
+    return begun(config, 0, stored).eval()
 
 
-def load_initial(model: Backbone, stored: Stored) -> None:
-    """Copy the weights of a folder into a model that may have a larger vocabulary, and a pair head or none.
+def begun(config: ModelConfig, seed: int, stored: Stored) -> Backbone:
+    """A model in float32 on the CPU with a folder's weights; see `begun_values`."""
+    model, values = build_empty(config), begun_values(config, seed, stored)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values(name, parameter.shape))
+    return model
+
+
+def begun_values(config: ModelConfig, seed: int, stored: Stored) -> Callable[[str, torch.Size], Tensor]:
+    """Read a folder's weights; returns what gives each parameter's first value, float32 on the CPU, once.
+
+    The vocabulary may be larger than the folder's, and a pair head be there or not: what is new starts as `seed` says.
 
     Raises:
         ValueError: the folder lacks a weight, or its shape is another one.
     """
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in stored.parameters():
-            if name in parameters or not name.startswith("pair_head."):
-                parameters[name][: len(tensor)].copy_(tensor)
+    found = dict(stored.parameters())
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        tensor = found.pop(name, None)
+        if tensor is not None and tensor.shape == shape:
+            return tensor.float()
+        whole = initial_value(config, seed, name, shape)
+        if tensor is not None:
+            whole[: len(tensor)] = tensor
+        return whole
+
+    return value

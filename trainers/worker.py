@@ -28,12 +28,12 @@ from trainers.export import export
 from trainers.formats import read_stored
 from trainers.guard import Guard, TrainingDiverged, name_documents
 from trainers.heartbeat import GIL_GRACE_SECONDS, Heartbeat
-from trainers.initial import load_initial
+from trainers.initial import begun_values
 from trainers.live_metrics import LiveMetrics, event_log
 from trainers.llama import rows_of_fused
 from trainers.loop import Parts, train
 from trainers.metrics import Meter, MetricsWriter, Record
-from trainers.model import build, build_hollow, initial_value
+from trainers.model import build_hollow, initial_value
 from trainers.objective import Objective
 from trainers.objectives import objective_of
 from trainers.schedule import rate_factor
@@ -129,13 +129,10 @@ def assemble(
     rows = -(-order.lanes // workers.world_size) * order.rows_per_lane
     micro_batch_rows = config.engine.rows_per_pass(rows)
     model_config = model_of(config, manifest)
-    values: Callable[[str, torch.Size], torch.Tensor] | None = None
+    values: Callable[[str, torch.Size], torch.Tensor] = partial(initial_value, model_config, config.run.seed)
     if config.run.init_from and newest is None:
-        # Before the engine is built, which copies the weights into its masters.
-        model = build(model_config, config.run.seed)
-        load_initial(model, read_stored(open_store(config.run.init_from)))
-    else:
-        model, values = build_hollow(model_config), partial(initial_value, model_config, config.run.seed)
+        values = begun_values(model_config, config.run.seed, read_stored(open_store(config.run.init_from)))
+    model = build_hollow(model_config)
     model.activation_checkpointing = config.engine.activation_checkpointing
     engine = Engine(
         model,
