@@ -9,11 +9,15 @@ disk (fsync), as a commit does.
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
+
+if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from safetensors.torch import save_file
