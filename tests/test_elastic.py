@@ -1,4 +1,4 @@
-"""An elastic run on nodes that come, drain and lose their power: rows and order are those of one worker alone."""
+"""An elastic run on nodes that drain, come and lose their power: rows and order are those of one worker alone."""
 
 import signal
 import time
@@ -34,34 +34,33 @@ CHANGES = {
 }
 
 
-def test_a_run_grows_with_a_node_leaves_one_that_drains_and_survives_one_that_dies(tmp_path, monkeypatch):
+def test_a_run_leaves_a_node_that_drains_grows_with_one_that_comes_and_survives_its_death(
+    tmp_path, monkeypatch
+):
     with RayNodes(tmp_path / "nodes.txt", DRAIN_SECONDS) as nodes:
         nodes.start_head(num_cpus=1)
+        drained = nodes.add(num_cpus=1)
         monkeypatch.setenv("RAY_ADDRESS", nodes.address)
         run = SmallRun(str(tmp_path), tmp_path / "log.txt")
         put_corpus(open_store(f"{run.root}/raw"))
         store = open_store(f"{run.root}/runs/pretrain")
         driver = run.start(**CHANGES)
+        assert wait_for_start(store, 1, driver)["world_size"] == 2
         wait_for_step(store, 10, driver)
 
-        drained = nodes.add(num_cpus=1)
-        grown = wait_for_start(store, 2, driver)
-        assert (grown["world_size"], grown["step"]) == (2, max_step_before(store, 2)), "a step was done twice"
-        wait_for_step(store, grown["step"] + 10, driver)
-
         drained.send_signal(signal.SIGTERM)  # as Kubernetes ends a pod
-        left = wait_for_start(store, 3, driver)
-        assert (left["world_size"], left["step"]) == (1, max_step_before(store, 3)), "a step was done twice"
+        left = wait_for_start(store, 2, driver)
+        assert (left["world_size"], left["step"]) == (1, max_step_before(store, 2)), "a step was done twice"
         drained.wait(DRAIN_SECONDS)
 
         lost = nodes.add(num_cpus=1)
-        again = wait_for_start(store, 4, driver)
-        assert again["world_size"] == 2
-        wait_for_step(store, again["step"] + 10, driver)
+        grown = wait_for_start(store, 3, driver)
+        assert (grown["world_size"], grown["step"]) == (2, max_step_before(store, 3)), "a step was done twice"
+        wait_for_step(store, grown["step"] + 10, driver)
         kill_node(lost)
-        alone = wait_for_start(store, 5, driver)
+        alone = wait_for_start(store, 4, driver)
         assert alone["world_size"] == 1
-        wait_for_step(store, max_step_before(store, 5) + 10, driver)
+        wait_for_step(store, max_step_before(store, 4) + 10, driver)
         wait_for_accounts(nodes, store)
         store.put(STOP, b"")
         assert run.finish(driver) == 0, run.output()
