@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from cluster.config import ConfigError
-from cluster.storage import PATIENCE
+from cluster.store import PATIENCE
 
 PROJECT = Path(__file__).resolve().parents[1]
 

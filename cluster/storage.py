@@ -26,6 +26,7 @@ from cluster.google_store import GoogleStore
 from cluster.local_store import LocalStore
 from cluster.remote_store import Failure, RemoteStore
 from cluster.store import (
+    PATIENCE,
     TOO_SHORT,
     ObjectInfo,
     RetryPolicy,
@@ -45,8 +46,6 @@ MULTIPART = TransferConfig(
     max_concurrency=4,
     preferred_transfer_client="classic",
 )
-
-PATIENCE = "STORE_PATIENCE_SECONDS"
 
 
 def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:

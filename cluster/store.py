@@ -11,6 +11,8 @@ from typing import BinaryIO
 
 # Of a file from `open`: at 30 ms a request, 1 MiB is 33 MB/s; who needs more reads larger ranges.
 READ_AHEAD_BYTES = 1 << 20
+PATIENCE = "STORE_PATIENCE_SECONDS"
+"""Variable of the environment: for how long a store may be away."""
 TOO_SHORT = "it was cut or replaced since its size was noted: write it again"
 _HARD_LINKS = "choose a file system with hard links: that only one job owns a run stands on them"
 
