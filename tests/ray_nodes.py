@@ -21,7 +21,7 @@ import psutil
 from cluster.session import PROJECT
 
 RAY = str(Path(sys.executable).with_name("ray"))
-READY_SECONDS = 90.0
+READY_SECONDS = 180.0
 
 
 @dataclass(frozen=True)

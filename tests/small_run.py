@@ -112,7 +112,7 @@ def steps_by_number(store: Store) -> dict[int, dict[str, Any]]:
     return {record["step"]: record for record in steps_of(read_metrics(store))}
 
 
-def wait_for_step(store: Store, step: int, process: subprocess.Popen[bytes], seconds: float = 180.0) -> None:
+def wait_for_step(store: Store, step: int, process: subprocess.Popen[bytes], seconds: float = 300.0) -> None:
     """Return once the metrics show that step."""
     ends = time.monotonic() + seconds
     while max(steps_by_number(store), default=0) < step:
@@ -122,7 +122,7 @@ def wait_for_step(store: Store, step: int, process: subprocess.Popen[bytes], sec
 
 
 def wait_for_start(
-    store: Store, number: int, process: subprocess.Popen[bytes], seconds: float = 180.0
+    store: Store, number: int, process: subprocess.Popen[bytes], seconds: float = 300.0
 ) -> dict[str, Any]:
     """The event of the run's n-th start of workers."""
     ends = time.monotonic() + seconds

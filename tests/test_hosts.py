@@ -57,7 +57,7 @@ def test_hosts_that_are_slowed_and_cut_off_are_named_and_cost_no_row(hosts, tmp_
         store = open_store(f"{run.root}/runs/pretrain")
         entrypoint = ["python", "trainers/pretrain.py", *run.command(**CHANGES)[2:]]
 
-        def reach(step: int, world_size: int, seconds: float = 180.0) -> None:
+        def reach(step: int, world_size: int, seconds: float = 300.0) -> None:
             ends = time.monotonic() + seconds
             while True:
                 starts = events_of(read_attempts(store), "start")
