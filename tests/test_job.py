@@ -49,7 +49,7 @@ def test_a_submitted_job_goes_on_after_a_stop_and_after_kill_9_of_the_head(tmp_p
     assert store.exists("test.json")
 
 
-def wait_for_step(nodes: RayNodes, store, step: int, name: str, seconds: float = 180.0) -> None:
+def wait_for_step(nodes: RayNodes, store, step: int, name: str, seconds: float = 300.0) -> None:
     ends = time.monotonic() + seconds
     while max(steps_by_number(store), default=0) < step:
         assert time.monotonic() < ends, nodes.job("logs", name)
