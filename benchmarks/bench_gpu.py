@@ -119,7 +119,6 @@ def option_by(config: ClusterPlanConfig, way: str) -> Option:
             activation_checkpointing="recompute" in added,
             offload=next((OFFLOADS[name] for name in added if name in OFFLOADS), "none"),  # type: ignore[arg-type]
             compiled="eager" not in added,
-            overlapped="serial" not in added,
         ),
     )
 

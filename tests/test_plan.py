@@ -72,7 +72,7 @@ def test_memory_equals_the_computation_by_hand():
     memory = make_plan(JOB).memory
     assert memory.parameters == 2 * PARAMETERS
     assert memory.gradients == 2 * PARAMETERS + 4 * PARAMETERS  # of a micro-batch, and their sum in float32
-    assert memory.buckets == 2 * 2 * 50e6  # one travels while another is filled
+    assert memory.buckets == 2 * 50e6 * 4  # of sums in float32; one travels while another is filled
     assert memory.optimizer == 12 * PARAMETERS / 2
     assert memory.checkpoint_buffers == 4 << 20  # 1.26 MB in files of 2 MiB, which hold 1 MiB
     tokens = 4 * 128

@@ -68,7 +68,7 @@ class Memory:
     gradients: float
     optimizer: float
     buckets: float
-    """What ZeRO gathers gradients in before it sends them: allocated whole, however small the model."""
+    """What ZeRO gathers gradients in before it sends them: on a GPU allocated whole, however small the model."""
     activations: float
     checkpoint_buffers: float
     """Always host memory."""
@@ -186,13 +186,16 @@ def memory_per_worker(job: Job) -> Memory:
     state_bytes = FLOAT32 * (parameters + moment_elements) / workers
     files = math.ceil(state_bytes / (job.checkpoint.file_bytes - HEADER_ROOM_BYTES))
     bucket = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET_ELEMENTS)
-    filled_beside = overlaps(engine, on_gpu=not job.peak.is_measured)  # one travels while another is filled
-    num_buckets = 2 if filled_beside and stage < 3 else 1 if filled_beside or stage >= 2 else 0
+    on_gpu = not job.peak.is_measured
+    if not on_gpu:  # what is allocated and never filled takes no memory
+        bucket = min(bucket, parameters)
+    copies = 2 if overlaps(engine, on_gpu) and stage < 3 else 1  # one travels while another is filled
+    bucket_element = max(element, sum_element) if stage == 1 else element
     return Memory(
         parameters=element * parameters / (workers if stage == 3 else 1),
         gradients=kept * parameters,
         optimizer=FLOAT32 * (has_masters * parameters + moment_elements) / (workers if stage else 1),
-        buckets=element * float(bucket) * num_buckets if workers > 1 else 0.0,
+        buckets=float(copies * bucket * bucket_element) if stage else 0.0,
         activations=activation_bytes(job, element),
         checkpoint_buffers=files * job.checkpoint.file_bytes,
     )

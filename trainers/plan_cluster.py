@@ -26,6 +26,7 @@ from cluster.hardware import Peak, estimate_energy
 from data.corpus import CorpusConfig
 from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.config import PretrainConfig
+from trainers.engine_config import overlaps
 from trainers.plan import Job, Memory, memory_per_worker, micro_batches, rows_per_worker
 from trainers.published_speeds import errors
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
@@ -131,7 +132,7 @@ def options(config: ClusterPlanConfig) -> list[Option]:
                 activation_checkpointing=recompute,
                 micro_batch_rows=micro,
                 compiled=config.engine.compile,
-                overlapped=stage > 0 and offload == "none",
+                overlapped=overlaps(replace(config.engine, zero_stage=stage, offload=offload), on_gpu=True),
             ),
         )
         for stage, offload, recompute, micro in combinations
