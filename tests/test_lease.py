@@ -41,7 +41,19 @@ def test_a_second_driver_is_refused_while_the_first_lives_and_not_after(run):
             pass
         assert paths(run) == [FIRST], "the refused driver left a trace"
     with lease(run):
-        assert paths(run) == [SECOND], "what was before is not cleared away"
+        assert paths(run) == [FIRST.replace("json", "ended"), FIRST, SECOND]
+
+
+@pytest.mark.parametrize("old", [0, 1, 2])
+def test_a_driver_that_counted_from_an_old_listing_looks_again(run, monkeypatch, old):
+    for _ in range(2):
+        with lease(run):
+            pass
+    look, seen = leases.newest, [old]
+    with lease(run):
+        monkeypatch.setattr(leases, "newest", lambda store: seen.pop() if seen else look(store))
+        with pytest.raises(RunTakenError), lease(run):
+            pass
 
 
 @pytest.mark.slow

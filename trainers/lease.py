@@ -6,6 +6,8 @@
 
 The greatest number drives. Taking over writes the next number, which one driver alone can, and no driver writes over
 another's object: a renewal that a slow store or a repeated request carries out minutes later takes the run from nobody.
+Nothing is deleted, so that no number is written twice: whoever counted from a listing that was old by then finds its
+number taken, and looks again.
 
 No clocks are compared, for two hosts' may differ, and one may be set while a run lives: whoever finds another's lease
 watches whether it is renewed.
@@ -94,11 +96,7 @@ def take(run: Store, own: dict[str, Any], say: Callable[[str], None], patience: 
             refuse_living(run, last, say, patience)
         # Of several that take over, one makes it; the others find that it lives.
         if run.put_if_absent(path_of(last + 1, "json"), json.dumps(own).encode()):
-            break
-    for info in run.list(f"{FOLDER}/"):
-        if number_of(info.path) <= last:
-            run.delete(info.path)
-    return last + 1
+            return last + 1
 
 
 def path_of(number: int, what: str) -> str:
@@ -162,10 +160,7 @@ def lost(run: Store) -> str:
 
 def refuse_living(run: Store, number: int, say: Callable[[str], None], patience: float) -> None:
     """Return once that lease's holder has left, or is dead; RunTakenError if it lives."""
-    try:
-        holder = json.loads(run.read(path_of(number, "json")))
-    except FileNotFoundError:
-        return  # a later one has cleared it away
+    holder = json.loads(run.read(path_of(number, "json")))
     if run.exists(path_of(number, "ended")):
         return
     who = f"process {holder['pid']} on {holder['host']}"
