@@ -27,7 +27,7 @@ def run(tmp_path):
 
 def put_dead(run):
     """The lease of a process that died without a word, whose number another has by now."""
-    dead = {"host": leases.socket.gethostname(), "pid": os.getpid(), "process_started": 1.0, "token": "dead"}
+    dead = leases.place() | {"pid": os.getpid(), "process_started": 1.0, "token": "dead"}
     run.put(FIRST, json.dumps(dead).encode())
 
 
@@ -84,11 +84,15 @@ def test_a_clock_that_is_set_while_a_driver_lives_takes_the_run_from_nobody(run,
 
 
 @pytest.mark.slow
-def test_a_driver_on_another_host_lives_as_long_as_it_renews(run, monkeypatch):
+@pytest.mark.parametrize("differs", ["host", "boot", "pid_namespace"])
+def test_a_driver_in_another_place_lives_as_long_as_it_renews(run, monkeypatch, differs):
+    """Of two containers, or machines, with one host name neither sees the other's processes."""
     monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
     told: list[str] = []
+    here = leases.place()
     with lease(run):
-        monkeypatch.setattr(leases.socket, "gethostname", lambda: "elsewhere")
+        monkeypatch.setattr(leases, "place", lambda: here | {differs: "another"})
+        monkeypatch.setattr(leases, "lives", lambda holder: False)
         with pytest.raises(RunTakenError), lease(run, told.append, patience=0.6):
             pass
     run.delete(FIRST.replace("json", "ended"))  # as if it had died without a word

@@ -1,6 +1,6 @@
 """Who drives a run: one driver at a time, told by objects in the run's folder that only a living one renews.
 
-    drivers/00000003.json      who drove it third: host, process and a token; written once, if absent
+    drivers/00000003.json      who drove it third: place, process and a token; written once, if absent
     drivers/00000003.renewed   how often that driver said that it lives
     drivers/00000003.ended     that it left
 
@@ -27,6 +27,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -38,6 +39,7 @@ FOLDER = "drivers"
 RENEW_SECONDS = 5.0
 # Three missed renewals, of which a slow store may explain two.
 PATIENCE_SECONDS = 15.0
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class RunTakenError(ConfigError):
@@ -61,14 +63,14 @@ def lease(
 
     Args:
         say: is told if there is something to wait for.
-        patience: seconds without a renewal after which a driver on another host is taken for dead.
+        patience: seconds without a renewal after which a driver in another place is taken for dead.
         on_lost: is told, in a thread of its own, that the run is another's by now: nothing may be written any more.
 
     Raises:
         RunTakenError: another driver renews its lease.
     """
     own = {
-        "host": socket.gethostname(),
+        **place(),
         "pid": os.getpid(),
         "process_started": seconds_after_boot(psutil.Process()),
         "token": uuid.uuid4().hex,
@@ -111,6 +113,15 @@ def newest(run: Store) -> int:
     """The number of the newest lease; 0 if there is none."""
     leases = (info.path for info in run.list(f"{FOLDER}/") if info.path.endswith(".json"))
     return max(map(number_of, leases), default=0)
+
+
+def place() -> dict[str, str]:
+    """What two processes have in common that see each other by their numbers. The host's name alone does not say it: a
+    container may bear the name of the machine, and two machines the same."""
+    found = {"host": socket.gethostname()}
+    if BOOT.exists():  # not on macOS
+        found |= {"boot": BOOT.read_text().strip(), "pid_namespace": os.readlink("/proc/self/ns/pid")}
+    return found
 
 
 def seconds_after_boot(process: psutil.Process) -> float:
@@ -164,7 +175,7 @@ def refuse_living(run: Store, number: int, say: Callable[[str], None], patience:
     if run.exists(path_of(number, "ended")):
         return
     who = f"process {holder['pid']} on {holder['host']}"
-    if holder["host"] == socket.gethostname():
+    if place().items() <= holder.items():
         if not lives(holder):
             return
     else:
@@ -180,7 +191,7 @@ def refuse_living(run: Store, number: int, say: Callable[[str], None], patience:
 
 
 def lives(holder: dict[str, Any]) -> bool:
-    """Whether the holder's process is still there, on this host; its number may be another process's by now."""
+    """Whether the holder's process is still there, in this process's place; its number may be another process's by now."""
     try:
         return seconds_after_boot(psutil.Process(holder["pid"])) == holder["process_started"]
     except psutil.NoSuchProcess:
