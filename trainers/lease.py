@@ -191,7 +191,7 @@ def refuse_living(run: Store, number: int, say: Callable[[str], None], patience:
 
 
 def lives(holder: dict[str, Any]) -> bool:
-    """Whether the holder's process is still there, in this process's place; its number may be another process's by now."""
+    """Whether the holder's process, of this place, is still there; its number may be another process's by now."""
     try:
         return seconds_after_boot(psutil.Process(holder["pid"])) == holder["process_started"]
     except psutil.NoSuchProcess:

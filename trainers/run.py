@@ -2,15 +2,12 @@
 
 import logging
 import math
-import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import ray
@@ -33,7 +30,7 @@ from trainers.clock import RunClock
 from trainers.config import PretrainConfig, run_store
 from trainers.live_metrics import DriverLog, LiveGoodput
 from trainers.run_folder import is_finished
-from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP
+from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP, stop_on_signal
 from trainers.worker import Task, work
 
 logger = logging.getLogger(__name__)
@@ -87,7 +84,7 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
     spent = LiveGoodput(config.run.name, store, now, partial(lacks_nodes, config.cluster))
     with (
         spent,
-        stop_on_signal(config) as asked,
+        stop_on_signal(store) as asked,
         # In a thread of its own, for in the main thread Ray Train would take Ctrl-C for itself.
         ThreadPoolExecutor(1, thread_name_prefix="fit") as thread,
     ):
@@ -271,26 +268,3 @@ class NodeWatch:
             return False
         # Twice the same: of nodes that come together none is left behind.
         return before == self._fitting > size
-
-
-@contextmanager
-def stop_on_signal(config: PretrainConfig) -> Iterator[threading.Event]:
-    """Turn SIGTERM and Ctrl-C into a request to save and end, and set the event; the second one ends at once."""
-    store, asked = run_store(config), threading.Event()
-
-    def request(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        print(
-            f"\n{signal.Signals(number).name}: the run saves after this step and ends; again: ends at once",
-            flush=True,
-        )
-        asked.set()
-        store.put(STOP, b"")
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        store.delete(STOP)

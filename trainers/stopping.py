@@ -5,7 +5,11 @@ nothing. It works from anywhere: put an empty object `stop` into the run's folde
 """
 
 import logging
+import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from cluster.storage import Store
 from cluster.store import StorageError
@@ -39,3 +43,41 @@ class StopRequest(Background):
                     self._found.set()
             except StorageError as error:
                 logger.warning("cannot look for a request to stop, training goes on: %s", error)
+
+
+@contextmanager
+def stop_on_signal(run: Store) -> Iterator[threading.Event]:
+    """Turn SIGTERM and Ctrl-C into the object, and set the event; the second signal ends the process at once."""
+    asked, over = threading.Event(), threading.Event()
+
+    def put() -> None:
+        # Not in the handler, which holds up the main thread, and would end it where the store is away for long.
+        while not over.is_set():
+            try:
+                return run.put(STOP, b"")
+            except StorageError as error:
+                print(f"cannot ask the workers to end, trying again: {error}", flush=True)
+                over.wait(POLL_SECONDS)
+
+    putting = threading.Thread(target=put, name="stop", daemon=True)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        print(
+            f"\n{signal.Signals(number).name}: the run saves after this step and ends; again: ends at once",
+            flush=True,
+        )
+        if not asked.is_set():
+            asked.set()
+            putting.start()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        over.set()
+        if asked.is_set():
+            putting.join()
+        run.delete(STOP)
