@@ -1,4 +1,4 @@
-"""How long a worker waits in a collective for one that does not come."""
+"""What workers tell each other, and how long one waits for another that does not come."""
 
 import os
 import time
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from trainers.collectives import limit_collectives
+from trainers.collectives import Workers, limit_collectives
 
 
 def wait_for_one_that_does_not_come(rank: int, folder: str) -> None:
@@ -29,3 +29,15 @@ def wait_for_one_that_does_not_come(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_every_group_gets_the_limit(tmp_path):
     mp.spawn(wait_for_one_that_does_not_come, (str(tmp_path),), nprocs=2)
+
+
+def tell_apart(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
+    workers = Workers()
+    assert workers.sum([1.0, *workers.apart(0.5 + rank)]) == [2.0, 0.5, 1.5]
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_values_that_are_put_apart_arrive_apart_in_one_sum(tmp_path):
+    mp.spawn(tell_apart, (str(tmp_path),), nprocs=2)

@@ -43,6 +43,10 @@ class Workers:
         dist.all_reduce(tensor, group=self._group)
         return tensor.tolist()
 
+    def apart(self, value: float) -> list[float]:
+        """A place for each worker, with this worker's value in its own: their sum keeps all values apart."""
+        return [value if rank == self.rank else 0.0 for rank in range(self.world_size)]
+
     def broadcast(self, value: Any) -> Any:
         """Worker 0's value, on every worker."""
         holder = [value]

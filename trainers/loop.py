@@ -86,11 +86,13 @@ def train(parts: Parts) -> Ending:
     while not ended:
         rows = next_rows(parts, step, starting=step == first)
         sums, counts = forward_backward(parts, rows)
-        told = workers.sum([*halves(rows.digest), rows.wait_seconds, parts.stop_requested(), *sums])
-        numbers, stopped = step_numbers(parts.objective.terms, told[4:], counts), told[3] > 0
+        waits = workers.apart(rows.wait_seconds)
+        told = workers.sum([*halves(rows.digest), parts.stop_requested(), *waits, *sums])
+        stopped, waits, sums = told[2] > 0, told[3 : 3 + len(waits)], told[3 + len(waits) :]
+        numbers = step_numbers(parts.objective.terms, sums, counts)
         outcome, refusal = apply(parts, step, numbers["loss"])
         step += 1
-        parts.meter.waited(told[2] / workers.world_size)
+        parts.meter.waited(max(waits))  # all wait for the one that waits longest
         record_step(parts, step, numbers, outcome, refusal, joined(told[0], told[1]))
         selection = validate_and_save(parts, step, selection, stopped)
         ended = stopped or step == config.run.steps or selection.gives_up(config.validation)
@@ -204,7 +206,7 @@ def validate_and_save(parts: Parts, step: int, selection: Selection, stopped: bo
             before_commit=parts.metrics.flush if parts.metrics else lambda: None,
             on_commit=on_commit(parts, step, selection),
         )
-        parts.meter.stalled(seconds)
+        parts.meter.stalled(max(parts.workers.sum(parts.workers.apart(seconds))))
     parts.heartbeat.beat(step)
     return selection
 
