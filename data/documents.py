@@ -128,7 +128,9 @@ def _document(
         return _broken(line, f"half of a surrogate pair at character {invalid.start}", raw)
     if not encoded.strip():
         return _broken(line, "empty after normalisation", raw)
-    document_id = str(name) if isinstance(name, str | int) and name != "" else f"{shard.path}:{line}"
+    named = str(name) if isinstance(name, str | int) else ""
+    # Half of a surrogate pair in an id is written as \ud800: the document can be stored, and is worth more.
+    document_id = named.encode(errors="backslashreplace").decode() or f"{shard.path}:{line}"
     return Document(line, document_id, text, len(encoded), content_hash(encoded))
 
 
@@ -168,18 +170,16 @@ def _read_parquet(file: IO[bytes], shard: RawShard, config: CorpusConfig) -> Ite
         remedy = "set corpus.text_column"
         raise CorpusError(f"{at}: {_missing(config.text_column, schema.names)}; {remedy}")
     kind = schema.field(config.text_column).type
-    value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not any(is_text(value_kind) for is_text in _TEXT_TYPES):
+    if not (_is_string(kind) or _is_binary(kind)):
         raise CorpusError(f"{at}: corpus.text_column={config.text_column!r} is of type {kind}, not a string")
     columns = [name for name in (config.text_column, config.id_column) if name in schema.names]
     line = 0
     for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns, use_threads=False):
-        # As bytes: strings in Parquet need not be valid UTF-8, and one that is not must not take the batch
-        # with it.
-        texts = batch.column(config.text_column).cast(pa.string()).cast(pa.binary()).to_pylist()
-        names = [None] * len(texts)
+        texts = _as_bytes(batch.column(config.text_column))
+        names: list[Any] = [None] * len(texts)
         if config.id_column in columns:
-            names = batch.column(config.id_column).to_pylist()
+            ids = batch.column(config.id_column)
+            names = _decoded(_as_bytes(ids)) if _is_string(ids.type) else ids.to_pylist()
         for name, text in zip(names, texts, strict=True):
             line += 1
             if text is not None and len(text) > config.max_record_bytes:
@@ -188,7 +188,26 @@ def _read_parquet(file: IO[bytes], shard: RawShard, config: CorpusConfig) -> Ite
                 yield line, name, text, text or b""
 
 
-_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary)
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return _value_type(kind) in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return _value_type(kind) in (pa.binary(), pa.large_binary(), pa.binary_view())
+
+
+def _as_bytes(column: pa.Array) -> list[bytes | None]:
+    """Strings in Parquet need not be valid UTF-8, and one that is not must not take the batch with it: casts to
+    strings check each value, casts to binary none."""
+    return column.cast(pa.large_binary()).to_pylist()
+
+
+def _decoded(names: list[bytes | None]) -> list[str | None]:
+    return [None if name is None else name.decode(errors="backslashreplace") for name in names]
 
 
 def _read_text(file: IO[bytes], shard: RawShard, config: CorpusConfig) -> Iterator[_Record]:

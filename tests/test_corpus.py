@@ -143,11 +143,45 @@ def test_a_missing_field_is_named_with_the_nearest_one(tmp_path: Path) -> None:
         read(tmp_path, "a.parquet", parquet({"text": [1]}))
 
 
-def test_invalid_utf8_in_parquet_does_not_take_its_batch_with_it(tmp_path: Path) -> None:
-    column = pa.array([b"good", b"\xff", b"fine"]).view(pa.string())
-    records = read(tmp_path, "a.parquet", parquet({"text": column}))
+def column_of(kind: pa.DataType) -> pa.Array:
+    """A good text, one that is not UTF-8, null, and a good one."""
+    if pa.types.is_dictionary(kind):
+        values = column_of(kind.value_type).drop_null()  # Parquet has no dictionary with a null in it
+        return pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 2], pa.int32()), values)
+    raw = pa.array([b"good", b"\xff", None, b"fine"])
+    match str(kind):
+        case "large_string":
+            return raw.cast(pa.large_binary()).view(kind)
+        case "string":
+            return raw.view(kind)
+        case "string_view":
+            return raw.view(pa.string()).cast(kind)
+    return raw.cast(kind)
+
+
+KINDS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+STORED_KINDS = [
+    *KINDS,
+    pa.string_view(),
+    pa.binary_view(),
+    *(pa.dictionary(pa.int32(), kind) for kind in KINDS),
+]
+
+
+@pytest.mark.parametrize("kind", STORED_KINDS, ids=str)
+def test_invalid_utf8_in_parquet_does_not_take_its_batch_with_it(tmp_path: Path, kind: pa.DataType) -> None:
+    records = read(tmp_path, "a.parquet", parquet({"text": column_of(kind)}))
     assert texts(records) == ["good", "fine"]
-    assert broken(records) == [(2, "invalid UTF-8 at byte 0")]
+    assert broken(records) == [(2, "invalid UTF-8 at byte 0"), (3, "'text' is null, not a string")]
+
+
+def test_an_id_that_is_no_unicode_costs_no_document(tmp_path: Path) -> None:
+    content = parquet({"text": TEXTS, "id": column_of(pa.string())})
+    names = [record.id for record in read(tmp_path, "a.parquet", content)]
+    assert names == ["good", "\\xff", "a.parquet:3", "fine"]
+    [record] = read(tmp_path, "a.jsonl", b'{"id": "\\ud800x", "text": "good"}')
+    assert isinstance(record, Document) and record.id == "\\ud800x"
+    assert record.id.encode()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
