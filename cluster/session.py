@@ -1,11 +1,13 @@
 """A Ray session: the cluster that the driver finds itself in, or a single-node one of its own."""
 
+import bisect
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ WORKERS_PATIENCE = "540"
 
 TELL_SECONDS = 30.0
 """Between two lines of a driver that waits for nodes."""
+
+Resources = Mapping[str, float]
+"""What one node has, by Ray's names: CPU, GPU."""
 
 # Read by Ray when it is imported, in the driver; a value that the user set stays.
 RAY_ENVIRONMENT = {
@@ -97,8 +102,8 @@ class ClusterConfig:
 
 
 @contextmanager
-def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
-    """Join or start Ray for the length of a with-block; yields the cluster's resources by name.
+def ray_session(config: ClusterConfig) -> Iterator[Sequence[Resources]]:
+    """Join or start Ray for the length of a with-block; yields what each of the cluster's nodes has.
 
     Nodes of a cluster that has just started are waited for, `join_seconds` at most, until the workers fit.
 
@@ -141,46 +146,113 @@ def ray_session(config: ClusterConfig) -> Iterator[dict[str, float]]:
             ]
         ) from None
     try:
-        yield ray.cluster_resources() if config.is_local else joined_resources(config, ray.cluster_resources)
+        yield resources_now() if config.is_local else joined_resources(config, resources_now)
     finally:
         ray.shutdown()
 
 
+def resources_now() -> list[Resources]:
+    """Of each node that lives and stays. A Ray session must be up."""
+    return [node["Resources"] for node in staying_nodes()]
+
+
+def staying_nodes() -> list[dict[str, Any]]:
+    """The nodes that live, as `ray.nodes()` lists them, without those that drain."""
+    import ray
+
+    leaving = draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that were told to go. A driver that came by ray:// cannot ask, and hears of none."""
+    import ray
+    from ray.util.client import ray as client
+
+    if client.is_connected():
+        return set()
+    # The one way to ask; Ray Train and Ray Data ask so too (ray 2.60).
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 def joined_resources(
-    config: ClusterConfig, resources_now: Callable[[], dict[str, float]]
-) -> dict[str, float]:
-    """The cluster's resources once the fewest workers fit into them, or as they are after `join_seconds`."""
+    config: ClusterConfig, resources_now: Callable[[], Sequence[Resources]]
+) -> Sequence[Resources]:
+    """What each node has once the fewest workers fit on them, or as it is after `join_seconds`."""
     tells = now = time.monotonic()
     ends = now + config.join_seconds
-    while (lacking := list(shortages(config, resources := resources_now()))) and now < ends:
+    while (lacking := list(shortages(config, nodes := resources_now()))) and now < ends:
         if now >= tells:
             print(f"waiting for nodes, {ends - now:,.0f} s more: {'; '.join(lacking)}", flush=True)
             tells = now + TELL_SECONDS
         time.sleep(0.5)
         now = time.monotonic()
-    return resources
+    return nodes
 
 
-def shortages(config: ClusterConfig, resources: Mapping[str, float], read_cpus: float = 0.0) -> Iterator[str]:
-    """A line for each resource of which the cluster lacks what the fewest workers need: Ray would wait for it for ever.
+def worker_resources(config: ClusterConfig) -> dict[str, float]:
+    """What Ray reserves for a training worker."""
+    return {"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpus_per_worker else {})
+
+
+def fitting_workers(config: ClusterConfig, nodes: Iterable[Resources], read_cpus: float = 0.0) -> int:
+    """Training workers that fit on the nodes: a worker lies on one node. Beside them `read_cpus` stay free on one."""
+    wanted = worker_resources(config)
+
+    def on(node: Resources, taken: float = 0.0) -> int:
+        left = {**node, "CPU": node.get("CPU", 0.0) - taken}
+        # Ray counts in ten thousandths: 0.3 CPUs hold three workers of 0.1, though 0.3 / 0.1 is a little below 3.
+        return max(0, min(math.floor(left.get(name, 0.0) / each + 1e-4) for name, each in wanted.items()))
+
+    nodes = list(nodes)
+    fitting = sum(map(on, nodes))
+    if not read_cpus:
+        return fitting
+    lost = [on(node) - on(node, read_cpus) for node in nodes if node.get("CPU", 0.0) >= read_cpus]
+    return fitting - min(lost, default=fitting)
+
+
+def shortages(config: ClusterConfig, nodes: Sequence[Resources], read_cpus: float = 0.0) -> Iterator[str]:
+    """A line for each resource of which the nodes lack what the fewest workers need: Ray would wait for it for ever.
 
     `read_cpus` is what must stay free beside them for Ray Data's reads.
     """
     fewest, key = config.fewest_workers, "min_workers" if config.min_workers else "num_workers"
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    fitting = fitting_workers(config, nodes, read_cpus)
+    if fitting >= fewest:
+        return
+    cpus, gpus = (sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU"))
     workers = f"cluster.{key}={fewest} x cluster"
-    if (wanted := fewest * config.cpus_per_worker) + read_cpus > cpus:
-        reads = f", and {read_cpus:g} for reads of Ray Data" if read_cpus else ""
-        fitting = max(0, int((cpus - read_cpus) / fewest * 100) / 100)
+    wanted_cpus, wanted_gpus = fewest * config.cpus_per_worker, fewest * config.gpus_per_worker
+    reads = f", and {read_cpus:g} for reads of Ray Data" if read_cpus else ""
+    if wanted_cpus + read_cpus > cpus:
         yield (
-            f"{workers}.cpus_per_worker={config.cpus_per_worker:g} = {wanted:g} CPUs{reads}, but the cluster has "
-            f"{cpus:g}; at most cluster.cpus_per_worker={fitting:g} fits, or fewer workers"
+            f"{workers}.cpus_per_worker={config.cpus_per_worker:g} = {wanted_cpus:g} CPUs{reads}, but the cluster has "
+            f"{cpus:g}; {_remedy(replace(config, gpus_per_worker=0), nodes, read_cpus)}"
         )
-    if (wanted := fewest * config.gpus_per_worker) > gpus:
+    if wanted_gpus > gpus:
         yield (
-            f"{workers}.gpus_per_worker={config.gpus_per_worker:g} = {wanted:g} GPUs, but the cluster has {gpus:g}; "
-            "take fewer workers, or add nodes"
+            f"{workers}.gpus_per_worker={config.gpus_per_worker:g} = {wanted_gpus:g} GPUs, but the cluster has "
+            f"{gpus:g}; take fewer workers, or add nodes"
         )
+    elif wanted_cpus + read_cpus <= cpus:
+        gpu = " and a GPU" if config.gpus_per_worker else ""
+        yield (
+            f"{workers}.cpus_per_worker={config.cpus_per_worker:g}{gpu}{reads}: {fitting} fit, for a worker lies on "
+            f"one node, though the cluster has {cpus:g} CPUs in all; {_remedy(config, nodes, read_cpus)}"
+        )
+
+
+def _remedy(config: ClusterConfig, nodes: Sequence[Resources], read_cpus: float) -> str:
+    """The most CPUs, in hundredths, with which the fewest workers fit."""
+    hundredths = range(1, 1 + int(100 * max((node.get("CPU", 0.0) for node in nodes), default=0.0)))
+
+    def is_too_much(each: int) -> bool:
+        smaller = replace(config, cpus_per_worker=each / 100)
+        return fitting_workers(smaller, nodes, read_cpus) < config.fewest_workers
+
+    most = bisect.bisect_left(hundredths, True, key=is_too_much) / 100
+    return f"at most cluster.cpus_per_worker={most:g} fits, or fewer workers" if most else "add nodes"
 
 
 def prepare_process() -> None:

@@ -156,26 +156,28 @@ def test_a_changed_configuration_is_refused_by_the_run_that_has_another(tmp_path
 
 def test_workers_that_leave_no_cpu_for_reads_are_refused_with_what_fits():
     cluster = ClusterConfig(num_workers=2, cpus_per_worker=1.0)
-    (problem,) = shortages(cluster, {"CPU": 2.0}, read_cpus=0.25)
+    (problem,) = shortages(cluster, [{"CPU": 2.0}], read_cpus=0.25)
     assert "cluster.cpus_per_worker=0.87" in problem
     fitting = replace(cluster, cpus_per_worker=0.87)
-    assert not list(shortages(fitting, {"CPU": 2.0}, read_cpus=0.25))
+    assert not list(shortages(fitting, [{"CPU": 2.0}], read_cpus=0.25))
 
 
 def test_more_gpus_than_the_cluster_has_are_refused():
     cluster = ClusterConfig(num_workers=3, gpus_per_worker=1.0)
-    (line,) = shortages(cluster, {"CPU": 8.0, "GPU": 2.0})
+    (line,) = shortages(cluster, [{"CPU": 8.0, "GPU": 2.0}])
     assert "cluster.gpus_per_worker=1 = 3 GPUs, but the cluster has 2" in line
-    assert not list(shortages(cluster, {"CPU": 3.0, "GPU": 3.0}))
+    assert not list(shortages(cluster, [{"CPU": 3.0, "GPU": 3.0}]))
 
 
 def test_a_driver_waits_for_the_nodes_of_a_cluster_that_just_starts(monkeypatch, capsys):
-    config, nodes = ClusterConfig(num_workers=2), iter([{}, {"CPU": 1.0}, {"CPU": 4.0}])
+    config, nodes = ClusterConfig(num_workers=2), iter([[], [{"CPU": 1.0}], [{"CPU": 1.0}] * 2])
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert joined_resources(config, lambda: next(nodes)) == {"CPU": 4.0}
+    assert joined_resources(config, lambda: next(nodes)) == [{"CPU": 1.0}] * 2
     assert "cluster.num_workers=2" in capsys.readouterr().out
     given_up = replace(config, join_seconds=0.0)
-    assert joined_resources(given_up, lambda: {"CPU": 1.0}) == {"CPU": 1.0}, "the caller says what is lacking"
+    assert joined_resources(given_up, lambda: [{"CPU": 1.0}]) == [{"CPU": 1.0}], (
+        "the caller says what is lacking"
+    )
 
 
 def test_a_driver_that_waits_long_for_nodes_goes_on_saying_what_is_there_and_how_long_it_waits(
@@ -184,7 +186,7 @@ def test_a_driver_that_waits_long_for_nodes_goes_on_saying_what_is_there_and_how
     now = iter(range(0, 10_000, 20))
     monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    joined_resources(ClusterConfig(num_workers=2, join_seconds=100.0), lambda: {"CPU": 1.0})
+    joined_resources(ClusterConfig(num_workers=2, join_seconds=100.0), lambda: [{"CPU": 1.0}])
     told = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in told] == [
         f"waiting for nodes, {left} s more" for left in (100, 60, 20)

@@ -1,12 +1,17 @@
-"""What a run's own Ray session is like, in a process of its own: only one fits into a process."""
+"""What fits on a session's nodes, and what a session is like, in a process of its own: only one fits into a process."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cluster.session import PROJECT
+from cluster.session import PROJECT, ClusterConfig, fitting_workers, shortages
 
 ASK = """
 import json, time
@@ -36,3 +41,52 @@ def test_who_asks_the_dashboard_that_a_local_session_lacks_is_refused_at_once() 
     answer = json.loads(result.stdout.splitlines()[-1])
     assert "RayStateApiException" in answer["error"], "the only error that the watcher takes"
     assert answer["seconds"] < 10, "it looked for the dashboard's address"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "fitting"),
+    [
+        (ClusterConfig(num_workers=2, cpus_per_worker=8), [{"CPU": 4.0}] * 4, 0),
+        (ClusterConfig(num_workers=4, cpus_per_worker=3), [{"CPU": 4.0}] * 3, 3),
+        (
+            ClusterConfig(num_workers=8, cpus_per_worker=8, gpus_per_worker=1),
+            [{"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0}],
+            4,
+        ),
+    ],
+)
+def test_workers_that_fit_into_the_sum_of_the_nodes_and_on_no_node_are_refused_with_what_fits(
+    cluster: ClusterConfig, nodes: list[dict[str, float]], fitting: int
+) -> None:
+    (line,) = shortages(cluster, nodes)
+    assert f"{fitting} fit, for a worker lies on one node" in line
+    found = re.search(r"at most cluster\.cpus_per_worker=(\S+) fits", line)
+    assert found and not list(shortages(replace(cluster, cpus_per_worker=float(found[1])), nodes))
+
+
+def placements(workers: int, num_nodes: int):
+    """Every way to lay workers on nodes, as how many each gets."""
+    return (each for each in product(range(workers + 1), repeat=num_nodes) if sum(each) == workers)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.sampled_from([0.5, 1.0, 2.0]),
+    st.sampled_from([0.0, 1.0]),
+    st.sampled_from([0.0, 0.25]),
+)
+def test_workers_fit_where_there_is_a_way_to_lay_them_on_the_nodes_with_room_to_read_and_nowhere_else(
+    sizes: list[tuple[int, int]], workers: int, cpus: float, gpus: float, read_cpus: float
+) -> None:
+    nodes = [{"CPU": float(cpu), "GPU": float(gpu)} for cpu, gpu in sizes]
+
+    def holds(each: tuple[int, ...]) -> bool:
+        left = [node["CPU"] - n * cpus for node, n in zip(nodes, each, strict=True)]
+        enough = all(n * gpus <= node["GPU"] for node, n in zip(nodes, each, strict=True))
+        return enough and min(left) >= 0 and max(left) >= read_cpus
+
+    config = ClusterConfig(num_workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
+    fits = any(map(holds, placements(workers, len(nodes))))
+    assert (fitting_workers(config, nodes, read_cpus) >= workers) == fits
+    assert bool(list(shortages(config, nodes, read_cpus))) != fits

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not problems:
         run_folder.check_unchanged(run, config)
     too_large = (
-        list(shortages(config.cluster, resources_here(), READ_CPUS)) if config.cluster.is_local else []
+        list(shortages(config.cluster, [resources_here()], READ_CPUS)) if config.cluster.is_local else []
     )
     if "dry-run" in loaded.flags and not problems:
         console.print(plan_of(config, manifest=None), highlight=False)
