@@ -49,10 +49,13 @@ def slices_of(rank: int, world_size: int, state: State):
         yield StateSlice(name, kind, tuple(tensor.shape), start, flat[start:stop])
 
 
-def save(store: Store, step: int, world_size: int = 2, attempt: int = 1, config=CONFIG, **run) -> str:
+def save(
+    store: Store, step: int, world_size: int = 2, attempt: int = 1, config=CONFIG, resumed_step=None, **run
+) -> str:
     """One checkpoint of `state_at(step)`, by as many writers as there are workers."""
+    numbers = {"world_size": world_size, "attempt": attempt, "resumed_step": resumed_step}
     for rank in reversed(range(world_size)):
-        with CheckpointWriter(store, config, rank=rank, world_size=world_size, attempt=attempt) as writer:
+        with CheckpointWriter(store, config, rank=rank, **numbers) as writer:
             writer.save(step, slices_of(rank, world_size, state_at(step)), run)
     return folder_name(step, world_size, attempt)
 
@@ -517,6 +520,19 @@ def test_the_last_the_best_and_every_nth_are_kept_and_nothing_of_the_others(fold
     assert len({info.path.split("/")[1] for info in folder.list("checkpoints/")}) == 5
     assert checkpoint_at(folder, "best").step == 30
     assert checkpoint_at(folder, "last").step == 100
+
+
+def test_a_damaged_checkpoint_is_not_among_those_that_are_kept_for_going_on(folder: Store) -> None:
+    config = CheckpointConfig(keep_last=2)
+    for step in (300, 400, 500):
+        damaged = save(folder, step, config=config)
+    flip(folder, file_path(damaged, read_record(folder, damaged).files[0].path), 70)
+    resumed = latest_checkpoint(folder).step
+    assert resumed == 400
+    for step, kept in ((450, [400, 450, 500]), (500, [450, 500]), (550, [500, 550])):
+        save(folder, step, config=config, attempt=2, resumed_step=resumed)
+        assert kept_steps(folder) == kept
+    assert {read_record(folder, name).attempt for name in committed(folder)} == {2}
 
 
 def test_the_record_is_deleted_before_the_data(folder: Store) -> None:

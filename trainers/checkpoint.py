@@ -151,18 +151,24 @@ def best_name(store: Store) -> str | None:
         return None
 
 
-def retire(store: Store, config: CheckpointConfig, newest: str) -> list[str]:
+def retire(store: Store, config: CheckpointConfig, newest: str, resumed_step: int | None = None) -> list[str]:
     """Delete what is no longer kept; the names. Called by worker 0 alone, after it committed `newest`.
 
-    Kept: the last k by step, every n-th, and the best. The record goes first: one that is half deleted is not
-    a checkpoint. Folders without a record are leftovers if an earlier attempt made them, or this one before
-    `newest`, since each worker writes one checkpoint after the other; what a later attempt writes is never
-    touched.
+    Kept: the last k by step, every n-th, and the best. An earlier attempt's after `resumed_step`, where this attempt
+    went on, were refused as damaged then: they are not among the k, and go once the run has passed them. The record
+    goes first: one that is half deleted is not a checkpoint. Folders without a record are leftovers if an earlier
+    attempt made them, or this one before `newest`, since each worker writes one checkpoint after the other; what a
+    later attempt writes is never touched.
     """
     folders = _folders(store)
     own_step, own_attempt = _age(newest)
     names = sorted((name for name, files in folders.items() if RECORD in files), key=_age, reverse=True)
-    kept = {newest, best_name(store), *names[: config.keep_last]}
+    refused = {
+        name for name in names
+        if resumed_step is not None and _age(name)[1] < own_attempt and _age(name)[0] > resumed_step
+    }  # fmt: skip
+    kept = {newest, best_name(store), *[name for name in names if name not in refused][: config.keep_last]}
+    kept |= {name for name in refused if _age(name)[0] > own_step}
     if config.keep_every_steps:
         kept |= {name for name in names if _age(name)[0] % config.keep_every_steps == 0}
     old = [name for name in names if name not in kept and _age(name)[1] <= own_attempt]

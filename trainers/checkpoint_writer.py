@@ -109,7 +109,8 @@ class HostFile:
 
 
 class CheckpointWriter:
-    """One per worker. `attempt` is a number that no other start of the run has: `checkpoint.claim_attempt`.
+    """One per worker. `attempt` is a number that no other start of the run has: `checkpoint.claim_attempt`;
+    `resumed_step` the step of the checkpoint that it went on from, 0 without one.
 
     Host memory: the worker's state in float32, rounded up to whole files (`host_bytes` once something was
     saved). As a context manager it finishes what is being written; after an exception it no longer waits for
@@ -117,10 +118,18 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, store: Store, config: CheckpointConfig, *, rank: int, world_size: int, attempt: int
+        self,
+        store: Store,
+        config: CheckpointConfig,
+        *,
+        rank: int,
+        world_size: int,
+        attempt: int,
+        resumed_step: int | None = None,
     ) -> None:
         self._store = store
         self._config = config
+        self._resumed_step = resumed_step
         self._rank = rank
         self._world_size = world_size
         self._attempt = attempt
@@ -236,7 +245,7 @@ class CheckpointWriter:
             self._commit(name, step, run)
             on_commit(name)
             try:
-                retire(self._store, self._config, name)
+                retire(self._store, self._config, name, self._resumed_step)
             except StorageError as error:  # a bucket that lets nobody delete is no reason to stop training
                 logger.warning("%s is committed, older checkpoints stay for now: %s", name, error)
 

@@ -198,7 +198,12 @@ def assemble(
         else None,
         writer=stack.enter_context(
             CheckpointWriter(
-                run, config.checkpoint, rank=workers.rank, world_size=workers.world_size, attempt=attempt
+                run,
+                config.checkpoint,
+                rank=workers.rank,
+                world_size=workers.world_size,
+                attempt=attempt,
+                resumed_step=newest.step if newest else 0,
             )
         ),
         guard=Guard(config.guard, documents) if leads else Guard(config.guard),
