@@ -4,7 +4,6 @@ A row that cannot be read is its error's text, and the rows after it are read: i
 is no reason to answer none.
 """
 
-import csv
 import gzip
 import hashlib
 import io
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from cluster.config import ConfigError, nearest
 from cluster.storage import Store, open_store
+from trainers.delimited import csv_rows
 from trainers.task import TaskConfig
 from trainers.task_records import find_files, needed_columns
 
@@ -84,7 +84,8 @@ def rows_of(piece: Piece) -> Iterator[Row]:
             if ".parquet" in piece.path:
                 yield from _parquet(piece, file)
             elif ".csv" in piece.path:
-                yield from _csv(piece, _decompressed(piece, file))
+                rows = csv_rows(_decompressed(piece, file))
+                yield from ((f"{piece.path}:{n}", row) for n, row in enumerate(rows, 1))
             else:
                 lines = _decompressed(piece, file)
                 yield from (
@@ -125,28 +126,6 @@ def _parquet(piece: Piece, file: IO[bytes]) -> Iterator[Row]:
     for batch in pq.ParquetFile(file).iter_batches(READ_ROWS, row_groups=groups):
         for row in batch.to_pylist():
             yield f"{piece.path}:{max(0, piece.row_group)}:{next(numbers)}", row
-
-
-def _csv(piece: Piece, file: IO[bytes]) -> Iterator[Row]:
-    """All values are texts: a column of numbers is one of texts here."""
-    csv.field_size_limit(1 << 30)
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.DictReader(text, strict=True)
-    for number in itertools.count(1):
-        place = f"{piece.path}:{number}"
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield place, f"not CSV: {error}"
-            continue
-        if None in row:
-            yield place, f"more fields than the header's {len(reader.fieldnames or ())} columns"
-        elif any("\udc80" <= letter <= "\udcff" for value in row.values() for letter in value or ""):
-            yield place, "not UTF-8"
-        else:
-            yield place, row
 
 
 def column_problems(task: TaskConfig, pieces: list[Piece]) -> list[str]:

@@ -1,5 +1,6 @@
 """Labelled records as they come: files of JSONL, CSV or Parquet become checked examples, or one clear error."""
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -7,12 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from cluster.config import ConfigError, nearest
 from cluster.storage import Store, open_store
 from data.clean import normalise
+from trainers.delimited import csv_rows
 from trainers.task import TaskConfig
 
 FORMATS = (".jsonl", ".csv", ".parquet")
@@ -94,26 +95,35 @@ def _format(path: str) -> str | None:
 def read_rows(store: Store, path: str) -> list[dict[str, Any]]:
     """The records of one file as dictionaries. Raises `ConfigError` for a file that cannot be read."""
     compression = next((codec for ending, codec in COMPRESSIONS.items() if path.endswith(ending)), None)
+    with store.open(path) as file:
+        content = file.read()
     try:
-        with store.open(path) as file:
-            stream: Any = pa.CompressedInputStream(file, compression) if compression else file
-            if _format(path) == ".parquet":
-                return pq.read_table(file).to_pylist()
-            if _format(path) == ".csv":
-                return pa.csv.read_csv(
-                    stream, parse_options=pa.csv.ParseOptions(newlines_in_values=True)
-                ).to_pylist()
-            # Not splitlines, which also ends a line at characters that JSON may hold within a text.
-            lines = stream.read().decode().split("\n")
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+        if _format(path) == ".parquet":
+            return pq.read_table(pa.BufferReader(content)).to_pylist()
+        if compression:
+            content = pa.CompressedInputStream(pa.BufferReader(content), compression).read()
+        if _format(path) == ".csv":
+            return [
+                _whole(row, f"{store.uri}/{path}: record {number}")
+                for number, row in enumerate(csv_rows(io.BytesIO(content)), 1)
+            ]
+        # Not splitlines, which also ends a line at characters that JSON may hold within a text.
+        lines = content.decode().split("\n")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{store.uri}/{path} cannot be read: {error}"]) from None
     return [_parsed(line, f"{store.uri}/{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _whole(row: dict[str, str] | str, place: str) -> dict[str, Any]:
+    if isinstance(row, str):
+        raise ConfigError([f"{place} cannot be read: {row}"])
+    return row
 
 
 def _parsed(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError([f"{place} is not JSON: {error}"]) from None
     if not isinstance(row, dict):
         raise ConfigError([f"{place} holds a {type(row).__name__}, not a record with columns"])
@@ -143,6 +153,8 @@ def needed_columns(task: TaskConfig) -> dict[str, str]:
 def example_of(task: TaskConfig, row: Mapping[str, Any], place: str, labelled: bool = True) -> Example:
     """Check one record. Raises ValueError with what is wrong."""
     columns = task.columns
+    for column in (*needed_columns(task).values(), columns.id, *([columns.label] if labelled else [])):
+        _refuse_half_character(column, row.get(column))
     words: Any = []
     if columns.messages:
         row = dict(row) | _chat(task, row.get(columns.messages), labelled)
@@ -157,6 +169,15 @@ def example_of(task: TaskConfig, row: Mapping[str, Any], place: str, labelled: b
     name = row.get(columns.id)
     target = _target(task, row, words) if labelled else None
     return Example(place if name in (None, "") else str(name), text, pair, words, target)
+
+
+def _refuse_half_character(column: str, value: Any) -> None:
+    """JSON can spell half a surrogate pair; no tokenizer, and no file of UTF-8, takes one."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{column} holds {half}, half a character, which is not UTF-8; remove it") from None
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -193,20 +214,31 @@ def _target(task: TaskConfig, row: Mapping[str, Any], words: Sequence[str]) -> T
             raise ValueError(f"{column} has not one tag for each of the {len(words)} words: {value!r}")
         return value
     if task.kind == "regression":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{column}={value!r} is not a number")
-        return float(value)
+        return _number(column, value)
     if task.kind == "question_answering":
         return _span(column, value, row[task.columns.pair])
     if task.multi_label:
         if not _texts(value):
             raise ValueError(f"{column}={value!r} is not a list of labels")
         return sorted(set(value))
-    if isinstance(value, bool | int | float):  # as a CSV has them; the label is how it is written
-        return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return json.dumps(value)  # of JSON and Parquet: the label is how JSON writes it
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column}={value!r} is not a {'text' if task.kind == 'generation' else 'label'}")
     return value
+
+
+def _number(column: str, value: Any) -> float:
+    """A number, or a text that is one, as all values of a CSV are texts."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str) or "_" in str(value):
+            raise ValueError  # float() reads the underscores of Python's own numbers
+        number = float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{column}={value!r} is not a number")
+    return number
 
 
 def _span(column: str, value: Any, context: str) -> dict[str, Any]:
@@ -219,6 +251,8 @@ def _span(column: str, value: Any, context: str) -> dict[str, Any]:
         value, start = (part[0] if isinstance(part, list) and part else part for part in (value, start))
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column}={value!r} is not an answer: a text, or its text and start")
+    if start is not None and (isinstance(start, bool) or not isinstance(start, int)):
+        raise ValueError(f"{column}: start={start!r} is not a whole number of characters into the context")
     text, normalised = normalise(value), normalise(context)
     if start is None:
         at = normalised.find(text)
