@@ -22,7 +22,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from cluster.session import ClusterConfig
+from cluster.session import ClusterConfig, draining_nodes, fitting_workers, worker_resources
 from cluster.storage import Store
 from cluster.store import StorageError
 from trainers.checkpoint import latest_attempt, latest_world_size
@@ -175,26 +175,16 @@ def trainer(
     )
 
 
-def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """What Ray reserves for a training worker."""
-    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.gpus_per_worker else {})
-
-
-def fitting_workers(cluster: ClusterConfig, nodes: Iterable[Mapping[str, Any]]) -> int:
+def workers_on(cluster: ClusterConfig, nodes: Iterable[Mapping[str, Any]]) -> int:
     """Training workers that fit on the nodes (as `ray.nodes()` lists them), at most those configured."""
-    wanted = worker_resources(cluster)
-    fitting = sum(
-        min(int(node["Resources"].get(name, 0) / amount) for name, amount in wanted.items())
-        for node in nodes
-        if node["Alive"]
-    )
-    return min(fitting, cluster.num_workers)
+    living = [node["Resources"] for node in nodes if node["Alive"]]
+    return min(fitting_workers(cluster, living), cluster.num_workers)
 
 
 def lacks_nodes(cluster: ClusterConfig) -> bool:
     """Whether the fewest workers that the run cannot do without do not fit on the living nodes."""
     try:
-        return fitting_workers(cluster, ray.nodes()) < cluster.fewest_workers
+        return workers_on(cluster, ray.nodes()) < cluster.fewest_workers
     except RayError as error:
         logger.warning("cannot look at the nodes: %s", error)
         return False
@@ -234,13 +224,12 @@ class NodeWatch:
     def _ask(self) -> bool:
         """Ask the group to save and end if there is a reason; whether it was asked."""
         nodes = ray.nodes()
-        # The one way to ask; Ray Train and Ray Data ask so too (ray 2.60).
-        draining = ray._private.state.state.get_draining_nodes().keys()
+        draining = draining_nodes()
         leaving = [node for node in nodes if node["NodeID"] in draining - self._left]
         staying = [node for node in nodes if node["NodeID"] not in draining]
         if any(node["NodeID"] == self._driver_node for node in leaving):
             reason = HEAD_DRAINS
-        elif fitting_workers(self._cluster, leaving):
+        elif workers_on(self._cluster, leaving):
             reason = DRAIN
         elif self._cluster.min_workers and self._could_grow(staying):
             reason = GROW
@@ -260,7 +249,7 @@ class NodeWatch:
         holds their resources, growing did not help, and is not tried again soon."""
         if latest_attempt(self._store) == self._former:
             return False  # it has not started yet
-        before, self._fitting = self._fitting, fitting_workers(self._cluster, nodes)
+        before, self._fitting = self._fitting, workers_on(self._cluster, nodes)
         size = latest_world_size(self._store)
         if self._fitting <= size:
             self._tried = 0  # what comes from now on is new
