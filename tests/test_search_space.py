@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cluster.config import ConfigError, from_dict
 from trainers.finetune_config import FinetuneConfig
 from tune.proposals import Proposals, key_of
-from tune.search_space import parse_space, with_point
+from tune.search_space import Dimension, SearchSpace, parse_space, with_point
 from tune.sweep_config import SweepRunConfig, grid_problem
 
 BASE = from_dict(FinetuneConfig, {"run": {"task": "t.yaml"}, "backbone": {"uri": "model"}})
@@ -44,7 +44,44 @@ def test_a_grid_is_every_combination_once():
     space = parse_space(
         {key: SPACE[key] for key in ("adapt.train", "adapt.lora_rank", "adapt.dropout")}, BASE
     )
-    assert len(space.grid()) == (1 + 2) * 3  # full has no rank; a range gives three values
+    # Full has no rank; a range gives three values.
+    assert len(space.grid()) == space.num_points() == (1 + 2) * 3
+
+
+def test_a_grid_that_no_machine_could_hold_is_counted():
+    ranges = [Dimension(f"range-{n}", "uniform", (0.0, 1.0), {}) for n in range(30)]
+    space = SearchSpace((Dimension("warmup", "choice", (1, 1, 2), {}), *ranges))
+    assert space.num_points() == 2 * 3**30  # a choice that stands twice is one
+    assert grid_problem(SweepRunConfig(search="tpe", trials=4), space) is None
+    assert "of the grid's 411,782,264,189,298 points" in grid_problem(
+        SweepRunConfig(search="grid", trials=4), space
+    )
+
+
+def test_every_value_is_tried_where_its_conditions_hold():
+    space = parse_space(
+        {
+            "adapt.train": {"choice": ["full", "lora"]},
+            "adapt.lora_rank": {"choice": [4, 16], "if": {"adapt.train": "lora"}},
+            "adapt.lora_alpha": {"choice": [8.0], "if": {"adapt.lora_rank": 16}},
+        },
+        BASE,
+    )
+    assert [(dimension.key, value, *point.values()) for dimension, value, point in space.corners()] == [
+        ("adapt.train", "full", "full"),
+        ("adapt.train", "lora", "lora", 4),
+        ("adapt.lora_rank", 4, "lora", 4),
+        ("adapt.lora_rank", 16, "lora", 16, 8.0),
+        ("adapt.lora_alpha", 8.0, "lora", 16, 8.0),
+    ]
+
+
+def test_a_value_is_held_against_what_its_condition_asks_for():
+    space = {
+        "batch.min_steps": {"choice": [5, 50]},
+        "batch.max_steps": {"choice": [20], "if": {"batch.min_steps": 5}},
+    }
+    assert len(parse_space(space, BASE).dimensions) == 2  # the base's 30 steps at least are those of no trial
 
 
 @pytest.mark.parametrize("number", [10, 150])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pydoc_data.topics import topics
@@ -15,7 +16,7 @@ from cluster.storage import open_store
 from tests.small_run import SETTINGS
 from tune.pretrain_trials import PretrainTrials
 from tune.search_space import parse_space
-from tune.sweep_pretraining import PretrainSweepConfig
+from tune.sweep_pretraining import PretrainSweepConfig, range_problems
 from tune.trial_records import read_trials
 
 
@@ -95,6 +96,29 @@ def test_what_would_not_be_comparable_is_refused(tmp_path, key, described, messa
     base = from_dict(PretrainSweepConfig, sweep_of(tmp_path)).base
     with pytest.raises(ConfigError, match=message):
         parse_space({key: described}, base)
+
+
+@pytest.mark.parametrize(
+    ("order", "values", "named"),
+    [
+        (
+            {"lanes": 4},
+            [8, 64],
+            r"42 of 57 values do not fit, the first: order.lanes=4 does not divide rows per step 9; .*"
+            r"\{choice: \[8, 16, 24, 32, 40, 48, 56, 64\]\}",
+        ),
+        ({"lanes": 0}, [8, 9], None),
+        ({"lanes": 1}, [8, 64], None),
+    ],
+)
+def test_a_range_of_batches_fits_at_every_value_or_is_refused(tmp_path, order, values, named):
+    content = sweep_of(tmp_path)
+    content["base"]["order"] |= order
+    content["base"]["cluster"]["num_workers"] = 1
+    base = from_dict(PretrainSweepConfig, content).base
+    space = parse_space({"batch.rows_per_step": {"int": values}}, base)
+    found = list(range_problems(base, space))
+    assert (not found) if named is None else re.search(named, found[0])
 
 
 def test_a_sweep_over_pretraining_judges_nothing(tmp_path):

@@ -7,7 +7,6 @@ batch.rows_per_step: {int: [8, 64]}                             # both ends incl
 adapt.dropout: {uniform: [0.0, 0.3]}
 """
 
-import itertools
 import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,9 +71,9 @@ class Dimension:
         return optuna.distributions.FloatDistribution(low, high, log=self.kind == "loguniform")
 
     def grid(self) -> Sequence[Any]:
-        """All choices; of a range GRID_VALUES evenly spaced ones."""
+        """All choices, each once; of a range GRID_VALUES evenly spaced ones."""
         if self.kind == "choice":
-            return self.values
+            return list({repr(value): value for value in self.values}.values())
         low, high = self.values
         shares = [number / (GRID_VALUES - 1) for number in range(GRID_VALUES)]
         if self.kind == "loguniform":
@@ -101,12 +100,47 @@ class SearchSpace:
 
     def grid(self) -> list[Point]:
         """Every combination once."""
-        points: dict[str, Point] = {}
-        for values in itertools.product(*(dimension.grid() for dimension in self.dimensions)):
-            chosen = dict(zip((d.key for d in self.dimensions), values, strict=True))
-            point = self.point(lambda dimension, chosen=chosen: chosen[dimension.key])  # type: ignore[misc]
-            points.setdefault(repr(sorted(point.items())), point)
-        return list(points.values())
+        points: list[Point] = [{}]
+        for dimension in self.dimensions:
+            points = [longer for point in points for longer in _with_each(point, dimension)]
+        return points
+
+    def num_points(self) -> int:
+        """Of the grid, without making it: ranges multiply, so that fifteen of them are 14 million points."""
+        deciding = {key for dimension in self.dimensions for key in dimension.condition}
+        kinds: list[tuple[Point, int]] = [({}, 1)]  # what conditions ask for, and how many points have it
+        for dimension in self.dimensions:
+            if dimension.key in deciding:
+                kinds = [(longer, n) for point, n in kinds for longer in _with_each(point, dimension)]
+            else:
+                kinds = [
+                    (point, n * (len(dimension.grid()) if dimension.applies(point) else 1))
+                    for point, n in kinds
+                ]
+        return sum(n for _, n in kinds)
+
+    def corners(self) -> Iterator[tuple[Dimension, Any, Point]]:
+        """A point of the space for each choice and each end of a range. Keys that its condition does not ask for have
+        their first choice, or the upper end: at the lower one all weights may be zero."""
+        by_key = {dimension.key: dimension for dimension in self.dimensions}
+        usual = {d.key: d.values[0] if d.kind == "choice" else d.values[-1] for d in self.dimensions}
+        for dimension in self.dimensions:
+            wanted: Point = {}
+            asked = list(dimension.condition.items())
+            while asked:
+                key, value = asked.pop()
+                wanted[key] = value
+                asked += by_key[key].condition.items()
+            for value in dimension.values:
+                fixed = usual | wanted | {dimension.key: value}
+                yield dimension, value, self.point(lambda d, fixed=fixed: fixed[d.key])  # type: ignore[misc]
+
+
+def _with_each(point: Point, dimension: Dimension) -> list[Point]:
+    """The point with each value of the grid; as it is where the dimension does not apply."""
+    if not dimension.applies(point):
+        return [point]
+    return [point | {dimension.key: value} for value in dimension.grid()]
 
 
 def parse_space(space: Mapping[str, Any], base: FinetuneConfig | PretrainConfig) -> SearchSpace:
@@ -125,15 +159,15 @@ def parse_space(space: Mapping[str, Any], base: FinetuneConfig | PretrainConfig)
         if not found:
             kind = next(kind for kind in KINDS if kind in described)
             dimensions.append(Dimension(key, kind, tuple(described[kind]), described.get("if") or {}))
-    for dimension in dimensions:
-        for value in dimension.values:
-            try:
-                with_point(base, {dimension.key: value})
-            except ConfigError as error:
-                problems += [f"space.{dimension.key}: {line}" for line in error.problems]
+    parsed = SearchSpace(tuple(dimensions))
+    for _, _, point in parsed.corners():
+        try:
+            with_point(base, point)
+        except ConfigError as error:
+            problems += [f"space: {line}" for line in error.problems]
     if problems:
-        raise ConfigError(problems)
-    return SearchSpace(tuple(dimensions))
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return parsed
 
 
 def _problems(base: type, key: str, described: Any, before: Mapping[str, Dimension]) -> Iterator[str]:

@@ -61,11 +61,10 @@ class SweepConfig:
 
 def grid_problem(config: SweepRunConfig, space: SearchSpace) -> str | None:
     """Why the grid would not be searched whole, if so."""
-    points = len(space.grid())
-    if config.search != "grid" or points <= config.trials:
+    if config.search != "grid" or (points := space.num_points()) <= config.trials:
         return None
     return (
-        f"sweep.trials={config.trials} would leave out {points - config.trials} of the grid's {points} points; set "
+        f"sweep.trials={config.trials} would leave out {points - config.trials:,} of the grid's {points:,} points; set "
         f"sweep.trials={points}, narrow space, or set sweep.search=random"
     )
 

@@ -6,6 +6,7 @@ The corpus is prepared once, and every trial is trained on as many tokens of it.
 not read: `trainers/pretrain.py --config best.yaml` judges. The same command goes on where an interrupted sweep was.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,9 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
+CHOICES_NAMED = 8
+"""Of the batches that fit, in the remedy for a range of which some do not."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSweepConfig:
@@ -68,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = with_initial(replace(given, run=replace(given.run, storage=store.uri, name="trials")))
     config = replace(config, base=base)
     space = parse_space(config.space, base)
-    problems = [*problems_before_start(base)]
+    problems = [*problems_before_start(base), *range_problems(base, space)]
     if problem := grid_problem(config.sweep, space):
         problems.append(problem)
     if problems:
@@ -124,14 +128,34 @@ def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console
 def order_problems(trials: PretrainTrials, manifest: Manifest, space: SearchSpace) -> Iterator[str]:
     """What no order could be made of: unknown sources, sizes that do not fit; at each choice, and at the ends of
     each range."""
+    for dimension, value, point in space.corners():
+        config = trials.config_at(point)
+        batch = config.batch
+        try:
+            Order(manifest, config.order, seq_len=batch.seq_len, rows_per_step=batch.rows_per_step)
+        except OrderError as error:
+            yield f"space.{dimension.key}={value}: {error}"
+
+
+def range_problems(base: PretrainConfig, space: SearchSpace) -> Iterator[str]:
+    """A range of batches that lanes or workers cannot share out: between its ends, which fit, a trial would fail."""
+    workers = base.cluster.num_workers
     for dimension in space.dimensions:
-        for value in dimension.values:
-            config = trials.config_at({dimension.key: value})
-            batch = config.batch
-            try:
-                Order(manifest, config.order, seq_len=batch.seq_len, rows_per_step=batch.rows_per_step)
-            except OrderError as error:
-                yield f"space.{dimension.key}={value}: {error}"
+        if dimension.key != "batch.rows_per_step" or dimension.kind != "int":
+            continue
+        low, high = dimension.values
+        wrong = {
+            rows: problems
+            for rows in range(low, high + 1)
+            if (problems := list(base.order.batch_problems("order", rows_per_step=rows, workers=workers)))
+        }
+        if wrong:
+            fitting = [rows for rows in range(low, high + 1) if rows not in wrong]
+            some = fitting[:: max(1, math.ceil(len(fitting) / CHOICES_NAMED))]
+            yield (
+                f"space.{dimension.key}.int={[low, high]}: {len(wrong):,} of {high + 1 - low:,} values do not fit, the "
+                f"first: {next(iter(wrong.values()))[0]}; name those that do, as {{choice: {some}}}"
+            )
 
 
 def origin_of(config: PretrainSweepConfig, manifest: Manifest) -> dict[str, str]:
