@@ -43,6 +43,8 @@ READING_THREADS = 16
 # Of a range of hashes, read one by one; of more pieces the files are merged in groups of as many, or of as many
 # documents as a range has.
 FILES_PER_RANGE = 1_000
+# In an error: enough to see what they have in common.
+SHARDS_NAMED = 3
 
 
 def read_records(store: Store, kind: str, digests: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -61,10 +63,14 @@ def check_surveys(config: CorpusConfig, surveys: Sequence[Mapping[str, Any]]) ->
     """Stop before any text is tokenized if the corpus is not what the configuration expects.
 
     Raises:
-        CorpusError: with one line for each: too many broken records, patterns that name no document, empty
-            splits.
+        CorpusError: with one line for each: too many broken records, too many torn shards, patterns that name no
+            document, empty splits.
     """
-    problems = [*_broken_records(config, surveys), *_empty_names(config, surveys)]
+    problems = [
+        *_broken_records(config, surveys),
+        *_torn_shards(config, surveys),
+        *_empty_names(config, surveys),
+    ]
     if problems:
         raise CorpusError("\n".join(problems))
 
@@ -82,6 +88,21 @@ def _broken_records(config: CorpusConfig, surveys: Sequence[Mapping[str, Any]]) 
     yield (
         f"{set_aside:,} of {records:,} records are broken, more than corpus.set_aside_limit="
         f"{config.set_aside_limit}, as in {shard}: {common}. All of them: {config.prepared}/set_aside/"
+    )
+
+
+def _torn_shards(config: CorpusConfig, surveys: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A torn shard is one broken record, however much of the corpus is behind the tear: shards are counted too."""
+    # Surveys of versions before this count do not name them.
+    torn = [named for survey in surveys for named in survey.get("torn", {}).items()]
+    shards = sum(len(survey["shards"]) for survey in surveys)
+    if len(torn) <= config.set_aside_limit * shards:
+        return
+    named = "; ".join(f"{path}: {reason}" for path, reason in torn[:SHARDS_NAMED])
+    yield (
+        f"{len(torn):,} of {shards:,} raw shards are torn, more than corpus.set_aside_limit="
+        f"{config.set_aside_limit}, and what is behind a tear is lost: {named}. Put them there whole, "
+        "leave them out by corpus.include, or raise the limit"
     )
 
 

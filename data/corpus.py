@@ -53,7 +53,8 @@ class CorpusConfig:
     max_record_bytes: int = 16_777_216
     """Bytes of the longest record; longer ones are set aside, longer plain-text files cut at a line feed."""
     set_aside_limit: float = 0.01
-    """Share of broken records, in 0 to 1, above which preparing stops."""
+    """Share of broken records, in 0 to 1, above which preparing stops; and of shards that cannot be read to their
+    end."""
     fragment_tokens: int = 0
     """Tokens per fragment; 0: by the size of the raw corpus, 4,096 to 1,048,576."""
     cpus_per_piece: float = 1.0

@@ -1,6 +1,7 @@
 """Reading raw shards of any size: a stream of documents, and of records that hold none."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,8 @@ PARQUET_ROWS = 64
 KEPT_BYTES = 1_000
 # Of each source before a worker starts: a wrong column shows in all of them.
 RECORDS_TRIED = 20
+# What of a reason differs from record to record.
+_PLACE = re.compile(r"(: line \d+ column \d+ \(char \d+\)| at (byte|character) \d+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,13 @@ class Broken:
     reason: str
     raw: str
     """The record's first `KEPT_BYTES`, with bytes that are not UTF-8 written as \\xff."""
+    torn: bool = False
+    """Nothing behind it in the shard can be read."""
+
+    @property
+    def kind(self) -> str:
+        """The reason without its place in the record, by which mistakes are counted."""
+        return _PLACE.sub("", self.reason)
 
 
 # What a reader makes of a record: line, id if it has one, text of whatever type, and the raw bytes if there
@@ -90,7 +100,7 @@ def read_documents(store: Store, shard: RawShard, config: CorpusConfig) -> Itera
     except (StorageError, CorpusError):
         raise
     except (OSError, pa.ArrowException) as torn:
-        yield Broken(line + 1, f"the shard cannot be read any further: {torn}", "")
+        yield Broken(line + 1, f"the shard cannot be read any further: {torn}", "", torn=True)
 
 
 class _Watched:

@@ -37,6 +37,8 @@ from data.tokens import Encoder, FixedTokenizer, load_tokenizer
 FORMAT = 2
 # Large enough that calling the tokenizer costs nothing beside its work, small enough to stay in the cache.
 BATCH_CHARACTERS = 1_048_576
+# In a survey's record, which all are in memory together; the file of what was set aside has each.
+REASONS_COUNTED, OTHER_REASONS = 100, "other reasons"
 EMPTIED = "empty after the tokenizer's own normalisation"
 
 
@@ -86,17 +88,21 @@ def read_piece(piece: Piece, config: CorpusConfig) -> Iterator[tuple[RawShard, D
 def survey(piece: Piece, config: CorpusConfig) -> None:
     """First half: hash and deal to splits all documents, set broken records aside, put the record of that.
 
-    The record: documents, bytes by split, reasons of broken records with counts, how often each pattern of
-    `splits` named a document, and `content`, a digest of all texts in order.
+    The record: documents, bytes by split, kinds of broken records with counts, shards that cannot be read to
+    their end, how often each pattern of `splits` named a document, and `content`, a digest of all texts in order.
     """
     prepared, name = open_store(config.prepared), piece.survey_digest(config)
     contents, splits, order = bytearray(), bytearray(), hashlib.sha256()
     bytes_of, named, reasons = Counter[str](), Counter[str](), Counter[str]()
+    torn = dict[str, str]()
     with _SetAside(prepared, f"set_aside/{name}.jsonl") as set_aside:
         for shard, record in read_piece(piece, config):
             if isinstance(record, Broken):
                 set_aside.add(shard, record)
-                reasons[record.reason] += len(reasons) < 100 or record.reason in reasons
+                counted = record.kind in reasons or len(reasons) < REASONS_COUNTED
+                reasons[record.kind if counted else OTHER_REASONS] += 1
+                if record.torn:
+                    torn[shard.path] = record.reason
                 continue
             split = split_of(config.splits, shard.path, record.id, record.content)
             contents += record.content
@@ -112,6 +118,7 @@ def survey(piece: Piece, config: CorpusConfig) -> None:
         "bytes": bytes_of,
         "set_aside": set_aside.num_records,
         "reasons": reasons,
+        "torn": torn,
         "named": named,
         "content": order.hexdigest(),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cluster.local_store import LocalStore
-from data.assemble import READING_THREADS, assemble, read_records
+from data.assemble import READING_THREADS, assemble, check_surveys, read_records
 from data.corpus import CorpusConfig, RawShard
 from data.dedup import Duplicates
 from data.pieces import Piece, record_path
@@ -35,6 +35,14 @@ def test_records_come_in_order_and_few_are_read_before_they_are_taken(tmp_path):
     records = read_records(store, "tokens", digests)
     assert next(records) == {"number": 0} and store.num_read <= READING_THREADS
     assert [record["number"] for record in records] == list(range(1, NUM_PIECES))
+
+
+def test_surveys_of_versions_that_did_not_count_torn_shards_are_read():
+    counts = {"documents": 9, "set_aside": 0, "reasons": {}, "named": {}}
+    check_surveys(
+        CorpusConfig(uri="raw", prepared="prepared"),
+        [{"shards": ["a.jsonl"], "bytes": {"train": 1, "validation": 1, "test": 1}, **counts}],
+    )
 
 
 class _Record(dict):

@@ -1,12 +1,15 @@
 """Laws of a piece of work: its name follows from what changes its result, and from nothing else."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.storage import open_store
 from data.corpus import CorpusConfig, RawShard
-from data.pieces import Piece, digest_of, record_path, survey
+from data.pieces import OTHER_REASONS, REASONS_COUNTED, Piece, digest_of, record_path, survey
 from data.splits import SplitConfig
 from data.tokens import TokenizerConfig
 
@@ -69,6 +72,34 @@ def test_a_survey_done_twice_writes_the_same_bytes_and_its_record_last(tmp_path)
         newest = max(store.list(), key=lambda info: int(info.version.split("-")[0]))
         assert newest.path == record_path("survey", piece.survey_digest(config))
     assert written[0] == written[1] and len(written[0]) == 3
+
+
+def surveyed(folder: Path, lines: list[bytes]) -> dict[str, Any]:
+    """The record of a shard of these lines."""
+    raw, config = (
+        open_store(f"{folder}/raw"),
+        CorpusConfig(uri=f"{folder}/raw", prepared=f"{folder}/prepared"),
+    )
+    raw.put("a.jsonl", b"\n".join(lines))
+    piece = Piece((RawShard("corpus", "a.jsonl", 1, "v1"),))
+    survey(piece, config)
+    return json.loads(open_store(config.prepared).read(record_path("survey", piece.survey_digest(config))))
+
+
+def test_equal_mistakes_at_other_places_are_one_reason(tmp_path):
+    not_json = [b'{"text": ' + b" " * number for number in range(50)]
+    not_utf8 = [b'{"text": "' + b"x" * number + b'\xff"}' for number in range(30)]
+    assert surveyed(tmp_path, not_json + not_utf8)["reasons"] == {
+        "not JSON: Expecting value": 50,
+        "invalid UTF-8": 30,
+    }
+
+
+def test_a_record_holds_a_bounded_number_of_reasons_that_count_every_broken_record(tmp_path):
+    record = surveyed(tmp_path, [b'{"field %d": "x"}' % (number % 150) for number in range(450)])
+    assert record["set_aside"] == sum(record["reasons"].values()) == 450
+    assert len(record["reasons"]) == REASONS_COUNTED + 1
+    assert record["reasons"][OTHER_REASONS] == 3 * (150 - REASONS_COUNTED)
 
 
 SURVEY, TOKENS = "1f59bafeac1627b7", "642eb5dfb4a2132b"

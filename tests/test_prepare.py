@@ -1,5 +1,6 @@
 """Laws of preparing: the same corpus whatever the order of the work, each piece done once, nothing lost."""
 
+import gzip
 import json
 import random
 import signal
@@ -308,6 +309,30 @@ def test_more_broken_records_than_the_limit_stop_before_tokenizing(config: Corpu
         prepare(config, fan_out=work)
     assert not work.tokenized()
     assert prepare(replace(config, set_aside_limit=0.2), fan_out=one_by_one).set_aside == {"corpus": 50}
+
+
+def test_more_torn_shards_than_the_limit_stop_however_few_records_are_broken(
+    config: CorpusConfig, raw: Store
+) -> None:
+    lines = "".join(json.dumps({"text": text_of(number)}) + "\n" for number in range(1_000, 1_400))
+    whole = gzip.compress(lines.encode())
+    raw.put("e.jsonl.gz", whole[: len(whole) // 2])
+    work = _Counting()
+    with pytest.raises(CorpusError) as raised:
+        prepare(config, fan_out=work)
+    [problem] = str(raised.value).splitlines()
+    for part in (
+        "1 of 5 raw shards",
+        "corpus.set_aside_limit=0.01",
+        "e.jsonl.gz",
+        "cannot be read",
+        "include",
+    ):
+        assert part in problem
+    assert not work.tokenized()
+    assert prepare(replace(config, set_aside_limit=0.2), fan_out=one_by_one).set_aside == {"corpus": 1}
+    raw.put("e.jsonl.gz", whole)
+    assert prepare(config, fan_out=one_by_one).set_aside == {"corpus": 0}
 
 
 def test_texts_that_the_tokenizer_itself_empties_are_set_aside_or_one_error(
