@@ -79,6 +79,65 @@ def test_given_splits_lose_what_a_more_important_split_has(tmp_path):
     assert {r["text"] for r in records[125:]} == contents[2]
 
 
+def given(tmp_path, similarity=0.7, kind="classification", **splits) -> PreparedTask:
+    files = {name: put_lines(tmp_path / f"{name}.jsonl", records) for name, records in splits.items()}
+    config = TaskConfig(name="t", kind=kind, data=TaskFiles(**files), split=TaskSplit(similarity=similarity))
+    return prepare_task(config, open_store(str(tmp_path / "p")))
+
+
+def other(label: str) -> str:
+    return "bad" if label == "good" else "good"
+
+
+@pytest.mark.parametrize("similarity", [0.7, 1.0])
+@pytest.mark.parametrize(
+    ("one", "another"), [("train", "test"), ("train", "validation"), ("validation", "test")]
+)
+def test_a_text_with_another_label_in_another_given_split_is_left_out_of_both_and_listed(
+    tmp_path, similarity, one, another
+):
+    records = sentences(150)
+    splits = {"train": records[:100], "validation": records[100:125], "test": records[125:]}
+    first = splits[one][0]
+    contrary = first | {"id": "contrary", "label": other(first["label"]), "text": first["text"].upper()}
+    splits[another] = [*splits[another], contrary]
+    task = given(tmp_path, similarity, **splits)
+    left = {e.id for examples in everything(task).values() for e in examples}
+    assert not left & {first["id"], "contrary"}
+    listed = [json.loads(line) for line in task.store.read("contradictions.jsonl").decode().splitlines()]
+    assert {record["id"] for record in listed} == {first["id"], "contrary"}
+    assert task.left_out["contradiction"] == 2
+
+
+def test_a_text_with_the_same_label_in_another_given_split_contradicts_nothing(tmp_path):
+    records = sentences(150)
+    splits = {"train": records[:101], "validation": records[101:126], "test": [records[0], *records[126:]]}
+    task = given(tmp_path, 1.0, **splits)
+    assert task.left_out == {
+        "contradiction": 0, "repeated": 0, "near-duplicate across splits, in train": 1,
+    }  # fmt: skip
+    assert records[0]["id"] in {e.id for e in task.read_test()}
+
+
+def test_other_answers_to_a_question_in_another_given_split_contradict_nothing(tmp_path):
+    records = [{"id": str(n), "text": f"{n} {n * 77}?", "label": f"answer {n}"} for n in range(60)]
+    test = [*records[50:], records[0] | {"id": "also", "label": "another answer"}]
+    task = given(tmp_path, 1.0, "generation", train=records[:40], validation=records[40:50], test=test)
+    assert task.left_out["contradiction"] == 0 and "also" in {e.id for e in task.read_test()}
+
+
+def test_given_splits_that_contradict_each_other_have_another_name_than_those_that_do_not(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    records = sentences(150)
+    splits = {"train": records[:100], "validation": records[100:125], "test": records[125:]}
+    contrary = records[0] | {"id": "contrary", "label": other(records[0]["label"])}
+    tasks = [
+        given(tmp_path / "a", **splits),
+        given(tmp_path / "b", **splits | {"test": [*splits["test"], contrary]}),
+    ]
+    assert tasks[0].digest != tasks[1].digest
+
+
 def test_formats_and_compressions_give_the_same_examples(tmp_path):
     records = sentences(240)
     folder = tmp_path / "files"
@@ -148,6 +207,50 @@ def test_a_label_that_only_validation_lacks_is_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match="no record of validation has the label 'bad'"):
         prepare_task(TaskConfig(name="t", kind="classification", data=files), open_store(str(tmp_path / "p")))
+
+
+def several(number: int, kind: str) -> list[dict]:
+    """Records with lists of labels or tags, none the near-duplicate of another."""
+    records = []
+    for n in range(number):
+        words = [f"w{n}", f"x{n * 31}", f"y{n * 77}"]
+        content = {"tokens": words} if kind == "token_classification" else {"text": " ".join(words)}
+        records.append({"id": f"r{n}", **content, "label": ["B-X" if n % 2 else "O", "O", "O"]})
+    return records
+
+
+@pytest.mark.parametrize("kind", ["classification", "token_classification"])
+def test_a_label_among_several_that_validation_lacks_is_named_in_a_warning_each_time(tmp_path, kind, caplog):
+    records = several(60, kind)
+    records[3]["label"] = ["B-RARE", "O", "O"]
+    files = TaskFiles(
+        train=put_lines(tmp_path / "train.jsonl", records[:40]),
+        validation=put_lines(tmp_path / "v.jsonl", records[40:50]),
+        test=put_lines(tmp_path / "test.jsonl", records[50:]),
+    )
+    config = TaskConfig(
+        name="t", kind=kind, multi_label=kind == "classification", data=files, split=TaskSplit(similarity=1.0)
+    )
+    for _ in range(2):  # prepared, and read
+        caplog.clear()
+        task = prepare_task(config, open_store(str(tmp_path / "p")))
+        assert task.task.labels == ("B-RARE", "B-X", "O")
+        (line,) = caplog.messages
+        assert line.startswith("t: no record of validation has the labels 'B-RARE', 1 of 3, ")
+        assert line.endswith("add such records to data.validation")
+
+
+@pytest.mark.parametrize("kind", ["classification", "token_classification"])
+def test_where_validation_has_all_labels_nothing_is_warned_of(tmp_path, kind, caplog):
+    multi = {"multi_label": kind == "classification", "split": {"similarity": 1.0}}
+    prepared(tmp_path, several(100, kind), kind=kind, **multi)
+    assert not caplog.messages
+
+
+def test_several_labels_of_which_no_record_has_any_are_refused(tmp_path):
+    records = [record | {"label": []} for record in several(60, "classification")]
+    with pytest.raises(ConfigError, match="no record of train has a label .columns.label=label."):
+        prepared(tmp_path, records, multi_label=True, split={"similarity": 1.0})
 
 
 def test_a_larger_budget_holds_the_smaller_one_and_labels_take_turns(tmp_path):

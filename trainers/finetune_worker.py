@@ -38,7 +38,6 @@ from trainers.finetune_order import (
 from trainers.metrics import MetricsWriter
 from trainers.schedule import rate_factor
 from trainers.task_batches import RecordOrder
-from trainers.task_data import labels_in
 from trainers.task_evaluation import class_weights, evaluate_together
 from trainers.task_model import TaskModel, rate_scales
 
@@ -164,7 +163,7 @@ def assemble(
         train=encoded,
         order=record_order,
         micro_batches=micro_batches,
-        class_weights_C=class_weights(task, examples, labels_in) if weighted else None,
+        class_weights_C=class_weights(task, examples) if weighted else None,
         validate=validate,
         on_validation=on_validation,
         metrics=stack.enter_context(MetricsWriter(run, attempt)) if workers.leads else None,

@@ -7,18 +7,19 @@ L6), so that not even its rows are loaded before. The folder is named by all tha
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from cluster.config import ConfigError, to_dict
+from cluster.config import to_dict
 from cluster.storage import Store
 from data.clean import content_hash
 from data.near_duplicates import folded, group_near_duplicates
 from data.splits import KEEPING_ORDER, keyed_points
 from trainers.task import SPLITS, TaskConfig
+from trainers.task_labels import checked_labels, several_labels, unvalidated_labels, warn_of_unvalidated
 from trainers.task_records import Example, from_lines, read_examples, to_lines
 
 RECORD = "task.json"
@@ -55,24 +56,27 @@ def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
         ConfigError: records that are no examples, an empty split, or labels that do not fit.
     """
     given = read_given(task)
-    digest = digest_of(task, given)
+    agreeing, contradicting = without_contradictions(task, given)
+    digest = digest_of(task, given, contradicting)
     store = prepared.child(f"{task.name}-{digest}")
     if store.exists(RECORD):
         record = json.loads(store.read(RECORD))
         task = replace(task, labels=tuple(record["labels"]))
+        warn_of_unvalidated(task, record.get("unvalidated", []))
         return PreparedTask(task, store, digest, record["counts"], record["left_out"])
-    if task.split.similarity and not task.data.train:
-        splits, left_out = split_by_content(task, given["uri"])
-    else:
-        splits, left_out = keep_apart(task, given)
-    contradicting = left_out.pop("contradiction", [])
+    splits, left_out = (
+        keep_apart(task, agreeing) if task.data.train else split_by_content(task, agreeing["uri"])
+    )
     task = checked_labels(task, splits)
+    unvalidated = unvalidated_labels(task, splits)
+    warn_of_unvalidated(task, unvalidated)
     for name in SPLITS:
         store.put(f"{name}.jsonl", to_lines(splits[name]))
     store.put(CONTRADICTIONS, to_lines(contradicting))
     counts = {name: len(splits[name]) for name in SPLITS}
     reasons = {"contradiction": len(contradicting)} | {key: len(some) for key, some in left_out.items()}
     record = {"labels": task.labels, "counts": counts, "left_out": reasons, "task": to_dict(task)}
+    record["unvalidated"] = unvalidated
     store.put(RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
     return PreparedTask(task, store, digest, counts, reasons)
 
@@ -83,13 +87,19 @@ def read_given(task: TaskConfig) -> dict[str, list[Example]]:
     return {key: read_examples(task, uri) for key, uri in uris.items() if uri}
 
 
-def digest_of(task: TaskConfig, given: Mapping[str, Sequence[Example]]) -> str:
+def digest_of(
+    task: TaskConfig, given: Mapping[str, Sequence[Example]], contradicting: Sequence[Example]
+) -> str:
     """Name the split: 12 hexadecimal digits of the task, without its prompt and metric, and all records."""
     described = to_dict(task)
     kept = {key: described[key] for key in ("kind", "multi_label", "labels", "split")}
     digest = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=6)
     for key, examples in given.items():
         digest.update(key.encode() + to_lines(examples))
+    if (
+        task.data.train
+    ):  # given splits were once searched for contradictions one by one, under this name without them
+        digest.update(to_lines(contradicting))
     return digest.hexdigest()
 
 
@@ -98,35 +108,51 @@ def digest_of(task: TaskConfig, given: Mapping[str, Sequence[Example]]) -> str:
 Left = dict[str, list[Example]]
 
 
-def settled(task: TaskConfig, examples: Sequence[Example]) -> tuple[list[Example], Left]:
-    """One example of each content and target.
+def without_contradictions(
+    task: TaskConfig, given: Mapping[str, Sequence[Example]]
+) -> tuple[dict[str, list[Example]], list[Example]]:
+    """The examples whose content has one label, wherever they are given, and the others.
 
-    A content with several labels contradicts itself: all are left out. Several answers to one question, or several
-    people's numbers, may all be right: they stay, and being of one content never fall into two splits.
+    Several answers to one question, or several people's numbers, may all be right: of those none contradicts another.
     """
+    targets: dict[str, set[str]] = defaultdict(set)
+    for example in (example for examples in given.values() for example in examples if task.has_labels):
+        targets[folded(example.content)].add(_written(example.target))
+    contrary = {content for content, several in targets.items() if len(several) > 1}
+    agreeing: dict[str, list[Example]] = {name: [] for name in given}
+    contradicting: list[Example] = []
+    for name, examples in given.items():
+        for example in examples:
+            out = folded(example.content) in contrary
+            (contradicting if out else agreeing[name]).append(example)
+    return agreeing, contradicting
+
+
+def _written(target: Any) -> str:
+    return json.dumps(target, sort_keys=True)
+
+
+def without_repetitions(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """The first example of each content and target, contents together, and the others. Several answers to one question
+    stay, and being of one content never fall into two splits."""
     same: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         same[folded(example.content)].append(example)
     kept: list[Example] = []
-    left_out: Left = {"contradiction": [], "repeated": []}
+    repeated: list[Example] = []
     for group in same.values():
         first: dict[str, Example] = {}
         for example in group:
-            first.setdefault(json.dumps(example.target, sort_keys=True), example)
-        if len(first) > 1 and task.has_labels:
-            left_out["contradiction"] += group
-            continue
+            first.setdefault(_written(example.target), example)
         kept += first.values()
-        left_out["repeated"] += [
-            example for example in group if all(example is not one for one in first.values())
-        ]
-    return kept, left_out
+        repeated += [example for example in group if all(example is not one for one in first.values())]
+    return kept, repeated
 
 
 def split_by_content(task: TaskConfig, examples: Sequence[Example]) -> tuple[dict[str, list[Example]], Left]:
     """Deal groups of near-duplicates to the splits by the smallest content hash of a group: neither the order
     of the records nor other groups have a say."""
-    kept, left_out = settled(task, examples)
+    kept, repeated = without_repetitions(examples)
     groups = group_near_duplicates([example.content for example in kept], task.split.similarity)
     hashes = [content_hash(folded(example.content).encode()) for example in kept]
     leader: dict[int, bytes] = {}
@@ -138,7 +164,7 @@ def split_by_content(task: TaskConfig, examples: Sequence[Example]) -> tuple[dic
     for example, point in zip(kept, points, strict=True):
         in_test, in_either = point < task.split.test, point < task.split.test + task.split.validation
         splits["test" if in_test else "validation" if in_either else "train"].append(example)
-    return splits, left_out
+    return splits, {"repeated": repeated}
 
 
 def keep_apart(
@@ -154,8 +180,8 @@ def keep_apart(
     splits, left_out = split_by_content(replace(task, split=fractions), given["train"])
     for name in ("validation", "test"):
         if name in given:
-            splits[name], others = settled(task, given[name])
-            left_out = {reason: some + others[reason] for reason, some in left_out.items()}
+            splits[name], repeated = without_repetitions(given[name])
+            left_out["repeated"] += repeated
     owners = [(name, example) for name in KEEPING_ORDER for example in splits[name]]
     groups = group_near_duplicates([example.content for _, example in owners], task.split.similarity)
     owner_of: dict[int, str] = {}
@@ -168,57 +194,6 @@ def keep_apart(
     return apart, left_out
 
 
-# --- labels ---
-
-
-def labels_in(task: TaskConfig, examples: Sequence[Example]) -> Counter[str]:
-    """How often each label (or tag) stands in the examples."""
-    several = task.multi_label or task.kind == "token_classification"
-    return Counter(
-        label for example in examples for label in (example.target if several else [example.target])
-    )
-
-
-def checked_labels(task: TaskConfig, splits: Mapping[str, Sequence[Example]]) -> TaskConfig:
-    """The task with its labels filled in; `ConfigError` for an empty split or labels that do not fit."""
-    problems = [
-        f"the {name} split of {task.name} is empty; {_remedy(task, name)}"
-        for name in SPLITS
-        if not splits[name]
-    ]
-    if task.has_labels and not problems:
-        counts = {name: labels_in(task, splits[name]) for name in SPLITS}
-        labels = task.labels or tuple(sorted(counts["train"]))
-        task = replace(task, labels=labels)
-        problems += list(_label_problems(task, counts))
-    if problems:
-        raise ConfigError(problems)
-    return task
-
-
-def _remedy(task: TaskConfig, name: str) -> str:
-    if getattr(task.data, name):
-        return (
-            f"all records of data.{name} were left out as contradictions or near-duplicates of another split"
-        )
-    return "raise its fraction under split, or give more records"
-
-
-def _label_problems(task: TaskConfig, counts: Mapping[str, Counter[str]]) -> Iterator[str]:
-    for name in SPLITS:
-        for label in sorted(set(counts[name]) - set(task.labels)):
-            where = f"{counts[name][label]:,} records of {name} have the label {label!r}"
-            yield f"{where}, which is not among {list(task.labels)}; correct labels or the records"
-    for label in task.labels:
-        if not counts["train"][label]:
-            yield f"no record of train has the label {label!r}; remove it from labels, or add records"
-        elif not counts["validation"][label] and not task.multi_label and task.kind != "token_classification":
-            yield (
-                f"no record of validation has the label {label!r}, so nothing could choose by it; raise "
-                "split.validation, or change split.seed"
-            )
-
-
 def choose_budget(task: TaskConfig, examples: Sequence[Example], budget: int, seed: int) -> list[Example]:
     """That many examples, a keyed draw: a larger budget of the same seed holds every smaller one.
 
@@ -229,7 +204,7 @@ def choose_budget(task: TaskConfig, examples: Sequence[Example], budget: int, se
         return list(examples)
     words = [int.from_bytes(content_hash(example.content.encode())[:8], "little") for example in examples]
     order = np.argsort(keyed_points(np.array(words, np.uint64), seed + 1), kind="stable").tolist()
-    if task.has_labels and task.kind != "token_classification" and not task.multi_label:
+    if task.has_labels and not several_labels(task):
         turn: Counter[str] = Counter()
         rank = {}
         for index in order:

@@ -1,7 +1,7 @@
 """A task model's answers to records, and what they are worth; by one worker, or shared by all."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from trainers.generate import SamplingConfig, generate
 from trainers.task import TaskConfig
 from trainers.task_batches import by_length
 from trainers.task_encoding import Encoded, Encoder, collate
+from trainers.task_labels import labels_in
 from trainers.task_metrics import Answer, measure, read_scores
 from trainers.task_model import TaskModel, loss_sum, target_weight
 from trainers.task_records import Example
@@ -139,8 +140,8 @@ def evaluate_together(
     return score_of(encoder.task, examples, answers, losses, weights)
 
 
-def class_weights(task: TaskConfig, examples: Sequence[Example], count: Callable[..., Any]) -> Tensor:
+def class_weights(task: TaskConfig, examples: Sequence[Example]) -> Tensor:
     """Weight of each label, [C]: inverse to its frequency, 1 on average over the examples' labels."""
-    counts = count(task, examples)
+    counts = labels_in(task, examples)
     total = sum(counts[label] for label in task.labels)
     return torch.tensor([total / (len(task.labels) * max(1, counts[label])) for label in task.labels])

@@ -16,8 +16,9 @@ from trainers.finetune_result import FinetuneResult
 from trainers.metrics import read_metrics, validations_of
 from trainers.report import REPORT, page_environment
 from trainers.task import TaskConfig
-from trainers.task_data import PreparedTask, labels_in, target_text
+from trainers.task_data import PreparedTask, target_text
 from trainers.task_encoding import Encoder
+from trainers.task_labels import labels_in
 from trainers.task_metrics import same_text, seeds_interval, squad_scores
 
 ERRORS_SHOWN = 30

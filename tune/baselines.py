@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainers.task import TaskConfig
-from trainers.task_data import labels_in
+from trainers.task_labels import labels_in
 from trainers.task_metrics import measure
 from trainers.task_records import Example
 

@@ -1,0 +1,92 @@
+"""The labels of a task: which there are, how often each stands in a split, and what is said where a split lacks one."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from cluster.config import ConfigError
+from trainers.task import SPLITS, TaskConfig
+from trainers.task_records import Example
+
+logger = logging.getLogger(__name__)
+
+
+def labels_in(task: TaskConfig, examples: Sequence[Example]) -> Counter[str]:
+    """How often each label (or tag) stands in the examples."""
+    several = several_labels(task)
+    return Counter(
+        label for example in examples for label in (example.target if several else [example.target])
+    )
+
+
+def several_labels(task: TaskConfig) -> bool:
+    """Whether a record has a list of labels or tags."""
+    return task.multi_label or task.kind == "token_classification"
+
+
+def checked_labels(task: TaskConfig, splits: Mapping[str, Sequence[Example]]) -> TaskConfig:
+    """The task with its labels filled in; `ConfigError` for an empty split or labels that do not fit."""
+    problems = [
+        f"the {name} split of {task.name} is empty; {_remedy(task, name)}"
+        for name in SPLITS
+        if not splits[name]
+    ]
+    if task.has_labels and not problems:
+        counts = {name: labels_in(task, splits[name]) for name in SPLITS}
+        labels = task.labels or tuple(sorted(counts["train"]))
+        task = replace(task, labels=labels)
+        if not labels:
+            problems.append(f"no record of train has a label (columns.label={task.columns.label}); add some")
+        problems += list(_label_problems(task, counts))
+    if problems:
+        raise ConfigError(problems)
+    return task
+
+
+def _remedy(task: TaskConfig, name: str) -> str:
+    if getattr(task.data, name):
+        return (
+            f"all records of data.{name} were left out as contradictions or near-duplicates of another split"
+        )
+    return "raise its fraction under split, or give more records"
+
+
+def _label_problems(task: TaskConfig, counts: Mapping[str, Counter[str]]) -> Iterator[str]:
+    for name in SPLITS:
+        for label in sorted(set(counts[name]) - set(task.labels)):
+            where = f"{counts[name][label]:,} records of {name} have the label {label!r}"
+            yield f"{where}, which is not among {list(task.labels)}; correct labels or the records"
+    for label in task.labels:
+        if not counts["train"][label]:
+            yield f"no record of train has the label {label!r}; remove it from labels, or add records"
+        elif not counts["validation"][label] and not several_labels(task):
+            remedy = _validation_remedy(task)
+            yield f"no record of validation has the label {label!r}, so nothing could choose by it; {remedy}"
+
+
+def unvalidated_labels(task: TaskConfig, splits: Mapping[str, Sequence[Example]]) -> list[str]:
+    """Labels that no record of validation has. Of tasks with one label a record that is refused before; of the others
+    it is not, for a rare label or tag, never alone in its record, need not fall into each split."""
+    if not task.has_labels:
+        return []
+    counts = labels_in(task, splits["validation"])
+    return [label for label in task.labels if not counts[label]]
+
+
+def warn_of_unvalidated(task: TaskConfig, labels: Sequence[str]) -> None:
+    if labels:
+        logger.warning(
+            "%s: no record of validation has the labels %s, %d of %d, so nothing can choose by them; %s",
+            task.name,
+            ", ".join(map(repr, labels)),
+            len(labels),
+            len(task.labels),
+            _validation_remedy(task),
+        )
+
+
+def _validation_remedy(task: TaskConfig) -> str:
+    if task.data.validation:
+        return "add such records to data.validation"
+    return "raise split.validation, or change split.seed"
