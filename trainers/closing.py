@@ -17,10 +17,11 @@ from data.shards import read_fragment
 from data.tokens import read_tokenizer
 from trainers.config import PretrainConfig
 from trainers.export import load_exported
-from trainers.generate import SamplingConfig, complete
+from trainers.generate import SamplingConfig, complete, room_after
 from trainers.verdict import EXPORT
 
 FLOOR, SAMPLES = "floor.json", "samples.json"
+TOO_LONG = " … (the prompt alone fills the model's positions: shorten it in run.prompts)"
 FLOOR_ORDER = 6
 # What the floor is scored on at most: scoring takes 3 s a MB.
 FLOOR_SCORED_BYTES = 4_000_000
@@ -57,9 +58,12 @@ def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
     if config.objective.is_encoder or not fits_here(run.child(EXPORT)):
         return []
     exported = load_exported(run.child(EXPORT))
-    samples = []
+    samples: list[dict[str, Any]] = []
     for seed, prompt in enumerate(config.run.prompts):
-        room = exported.model.config.max_positions // 2
+        room = room_after(prompt, exported)
+        if room < 1:
+            samples.append({"prompt": prompt, "continuation": TOO_LONG, "settings": None})
+            continue
         settings = SamplingConfig(max_new_tokens=min(100, room), temperature=0.8, top_p=0.95, seed=seed)
         [completion] = complete(exported, [prompt], settings)
         samples.append({"prompt": prompt, "continuation": completion.text, "settings": asdict(settings)})

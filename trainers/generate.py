@@ -84,7 +84,7 @@ def complete(exported: Exported, prompts: Sequence[str], sampling: SamplingConfi
     def ends(tokens: Sequence[int]) -> bool:
         return tokens[-1] == boundary_id or cut(tokenizer.decode(tokens), sampling.stop) is not None
 
-    encoded = [[boundary_id, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
+    encoded = [encoded_prompt(prompt, exported) for prompt in prompts]
     completions = []
     for tokens in generate(exported.model, encoded, sampling, ends):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -95,6 +95,16 @@ def complete(exported: Exported, prompts: Sequence[str], sampling: SamplingConfi
             )
         )
     return completions
+
+
+def encoded_prompt(prompt: str, exported: Exported) -> list[int]:
+    """A prompt's tokens as the beginning of a document."""
+    return [exported.boundary_id, *exported.tokenizer.encode(prompt, add_special_tokens=False).ids]
+
+
+def room_after(prompt: str, exported: Exported) -> int:
+    """Positions that are left for the continuation of a prompt; negative where the prompt alone is too long."""
+    return exported.model.config.max_positions - len(encoded_prompt(prompt, exported))
 
 
 def cut(text: str, stops: Sequence[str]) -> str | None:
