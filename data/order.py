@@ -88,6 +88,12 @@ class OrderConfig:
             if bad or (weights and not any(weights.values())):
                 yield f"{name}={weights}: weights are finite, not negative, and not all zero"
 
+    def source_problems(self, at: str, sources: Sequence[str]) -> Iterator[str]:
+        """A line for each weight without a source, and each source without a weight."""
+        for name, weights in [(f"{at}.weights", self.weights), *_named_changes(at, self.schedule)]:
+            if weights:
+                yield from _misnamed(name, weights, sources)
+
     def batch_problems(self, at: str, *, rows_per_step: int, workers: int) -> Iterator[str]:
         """A line for each value that does not go with the batch and the (largest) number of workers."""
         if not 1 <= rows_per_step <= LARGEST_BATCH:
@@ -274,14 +280,9 @@ class Order:
         if not any(epochs.rows for epochs in self.epochs):
             yield f"the training split has no row of seq_len={self.seq_len:,} tokens; shorten it or add text"
             return
-        for name in weights:
-            if name not in self.source_names:
-                near = difflib.get_close_matches(name, self.source_names, n=1, cutoff=0.0)
-                yield f"{at}.{name}: the corpus has no such source; nearest: {near[0]}"
+        yield from _misnamed(at, weights, self.source_names)
         for name, epochs in zip(self.source_names, self.epochs, strict=True):
-            if name not in weights:
-                yield f"{at} has no weight for the source {name}; 0 leaves it out"
-            elif weights[name] and not epochs.lane_rows:
+            if weights.get(name) and not epochs.lane_rows:
                 remedy = "lower order.lanes or seq_len, or set its weight to 0"
                 rows = f"{epochs.rows} rows of {self.seq_len:,} tokens"
                 yield f"source {name} has {rows} for {self.lanes} lanes; {remedy}"
@@ -290,6 +291,16 @@ class Order:
 def largest_divisor(number: int, most: int) -> int:
     """Largest divisor of `number` that is not above `most`."""
     return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
+
+
+def _misnamed(at: str, weights: Mapping[str, float], sources: Sequence[str]) -> Iterator[str]:
+    for name in weights:
+        if name not in sources:
+            near = difflib.get_close_matches(name, sources, n=1, cutoff=0.0)
+            yield f"{at}.{name}: the corpus has no such source; nearest: {near[0]}"
+    for name in sources:
+        if name not in weights:
+            yield f"{at} has no weight for the source {name}; 0 leaves it out"
 
 
 def _named_changes(at: str, schedule: Sequence[WeightChange]) -> list[tuple[str, dict[str, float]]]:

@@ -40,6 +40,10 @@ class SplitConfig:
         if self.validation + self.test >= 1:
             yield f"{at}.validation + {at}.test = {self.validation + self.test} leave nothing to train on"
 
+    def is_empty(self, split: str) -> bool:
+        """Whether no document can fall into `validation`, or `test`."""
+        return not getattr(self, split) and not any(key.startswith(split) for key, _ in self.patterns())
+
     def patterns(self) -> tuple[tuple[str, str], ...]:
         """All patterns with the key that each stands under, as ("test_documents", "hamlet/*")."""
         keys = ("test_shards", "test_documents", "validation_shards", "validation_documents")

@@ -57,12 +57,21 @@ def test_three_mistakes_of_three_kinds_are_one_message_of_three_lines():
         (["--batch.seq_len", "0"], ["batch.seq_len=0"]),
         (["--run.steps", "0"], ["run.steps=0"]),
         (["--run.name", "../other"], ["run.name='../other'"]),
+        (
+            ["--order.weights.wbe", "1"],
+            ["order.weights.wbe", "order.weights has no weight for the source corpus"],
+        ),
+        (["--corpus.splits.test", "0"], ["the test split", "corpus.splits.test"]),
     ],
 )
 def test_sizes_that_do_not_fit_name_key_value_and_remedy(arguments, named):
     with pytest.raises(ConfigError) as error:
         load(*arguments)
     assert all(word in str(error.value) for word in named)
+
+
+def test_a_split_of_named_documents_alone_is_no_empty_one():
+    assert load("--corpus.splits.test", "0", "--corpus.splits.test_documents", '["hamlet/*"]')
 
 
 def arguments_of(preset: Path, raw: str = "raw", folder: str = "") -> list[str]:

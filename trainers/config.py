@@ -122,6 +122,10 @@ class PretrainConfig:
         yield from self.order.batch_problems(
             "order", rows_per_step=batch.rows_per_step, workers=self.cluster.num_workers
         )
+        yield from self.order.source_problems("order", list(self.corpus.named_sources()))
+        for split in ("validation", "test"):
+            if self.corpus.splits.is_empty(split):
+                yield f"corpus.splits leaves the {split} split empty, which every run needs: set corpus.splits.{split}"
         if not self.run.init_from:  # else the shape is still to be read from there
             yield from self.model_problems()
 
