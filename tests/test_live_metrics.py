@@ -102,6 +102,14 @@ def test_steps_after_the_one_that_a_checkpoint_holds_wait_for_the_next() -> None
             {"event": "start"},
             {"last_step_timestamp_seconds": 5.0, "last_checkpoint_timestamp_seconds": 5.0},
         ),
+        (  # started anew by a driver that asked at 2, from what was saved at 3
+            {"event": "start", "asked": 2.0, "saved": 3.0},
+            {"last_step_timestamp_seconds": 5.0, "last_checkpoint_timestamp_seconds": 3.0},
+        ),
+        (  # the first group of a driver that came long after that
+            {"event": "start", "asked": 4.0, "saved": 3.0},
+            {"last_step_timestamp_seconds": 5.0, "last_checkpoint_timestamp_seconds": 4.0},
+        ),
         ({"validation": {"loss": 3.0}}, {"validation_loss": 3.0}),
     ],
 )

@@ -37,7 +37,7 @@ GAUGES = {
     "memory_bytes": "Accelerator memory of worker 0.",
     "validation_loss": "Nats per target token on the validation split.",
     "last_step_timestamp_seconds": "Unix time of the last step.",
-    "last_checkpoint_timestamp_seconds": "Unix time of the last committed checkpoint, or of the start.",
+    "last_checkpoint_timestamp_seconds": "Unix time of the last committed checkpoint, or of the driver's start.",
 }
 DRIVER_GAUGES = {
     "finished_timestamp_seconds": "Unix time at which the run ended, done or stopped on purpose.",
@@ -77,8 +77,12 @@ def readings(record: Record) -> Iterator[tuple[str, float]]:
 
 
 def _event_readings(record: Record) -> Iterator[tuple[str, float]]:
-    if record["event"] in ("start", "checkpoint"):
+    if record["event"] == "checkpoint":
         yield "last_checkpoint_timestamp_seconds", record["time"]
+    if record["event"] == "start":
+        # Not the start's own time: a run whose every attempt ends before it has committed would never look late.
+        known = [record.get("saved"), record.get("asked")]
+        yield "last_checkpoint_timestamp_seconds", max(filter(None, known), default=record["time"])
     if record["event"] == "start":
         yield "last_step_timestamp_seconds", record["time"]
     if record["event"] == "checkpoint":

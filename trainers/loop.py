@@ -5,6 +5,7 @@ moments, the guard's memory, what validation found) stands in the checkpoint. So
 had not been interrupted.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from trainers.collectives import Workers
 from trainers.config import PretrainConfig
 from trainers.engine import Engine, StepOutcome
 from trainers.evaluation import Evaluation
-from trainers.guard import Guard, Refusal
+from trainers.guard import Guard, Refusal, guarded_step
 from trainers.heartbeat import Heartbeat
 from trainers.metrics import Meter, MetricsWriter
 from trainers.objective import Objective, micro_batches, on_device, step_numbers
@@ -64,6 +65,8 @@ class Parts:
     run: Store
     stop_requested: Callable[[], bool]
     """Whether this worker was asked to save and end."""
+    now: Callable[[], float] = time.time
+    """The run's clock."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """Of this worker, for the record: `device`, and `watts` that it is taken to draw. The driver may have another."""
 
@@ -90,7 +93,7 @@ def train(parts: Parts) -> Ending:
         told = workers.sum([*halves(rows.digest), parts.stop_requested(), *waits, *sums])
         stopped, waits, sums = told[2] > 0, told[3 : 3 + len(waits)], told[3 + len(waits) :]
         numbers = step_numbers(parts.objective.terms, sums, counts)
-        outcome, refusal = apply(parts, step, numbers["loss"])
+        outcome, refusal = guarded_step(parts.engine, parts.guard, step, numbers["loss"])
         step += 1
         parts.meter.waited(max(waits))  # all wait for the one that waits longest
         record_step(parts, step, numbers, outcome, refusal, joined(told[0], told[1]))
@@ -130,7 +133,7 @@ def restore(parts: Parts) -> tuple[int, Selection]:
             )  # cut off between the commit and this, it may be missing
     name = record.name if record else None
     world_size = parts.workers.world_size
-    times = {"asked": parts.asked, "began": parts.began}
+    times = {"asked": parts.asked, "began": parts.began, "saved": record and record.run.get("time")}
     note(parts, step, "start", world_size=world_size, checkpoint=name, **times, **parts.hardware)
     parts.heartbeat.beat(step, "compile")
     return step, selection
@@ -164,20 +167,6 @@ def forward_backward(parts: Parts, rows: "StepRows") -> tuple[list[float], list[
     return sums_K.tolist(), counts
 
 
-def apply(parts: Parts, step: int, loss: float) -> tuple[StepOutcome, Refusal | None]:
-    """Update the weights unless the guard refuses the step, on all workers alike."""
-    judged: list[Refusal | None] = []
-
-    def accept(grad_norm: float) -> bool:
-        judged.append(parts.guard.check(step, loss, grad_norm))
-        return judged[0] is None
-
-    outcome = parts.engine.step(accept)
-    if not judged:  # ZeRO does not ask where the gradient is not finite
-        accept(outcome.grad_norm)
-    return outcome, judged[0]
-
-
 def validate_and_save(parts: Parts, step: int, selection: Selection, stopped: bool) -> Selection:
     """Validate and save where either is due after `step` steps; a better validation is always saved.
 
@@ -197,7 +186,12 @@ def validate_and_save(parts: Parts, step: int, selection: Selection, stopped: bo
     ending = last or stopped or selection.gives_up(config.validation)
     if ending or better or step % config.checkpoint.every_steps == 0:
         parts.heartbeat.beat(step, "save")
-        run = {"identity": parts.identity, "guard": parts.guard.state(), "selection": selection.as_json()}
+        run = {
+            "identity": parts.identity,
+            "guard": parts.guard.state(),
+            "selection": selection.as_json(),
+            "time": parts.now(),
+        }
         seconds = parts.writer.save(
             step,
             parts.engine.local_state(),

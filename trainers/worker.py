@@ -1,7 +1,7 @@
 """One worker's life: put the parts together, train, and let the test split judge what validation chose."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from trainers.engine import Engine
 from trainers.evaluation import Evaluation, evaluate
 from trainers.export import export
 from trainers.formats import read_stored
-from trainers.guard import Guard, TrainingDiverged, name_documents
+from trainers.guard import Guard, name_documents
 from trainers.heartbeat import GIL_GRACE_SECONDS, Heartbeat
 from trainers.initial import begun_values
 from trainers.live_metrics import LiveMetrics, event_log
@@ -38,7 +38,7 @@ from trainers.objective import Objective
 from trainers.objectives import objective_of
 from trainers.schedule import rate_factor
 from trainers.shape import flops_per_token
-from trainers.stopping import FAILURE, StopRequest
+from trainers.stopping import FAILURE, StopRequest, telling_final_errors
 from trainers.verdict import EXPORT, VERDICT, claim_test_split, record_verdict
 
 
@@ -80,16 +80,6 @@ def work(arguments: dict[str, Any]) -> None:
         stream.close()
         if task.judge and not ending.stopped:
             conclude(parts, data)
-
-
-@contextmanager
-def telling_final_errors(run: Store) -> Iterator[None]:
-    """Write down an error that every further attempt would end with; the driver raises it, and starts none."""
-    try:
-        yield
-    except (TrainingDiverged, ValueError) as error:
-        run.put(FAILURE, str(error).encode())
-        raise
 
 
 @dataclass(frozen=True)
@@ -210,6 +200,7 @@ def assemble(
         heartbeat=heartbeat,
         run=run,
         stop_requested=stack.enter_context(StopRequest(run)) if leads else lambda: False,
+        now=clock.now,
         hardware={"device": name, "watts": watts},
     )
 
