@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cluster.storage import Store
 from data.manifest import Manifest
 from data.shards import read_fragment_documents
+
+if TYPE_CHECKING:  # configuration is read where no model is
+    from trainers.engine import Engine, StepOutcome
 
 NAMED_DOCUMENTS = 50  # in one message; a step of 256 rows has some hundreds
 READ_THREADS = 8
@@ -64,12 +67,14 @@ class Refusal:
     reason: str
     documents: tuple[str, ...]
     """Ids of the documents in it, as far as this worker was given a way to name them."""
+    of_what: str = "documents"
+    """What they are called."""
 
     def __str__(self) -> str:
         shown = ", ".join(self.documents[:NAMED_DOCUMENTS]) or "not resolved on this worker"
         others = len(self.documents) - NAMED_DOCUMENTS
         more = f" and {others:,} more" if others > 0 else ""
-        return f"step {self.step} refused: {self.reason}; documents: {shown}{more}"
+        return f"step {self.step} refused: {self.reason}; {self.of_what}: {shown}{more}"
 
 
 class TrainingDiverged(RuntimeError):
@@ -82,13 +87,17 @@ class Guard:
     Args:
         name_documents: ids of the documents of a step; asked on a refusal only, on the workers that were
         given one.
+        of_what: what they are called where refusals are told.
     """
 
     def __init__(
-        self, config: GuardConfig, name_documents: Callable[[int], Sequence[str]] = lambda step: ()
+        self,
+        config: GuardConfig,
+        name_documents: Callable[[int], Sequence[str]] = lambda step: (),
+        of_what: str = "documents",
     ) -> None:
         self._config = config
-        self._name_documents = name_documents
+        self._name_documents, self._of_what = name_documents, of_what
         self._losses: deque[float] = deque(maxlen=config.window_steps)
         self._norms: deque[float] = deque(maxlen=config.window_steps)
         self._skipped = 0
@@ -112,7 +121,7 @@ class Guard:
             return None
         self._skipped += 1
         self._skipped_in_a_row += 1
-        refusal = Refusal(step, reason, tuple(self._name_documents(step)))
+        refusal = Refusal(step, reason, tuple(self._name_documents(step)), self._of_what)
         logger.warning("%s", refusal)
         self._stop_if_too_many(refusal)
         return refusal
@@ -163,8 +172,28 @@ class Guard:
             if count > limit:
                 raise TrainingDiverged(
                     f"{count} steps refused, guard.{key}={limit} allows {limit}. The last: {refusal}. "
-                    "Look at these documents, lower the learning rate, or raise the limit"
+                    f"Look at these {self._of_what}, lower the learning rate, or raise the limit"
                 )
+
+
+def guarded_step(
+    engine: "Engine", guard: Guard, step: int, loss: float
+) -> "tuple[StepOutcome, Refusal | None]":
+    """Update the weights unless the guard refuses the step, on all workers alike.
+
+    Raises:
+        TrainingDiverged: one refusal too many.
+    """
+    judged: list[Refusal | None] = []
+
+    def accept(grad_norm: float) -> bool:
+        judged.append(guard.check(step, loss, grad_norm))
+        return judged[0] is None
+
+    outcome = engine.step(accept)
+    if not judged:  # ZeRO does not ask where the gradient is not finite
+        accept(outcome.grad_norm)
+    return outcome, judged[0]
 
 
 def name_documents(

@@ -19,7 +19,7 @@ try:
 
     from cluster.config import ConfigError, load_config, run_entry
     from cluster.preflight import problems_of_nodes
-    from cluster.session import ray_session, shortages
+    from cluster.session import Resources, ray_session, shortages
     from cluster.storage import open_store
     from data.manifest import Manifest, read_manifest
     from data.prepare import EXPECTED, corpus_table, prepare
@@ -42,7 +42,7 @@ try:
     from trainers.progress import Progress
     from trainers.report import write_report
     from trainers.results import read_run, results_table
-    from trainers.stopping import STOP
+    from trainers.stopping import STOP, RunFailed
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
@@ -82,9 +82,9 @@ def train(config: PretrainConfig, console: Console) -> None:
     run = run_store(config)
     run.delete(STOP)  # an earlier driver was asked
     with ray_session(config.cluster) as resources:
-        from trainers.run import RunFailed, run_workers  # here: the session sets what Ray reads when imported
+        from trainers.run import run_workers  # here: the session sets what Ray reads when imported
 
-        if problems := [*shortages(config.cluster, resources, READ_CPUS), *node_problems(config)]:
+        if problems := node_problems(config, resources):
             raise ConfigError(problems)
         manifest = pinned_or_prepared(config, console)
         if problems := [*manifest_problems(config, manifest), *objective_problems(config, manifest)]:
@@ -99,11 +99,11 @@ def train(config: PretrainConfig, console: Console) -> None:
                 raise SystemExit(f"the run cannot go on: {failed}") from None
 
 
-def node_problems(config: PretrainConfig) -> list[str]:
-    """What is wrong with the nodes of a cluster, before a worker is started on them."""
+def node_problems(config: PretrainConfig, resources: Sequence[Resources]) -> list[str]:
+    """What is wrong with the nodes of a cluster, or lacks, before a worker is started on them."""
     if config.cluster.is_local:
-        return []
-    return problems_of_nodes([run_store(config).uri, config.corpus.prepared])
+        return list(shortages(config.cluster, resources, READ_CPUS))
+    return problems_of_nodes(config.cluster, [run_store(config).uri, config.corpus.prepared], READ_CPUS)
 
 
 def pinned_or_prepared(config: PretrainConfig, console: Console) -> Manifest:

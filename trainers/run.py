@@ -30,7 +30,7 @@ from trainers.clock import RunClock
 from trainers.config import PretrainConfig, run_store
 from trainers.live_metrics import DriverLog, LiveGoodput
 from trainers.run_folder import is_finished
-from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP, stop_on_signal
+from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP, raise_final, stop_on_signal
 from trainers.worker import Task, work
 
 logger = logging.getLogger(__name__)
@@ -59,10 +59,6 @@ RENDEZVOUS_TIMEOUT_SECONDS = 300
 NODES_KNOWN_SECONDS = 15.0
 
 
-class RunFailed(RuntimeError):
-    """What ended the run would end it again: restarting was not tried."""
-
-
 def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
     """Train, judge and export on Ray's workers; returns when they are done or have saved and stopped.
 
@@ -71,7 +67,7 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
     nodes that are left or have come, so that no step is done twice for it.
 
     Raises:
-        RunFailed: an error that no restart cures.
+        trainers.stopping.RunFailed: an error that no restart cures.
         ray.train.TrainingFailedError: it failed once more than `run.max_failures`.
         SystemExit: with `EXIT_HEAD_DRAINS`, where the driver's own node goes away.
     """
@@ -117,12 +113,6 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
             if config.cluster.min_workers:
                 asked.wait(NODES_KNOWN_SECONDS)
         tell("stopped", attempt=latest_attempt(store))
-
-
-def raise_final(store: Store) -> None:
-    """RunFailed if a worker wrote down that no restart would help."""
-    if store.exists(FAILURE):
-        raise RunFailed(store.read(FAILURE).decode())
 
 
 def run_group(

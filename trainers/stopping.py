@@ -1,7 +1,7 @@
-"""How a run is asked to save and end: an object named `stop` in its folder, which worker 0 looks for.
+"""How a run ends before its last step: asked to by an object named `stop` in its folder, or by an error for good.
 
 Through storage, because a signal reaches the driver, the workers are on other nodes, and Ray Train hands them
-nothing. It works from anywhere: put an empty object `stop` into the run's folder.
+nothing. It works from anywhere: put an empty object `stop` into the run's folder, and worker 0 finds it.
 """
 
 import logging
@@ -14,6 +14,7 @@ from types import FrameType
 from cluster.storage import Store
 from cluster.store import StorageError
 from trainers.background import Background
+from trainers.guard import TrainingDiverged
 
 STOP = "stop"
 # What it holds where the driver put it for the nodes' sake: more workers fit, a node of theirs drains, or the driver's.
@@ -46,12 +47,12 @@ class StopRequest(Background):
 
 
 @contextmanager
-def stop_on_signal(run: Store) -> Iterator[threading.Event]:
-    """Turn SIGTERM and Ctrl-C into the object, and set the event; the second signal ends the process at once."""
+def stop_on_signal(*runs: Store) -> Iterator[threading.Event]:
+    """Turn SIGTERM and Ctrl-C into the object, in each run's folder, and set the event; the second signal ends the
+    process at once."""
     asked, over = threading.Event(), threading.Event()
 
-    def put() -> None:
-        # Not in the handler, which holds up the main thread, and would end it where the store is away for long.
+    def put(run: Store) -> None:
         while not over.is_set():
             try:
                 return run.put(STOP, b"")
@@ -59,17 +60,21 @@ def stop_on_signal(run: Store) -> Iterator[threading.Event]:
                 print(f"cannot ask the workers to end, trying again: {error}", flush=True)
                 over.wait(POLL_SECONDS)
 
-    putting = threading.Thread(target=put, name="stop", daemon=True)
+    def ask(name: str) -> None:
+        # Not in the handler, which holds up the main thread, would end it where the store is away for long, and may
+        # have interrupted it in what it takes to print or to put.
+        print(f"\n{name}: the run saves after this step and ends; again: ends at once", flush=True)
+        for run in runs:
+            put(run)
+
+    asking: list[threading.Thread] = []
 
     def request(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
-        print(
-            f"\n{signal.Signals(number).name}: the run saves after this step and ends; again: ends at once",
-            flush=True,
-        )
-        if not asked.is_set():
-            asked.set()
-            putting.start()
+        asked.set()
+        name = signal.Signals(number).name
+        asking.append(threading.Thread(target=ask, args=(name,), name="stop", daemon=True))
+        asking[-1].start()
 
     before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -78,6 +83,27 @@ def stop_on_signal(run: Store) -> Iterator[threading.Event]:
         for number, handler in before.items():
             signal.signal(number, handler)
         over.set()
-        if asked.is_set():
-            putting.join()
-        run.delete(STOP)
+        for thread in asking:
+            thread.join()
+        for run in runs:
+            run.delete(STOP)
+
+
+class RunFailed(RuntimeError):
+    """What ended the run would end it again: restarting was not tried."""
+
+
+def raise_final(run: Store) -> None:
+    """RunFailed if a worker wrote down that no restart would help."""
+    if run.exists(FAILURE):
+        raise RunFailed(run.read(FAILURE).decode())
+
+
+@contextmanager
+def telling_final_errors(run: Store) -> Iterator[None]:
+    """Write down an error that every further attempt would end with; the driver raises it, and starts none."""
+    try:
+        yield
+    except (TrainingDiverged, ValueError) as error:
+        run.put(FAILURE, str(error).encode())
+        raise

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from cluster.storage import Store
 from trainers.checkpoint import BEST
 from trainers.config import PretrainConfig
+from trainers.stopping import raise_final
 from trainers.watching import watched
 from tune.experiment import DRIVER, Report, Score
 from tune.search_space import Point, with_point
@@ -39,7 +40,7 @@ class PretrainTrials:
     def train(self, folder: Store, point: Point, seed: int, report: Report) -> Score:
         """Its score is the validation loss in nats per target token, turned so that more is better."""
         # Here: this module is imported by the driver before Ray's variables are set, which Ray reads when imported.
-        from trainers.run import raise_final, run_group
+        from trainers.run import run_group
         from trainers.worker import Task, work
 
         config = self.config_at(point)
