@@ -69,7 +69,8 @@ class RecordsConfig:
     truncate: bool = False
     """Cut longer records instead of refusing them. In the test split they are cut in any case, and counted."""
     class_weights: bool = False
-    """Weight each label's loss by the inverse of its frequency in train, 1 on average."""
+    """Weight each label's loss by the inverse of its frequency in train, 1 on average; where a record may have several,
+    having each one and not having it."""
 
     def problems(self, at: str) -> Iterator[str]:
         if self.rows_per_step < 1:

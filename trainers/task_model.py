@@ -129,10 +129,10 @@ class TaskModel(nn.Module):
         mask_BT: Tensor,
         types_BT: Tensor,
         targets: Tensor | None = None,
-        class_weights_C: Tensor | None = None,
+        class_weights: Tensor | None = None,
     ) -> Tensor:
         """Return the scores, float32; with `targets` the sum of the losses in nats (squares, of numbers), each
-        weighted by its class."""
+        weighted by its class: [C], or of several labels [2, C], without and with the label."""
         if self.kind == "generation":
             assert targets is not None, "generation scores through trainers.generate"
             return self.answer_losses(tokens_BT, targets)[0]
@@ -143,7 +143,7 @@ class TaskModel(nn.Module):
             scores = scores.squeeze(-1) if self.kind == "regression" else scores
         else:
             scores = self.head(hidden_BTD).float()
-        return scores if targets is None else loss_sum(self.kind, scores, targets, mask_BT, class_weights_C)
+        return scores if targets is None else loss_sum(self.kind, scores, targets, mask_BT, class_weights)
 
     def hidden(self, tokens_BT: Tensor, mask_BT: Tensor, types_BT: Tensor) -> Tensor:
         """The backbone's hidden states. Under causal attention padding on the right is not seen anyway."""
@@ -181,7 +181,7 @@ def attention_for(tokens_BT: Tensor) -> AbstractContextManager[Any]:
 
 
 def loss_sum(
-    kind: str, scores: Tensor, targets: Tensor, mask_BT: Tensor, class_weights_C: Tensor | None
+    kind: str, scores: Tensor, targets: Tensor, mask_BT: Tensor, class_weights: Tensor | None
 ) -> Tensor:
     """Weighted sum over the targets of a batch."""
     if kind == "regression":
@@ -191,14 +191,19 @@ def loss_sum(
         first, last = (F.cross_entropy(scores[:, :, i], targets[:, i], reduction="sum") for i in (0, 1))
         return (first + last) / 2
     if targets.is_floating_point():
-        losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
-        return (losses if class_weights_C is None else losses * class_weights_C).sum()
+        weights_BC = None if class_weights is None else weights_of(targets, class_weights)
+        return F.binary_cross_entropy_with_logits(scores, targets, weights_BC, reduction="sum")
     return F.cross_entropy(
-        scores.flatten(0, -2), targets.flatten(), class_weights_C, ignore_index=IGNORED, reduction="sum"
+        scores.flatten(0, -2), targets.flatten(), class_weights, ignore_index=IGNORED, reduction="sum"
     )
 
 
-def target_weight(kind: str, batch: Batch, class_weights_C: Tensor | None) -> float:
+def weights_of(targets_BC: Tensor, class_weights_2C: Tensor) -> Tensor:
+    """Weight of each decision on a label, [B, C]: of one that is right to give it, or not to."""
+    return torch.where(targets_BC > 0, class_weights_2C[1], class_weights_2C[0])
+
+
+def target_weight(kind: str, batch: Batch, class_weights: Tensor | None) -> float:
     """What the loss sum of a batch is to be divided by."""
     targets = batch.targets
     assert targets is not None
@@ -207,9 +212,9 @@ def target_weight(kind: str, batch: Batch, class_weights_C: Tensor | None) -> fl
     if kind in ("regression", "question_answering"):
         return float(len(targets))
     if targets.is_floating_point():
-        return float(targets.numel())
+        return float(targets.numel() if class_weights is None else weights_of(targets, class_weights).sum())
     counted = targets[targets != IGNORED]
-    return float(len(counted) if class_weights_C is None else class_weights_C[counted].sum())
+    return float(len(counted) if class_weights is None else class_weights[counted].sum())
 
 
 def initialize_head(head: TaskHead, seed: int) -> None:
