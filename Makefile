@@ -13,17 +13,21 @@ SETUP := $(VENV)/.installed
 LM_EVAL := $(VENV)-lm-eval
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain pretrain-mlm pretrain-zh finetune sweep labels test test-fast bench check k8s-check soak lm-eval constraints clean
+.PHONY: help setup promtool pretrain pretrain-mlm pretrain-zh finetune sweep labels test test-fast bench check k8s-check soak lm-eval constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# $(call venv,PYTHON,FOLDER): where pip does not run there, as after a kill in the middle of this; of a pip that is there
+# by half, venv takes what it finds for the whole unless the folder is cleared.
+venv = for clear in "" --clear; do $(2)/bin/pip --version > /dev/null 2>&1 || $(1) -m venv $$clear $(2); done
 
 setup: $(SETUP)  ## the virtual environment, made anew only when its inputs change
 
 $(SETUP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	  || { echo "Python 3.11 or 3.12 is needed: make PYTHON=python3.11 …" >&2; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(call venv,$(PYTHON),$(VENV))
 	@echo "installing into $(VENV) (about two minutes)"
 	@$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
@@ -117,12 +121,18 @@ soak: $(SETUP)  ## 20 minutes of a run under faults, one a minute; ARGS='--minut
 # An environment of its own, which sees the packages of $(VENV) too: lm-eval needs Hugging Face's `evaluate`, and no file
 # of this project may have the name of a package in $(VENV).
 $(LM_EVAL)/.installed: $(SETUP) requirements-lm-eval.txt
-	@test -x $(LM_EVAL)/bin/python || $(PY) -m venv $(LM_EVAL)
+	@$(call venv,$(PY),$(LM_EVAL))
 	@$(PY) -c 'import sys, sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"), \
 	  file=open(s.get_path("purelib", vars={"base": sys.argv[1]}) + "/with-project.pth", "w"))' $(LM_EVAL)
 	@echo "installing lm-eval into $(LM_EVAL)"
 	@$(LM_EVAL)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt -r requirements-lm-eval.txt
 	@touch $@
+
+promtool: $(VENV)/bin/promtool  ## what the alerts are tested with, from Debian's package; installs nothing
+
+$(VENV)/bin/promtool: $(SETUP)
+	@folder=$$(mktemp -d) && trap "rm -rf $$folder" EXIT && cd $$folder && apt-get download -qq prometheus 2>/dev/null \
+	  && dpkg -x prometheus_*.deb . && cp usr/bin/promtool $(abspath $@)
 
 lm-eval: $(LM_EVAL)/.installed  ## the sample run's model in EleutherAI's lm-eval: as accurate as evaluate.py says
 	@$(PY) data/sample_tasks.py --output corpora/tasks movies

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from trainers.live_metrics import COUNTERS, DRIVER_GAUGES, GAUGES, ZERO
 
 MONITORING = K8S / "components" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]
-PROMTOOL = os.environ.get("PROMTOOL") or shutil.which("promtool")
+# `make promtool` puts it beside this Python.
+PROMTOOL = shutil.which("promtool", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 RUN = '{run="a", pid="1"}'
 FAILED = 'kuberay_job_deployment_status{name="pretrain", namespace="pretraining", deployment_status="Failed"}'
 WAITED = 'ray_pretrain_spent_seconds{run="a", pid="2", part="waiting_for_nodes"}'
@@ -122,9 +124,7 @@ def verdict(series: dict[str, str], alert: str | None, folder: Path) -> subproce
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-needs_promtool = pytest.mark.skipif(
-    not PROMTOOL, reason="needs promtool (Debian: prometheus), on the path or named by PROMTOOL"
-)
+needs_promtool = pytest.mark.skipif(not PROMTOOL, reason="needs promtool: make promtool")
 
 
 @needs_promtool
