@@ -19,11 +19,13 @@ from trainers.few_shot import (
     evaluate_few_shot,
     full_prompt,
     log_likelihoods,
+    written,
 )
 from trainers.generate import Completion
 from trainers.task import load_task
 from trainers.task_data import prepare_task
 from trainers.task_encoding import prompt_of
+from trainers.task_metrics import measure
 
 PROMPT = {"template": "{text}\nThis is", "answers": {"good": "very fine", "bad": "bad"}, "separator": "\n\n"}
 
@@ -114,6 +116,94 @@ def test_prompts_that_do_not_fit_are_one_error(place):
     exported = load_exported(open_store(str(place / "model")))
     with pytest.raises(ConfigError, match="the model has 128 positions; ask with fewer --shots"):
         evaluate_few_shot(exported, prepared(place), FewShotConfig(shots=30))
+
+
+def test_more_shots_than_train_has_are_one_error(place):
+    task = prepared(place)
+    number = len(task.read("train"))
+    assert len(choose_shots(task, FewShotConfig(shots=number))) == number
+    with pytest.raises(
+        ConfigError, match=f"--shots {number + 1} are more than the {number} records of train"
+    ):
+        choose_shots(task, FewShotConfig(shots=number + 1))
+
+
+def generation(place, name="echo", **content):
+    """Records whose answer is the one number of their text."""
+    records = [{"id": f"g{n}", "text": f"number {n * 7}", "label": str(n * 7)} for n in range(60)]
+    data = {"uri": put_lines(place / f"{name}.jsonl", records)}
+    described = {"name": name, "kind": "generation", "data": data, "split": {"similarity": 1.0}}
+    path = put_task(place / f"{name}.yaml", **described | content)
+    return prepare_task(load_task(path), open_store(str(place / "prepared")))
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_a_written_answer_is_transformers_likeliest_text_up_to_the_separator(place, shots):
+    from transformers import LlamaForCausalLM
+
+    task = generation(place, prompt={"template": "{text} is", "separator": "\n\n"})
+    exported = load_exported(open_store(str(place / "model")))
+    theirs = LlamaForCausalLM.from_pretrained(place / "model")
+    config = FewShotConfig(shots=shots, max_rows=4)
+    examples, solved = few_shot.choose_asked(task, config), choose_shots(task, config)
+    expected = []
+    for example in examples:
+        prompt = full_prompt(task.task, solved, prompt_of(task.task, example))
+        assert prompt.endswith(f"{example.text} is") and prompt.count("\n\n") == shots
+        ids = [exported.boundary_id, *exported.tokenizer.encode(prompt, add_special_tokens=False).ids]
+        made = theirs.generate(
+            torch.tensor([ids]), do_sample=False, max_new_tokens=64, eos_token_id=exported.boundary_id,
+            pad_token_id=exported.boundary_id,
+        )  # fmt: skip
+        text = exported.tokenizer.decode(made[0, len(ids) :].tolist(), skip_special_tokens=True)
+        expected.append(text.split("\n\n")[0].strip())
+    assert written(exported, task.task, solved, examples) == expected
+    found = evaluate_few_shot(exported, task, config)
+    assert found["written"]["metrics"] == measure(task.task, examples, expected)
+    assert set(found["written"]["metrics"]) == {"chrf", "bleu", "rouge_l", "exact_match"}
+    assert (found["shots"], found["records"]) == (shots, 4)
+
+
+def test_a_written_answer_ends_where_the_separator_begins(place):
+    exported = load_exported(open_store(str(place / "model")))
+    task = generation(place)
+    examples = few_shot.choose_asked(task, FewShotConfig(max_rows=1))
+    (whole,) = written(exported, task.task, [], examples)
+    assert len(whole) > 12
+    middle = whole[5:10]
+    ended = generation(place, "ended", prompt={"separator": middle})
+    assert written(exported, ended.task, [], examples) == [whole.split(middle)[0].strip()]
+
+
+def test_a_separator_that_would_end_each_answer_at_once_is_refused(place):
+    exported = load_exported(open_store(str(place / "model")))
+    task = generation(place, "bare", prompt={"separator": ""})
+    with pytest.raises(ConfigError, match="prompt.separator='' would end each answer before it begins"):
+        evaluate_few_shot(exported, task, FewShotConfig())
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("classification", {"multi_label": True}),
+        ("regression", {}),
+        ("token_classification", {}),
+    ],
+)
+def test_a_kind_that_has_no_prompt_is_refused_by_name(place, kind, content):
+    words = {"tokens": ["a", "b"], "text": "a b"}
+    labels = {"classification": ["x"], "regression": 1.5, "token_classification": ["O", "O"]}
+    records = [
+        words | {"tokens": ["a", f"b{n}"], "text": f"a b{n}", "label": labels[kind]} for n in range(60)
+    ]
+    uri = put_lines(place / f"{kind}.jsonl", records)
+    described = {"name": kind, "kind": kind, "data": {"uri": uri}, "split": {"similarity": 1.0}} | content
+    task = prepare_task(
+        load_task(put_task(place / f"{kind}.yaml", **described)), open_store(str(place / "prepared"))
+    )
+    exported = load_exported(open_store(str(place / "model")))
+    with pytest.raises(ConfigError, match=f"kind={kind} .* cannot be asked by a prompt"):
+        evaluate_few_shot(exported, task, FewShotConfig())
 
 
 def question_answering(place, **content):

@@ -18,7 +18,7 @@ from rich.table import Table
 from cluster.storage import open_store
 from data.manifest import read_manifest
 from data.words import WordKind
-from trainers.evaluate import WORDS_HELP, score
+from trainers.evaluate import WORDS_HELP, number_problems, score
 from trainers.evaluation import Evaluation
 
 
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--words", choices=get_args(WordKind), help=WORDS_HELP)
     parser.add_argument("--rows-per-batch", type=int, default=8, metavar="N", help="default: 8")
     options = parser.parse_args(argv)
+    if problems := number_problems(options):
+        parser.error("; ".join(problems))
     if unnamed := [each for each in options.model if "=" not in each]:
         parser.error(f"--model {unnamed[0]} has no name; write NAME=URI, as before={unnamed[0]}")
     models = dict(each.split("=", 1) for each in options.model)

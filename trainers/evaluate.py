@@ -38,6 +38,8 @@ from trainers.task_data import prepare_task
 from trainers.verdict import TestSplitError
 
 SPLITS = ("train", "validation")
+LEAST = {"shots": 0, "max_rows": 0, "rows_per_batch": 1, "seq_len": 1}
+"""Numbers of the command line, each with the least that it can be."""
 WORDS_HELP = "what is hidden as a whole from an encoder (default: as in training)"
 
 
@@ -78,11 +80,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--words", choices=get_args(WordKind), help=WORDS_HELP)
     parser.add_argument("--rows-per-batch", type=int, default=8, metavar="N", help="default: 8")
     options = parser.parse_args(argv)
+    if problems := number_problems(options):
+        parser.error("; ".join(problems))
     try:
         found = ask(options) if options.task else {"split": options.split, **score(options).as_json()}
     except (TestSplitError, ValueError, FileNotFoundError) as error:
         raise SystemExit(f"{Path(__file__).name}: {error}") from error
     print(json.dumps(found, indent=2))
+
+
+def number_problems(options: argparse.Namespace) -> list[str]:
+    """What is wrong with the numbers that a command line gives; of those that it has."""
+    problems = []
+    for key, least in LEAST.items():
+        given = getattr(options, key, None)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < least:
+                problems.append(f"--{key.replace('_', '-')} {number} must be {least} or more")
+    return problems
 
 
 def ask(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -116,7 +131,8 @@ def score(options: argparse.Namespace) -> Evaluation:
 
     Raises:
         TestSplitError: for the test split.
-        ValueError: an unknown split, or a model with another tokenizer than the corpus.
+        ValueError: an unknown split, a model with another tokenizer than the corpus, or one without positions for
+            such rows.
     """
     refuse_test_split(options.split)
     if options.split not in SPLITS:
@@ -130,7 +146,12 @@ def score(options: argparse.Namespace) -> Evaluation:
     device = device_here()
     stored = read_stored(folder)
     model = grown(stored, manifest.vocab_size).to(device)
-    seq_len = options.seq_len or model.config.max_positions
+    room = model.config.max_positions
+    seq_len = options.seq_len or room
+    if seq_len > room and model.config.positions == "learned":
+        raise ValueError(
+            f"--seq-len {seq_len:,} is more than the {room:,} positions that the model has learned"
+        )
     # Of an encoder only the hidden tokens: an export does not say which kind of pairs it was trained on.
     causal = model.config.attention == "causal"
     words = options.words or stored.fields.get(PRETRAINING, {}).get("words", "word")

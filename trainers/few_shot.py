@@ -80,6 +80,8 @@ def cannot_be_asked(exported: Exported, task: TaskConfig, config: FewShotConfig)
         yield "metric=loss needs training; name another for few-shot evaluation"
     if task.kind in ("pairs", "question_answering") and "{pair" not in task.prompt.template:
         yield f"prompt.template={task.prompt.template!r} has no {{pair}}: {task.columns.pair} would not be asked about"
+    if task.kind in WRITTEN and not task.prompt.separator:
+        yield "prompt.separator='' would end each answer before it begins; write what stands between two shots"
     if config.calibrate and task.kind in WRITTEN:
         yield f"--calibrate is for labels; kind={task.kind} writes its answer"
 
@@ -96,10 +98,19 @@ def choose_asked(prepared: PreparedTask, config: FewShotConfig) -> list[Example]
 
 
 def choose_shots(prepared: PreparedTask, config: FewShotConfig) -> list[Example]:
-    """Solved records from train, labels in turn, in random order: the last one weighs most."""
+    """Solved records from train, labels in turn, in random order: the last one weighs most.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
     if not config.shots:
         return []
-    drawn = choose_budget(prepared.task, prepared.read("train"), config.shots, config.seed)
+    train = prepared.read("train")
+    if config.shots > len(train):
+        raise ConfigError(
+            [f"--shots {config.shots:,} are more than the {len(train):,} records of train; ask with fewer"]
+        )
+    drawn = choose_budget(prepared.task, train, config.shots, config.seed)
     random.Random(config.seed).shuffle(drawn)
     return drawn
 

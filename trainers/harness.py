@@ -28,6 +28,7 @@ from rich.table import Table
 from cluster.config import ConfigError
 from cluster.hardware import device_here
 from cluster.storage import open_store
+from trainers.evaluate import number_problems
 from trainers.export import Exported, load_exported
 from trainers.few_shot import (
     WRITTEN,
@@ -122,7 +123,10 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prepared", default="corpora/tasks/prepared", metavar="URI", help="folder of split tasks"
     )
     parser.add_argument("--output", default="runs/lm-eval", metavar="FOLDER", help="for what lm-eval reads")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if problems := number_problems(options):
+        parser.error("; ".join(problems))
+    return options
 
 
 def ask_of(exported: Exported, prepared: PreparedTask, config: FewShotConfig) -> Asked:
