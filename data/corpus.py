@@ -1,6 +1,7 @@
 """What the raw corpus is: its configuration, and the list of its raw shards."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -75,7 +76,7 @@ class CorpusConfig:
         if not self.prepared:
             yield f"{at}.prepared is empty; give the URI where token shards and manifests shall lie"
         for name, uri in self.named_sources().items():
-            if self.prepared and f"{self.prepared.rstrip('/')}/".startswith(f"{uri.rstrip('/')}/"):
+            if uri and self.prepared and _location(self.prepared).startswith(_location(uri)):
                 yield f"{at}.prepared={self.prepared} lies inside source {name!r} ({uri}); put it beside it"
         if not 0 <= self.set_aside_limit <= 1:
             yield f"{at}.set_aside_limit={self.set_aside_limit} is not a share; give 0 to 1, as 0.01"
@@ -87,6 +88,18 @@ class CorpusConfig:
             yield f"{at}.cpus_per_piece={self.cpus_per_piece} is not positive; give 1, or less to share CPUs"
         yield from self.splits.problems(f"{at}.splits")
         yield from self.tokenizer.problems(f"{at}.tokenizer")
+
+
+def _location(uri: str) -> str:
+    """A folder's one name, with a slash at its end: however it is spelled, a prepared corpus inside a source would be met
+    by the source's next listing."""
+    try:
+        scheme, _, place = open_store(uri).uri.partition("://")
+    except ValueError:
+        return f"{uri}/"  # whoever opens it says what is wrong with it
+    if scheme == "file":
+        place = os.path.realpath(place)
+    return f"{scheme}://{place.rstrip('/')}/"
 
 
 @dataclass(frozen=True)

@@ -345,3 +345,44 @@ def test_a_config_with_several_mistakes_names_each() -> None:
     problems = list(config.problems("corpus"))
     for part in ("corpus.uri", "y/inside", "set_aside_limit=2", "leave nothing to train on"):
         assert sum(part in problem for problem in problems) == 1, part
+
+
+@pytest.mark.parametrize(
+    ("source", "prepared"),
+    [
+        ("corpora", "corpora/prepared"),
+        ("corpora/", "./corpora/prepared"),
+        ("corpora", "HERE/corpora/prepared"),
+        ("file://HERE/corpora", "corpora"),
+        ("HERE/corpora", "other/../corpora/x/y"),
+        ("corpora", "link/prepared"),
+        (".", "prepared"),
+        ("/", "prepared"),
+        ("s3://bucket", "s3://bucket/prepared/"),
+        ("s3://bucket/raw/", "s3://bucket/raw/prepared"),
+        ("gs://bucket/raw", "gs://bucket/raw"),
+    ],
+)
+def test_a_prepared_corpus_inside_its_source_is_refused_however_it_is_spelled(
+    source: str, prepared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("corpora")
+    source, prepared = (uri.replace("HERE", str(tmp_path)) for uri in (source, prepared))
+    [problem] = CorpusConfig(uri=source, prepared=prepared).problems("corpus")
+    assert f"corpus.prepared={prepared} lies inside source 'corpus' ({source})" in problem
+
+
+@pytest.mark.parametrize(
+    ("source", "prepared"),
+    [
+        ("corpora/raw", "corpora/prepared"),
+        ("corpora/raw", "corpora/raw-prepared"),
+        ("corpora/raw", "corpora"),
+        ("s3://bucket/raw", "s3://bucket-raw/raw"),
+        ("s3://bucket/raw", "gs://bucket/raw/prepared"),
+        ("/raw", "s3://raw/prepared"),
+    ],
+)
+def test_a_prepared_corpus_beside_its_source_is_not(source: str, prepared: str) -> None:
+    assert list(CorpusConfig(uri=source, prepared=prepared).problems("corpus")) == []
