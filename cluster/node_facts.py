@@ -250,7 +250,7 @@ def _locked(facts: Sequence[NodeFacts], limits: Limits) -> Iterator[Finding]:
 
 
 def _clocks(facts: Sequence[NodeFacts], limits: Limits) -> Iterator[Finding]:
-    middle = statistics.median(fact.clock_offset for fact in facts)
+    middle = statistics.median([fact.clock_offset for fact in facts] or [0.0])
     for fact in facts:
         offset = fact.clock_offset - middle
         if abs(offset) - fact.clock_uncertainty > limits.clock_seconds:

@@ -6,39 +6,22 @@ Prints a table and what to do about each fault; exits 1 if there is one. A run l
 it starts on a cluster, without measuring the network.
 """
 
-import contextlib
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.config import load_config, run_entry
-from cluster.node_facts import (
-    PROBE_BYTES,
-    Finding,
-    Limits,
-    NodeFacts,
-    delete_tokens,
-    judge,
-    put_tokens,
-    rounds,
-    slow_nodes,
-    transports,
-)
-from cluster.session import ClusterConfig, ray_session
-from cluster.storage import open_store
-from cluster.witness import Witness
+from cluster.node_facts import PROBE_BYTES, Finding, Limits, NodeFacts, judge, rounds, slow_nodes, transports
+from cluster.nodes import Node, last_line, look_at, staying, witnesses
+from cluster.session import ClusterConfig, ray_session, shortages
 
-SESSION_FOLDER = "/tmp/ray"
-"""Where Ray keeps logs and spills, unless it was told otherwise."""
 QUICK_BYTES = 1 << 16
-CLOCK_READINGS = 5
 ENOUGH_TO_START = Limits(
     shm_bytes=256 << 20,  # a container's default is 64 MiB
     open_files=4_096,
@@ -47,8 +30,6 @@ ENOUGH_TO_START = Limits(
     storage_bytes_per_second=0.0,  # so little data says nothing of a store's speed
 )
 """What a run insists on: less than the preflight, for a small run on small nodes is none of its business."""
-NODE_SECONDS = 120.0
-"""After which a node that does not answer is reported as such."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +56,8 @@ class Network:
     all_reduce: float
     """Of its bus: 2 (N - 1) / N of the data over the time, as nccl-tests counts; 0: it did not end."""
     transports: frozenset[str]
+    """By which NCCL says that it joins them."""
+    by_nccl: bool = False
     broken: tuple[Finding, ...] = ()
     """Pairs that did not reach each other."""
 
@@ -85,106 +68,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(PreflightConfig, arguments, description=__doc__ or "").config
     with ray_session(config.cluster), witnesses() as nodes:
         facts, silent = look_at(nodes, config.storage, PROBE_BYTES)
-        network = measure_network([node for node in nodes if node.name in {f.node for f in facts}], config)
-    findings = [*silent, *judge(facts, config.limits), *judge_network(network, config)]
+        answered = {fact.node for fact in facts}
+        network, left = measure([node for node in nodes if node.name in answered], config)
+        lacking = list(shortages(config.cluster, [node.resources for node in staying(nodes)]))
+    names = {node.name for node in left}
+    facts = [fact for fact in facts if fact.node in names]
+    findings = [f"the cluster: {line}" for line in lacking]
+    findings += map(str, [*silent, *judge(facts, config.limits), *judge_network(network, config)])
     print(table(facts, network))
     print(*(f"FAULT {finding}" for finding in findings), sep="\n", end="\n" if findings else "")
     print(f"{len(findings)} faults on {len(facts)} nodes" if findings else f"{len(facts)} nodes are fit")
     raise SystemExit(bool(findings))
 
 
-def problems_of_nodes(uris: Sequence[str], limits: Limits | None = None) -> list[str]:
-    """The short form, for a run's start: a line for each fault of a node. A Ray session must be up.
+def problems_of_nodes(cluster: ClusterConfig, uris: Sequence[str], read_cpus: float = 0.0) -> list[str]:
+    """The short form, for a run's start: a line for each fault of a node, and for what the nodes that stay lack.
 
-    Every node must read and write each of `uris`, and see there what this process puts.
+    Every node must read and write each of `uris`, and see there what this process puts. A Ray session must be up.
     """
-    limits = limits or ENOUGH_TO_START
     with witnesses() as nodes:
         facts, silent = look_at(nodes, uris, QUICK_BYTES)
-    return [str(finding) for finding in [*silent, *judge(facts, limits)]]
+        lacking = list(shortages(cluster, [node.resources for node in staying(nodes)], read_cpus))
+    return [*lacking, *map(str, [*silent, *judge(facts, ENOUGH_TO_START)])]
 
 
-@dataclass(eq=False)
-class Node:
-    """A living node of the cluster, and the actor that stands on it."""
-
-    name: str
-    address: str
-    gpus: int
-    node_id: str
-    witness: Any = None
-
-    def stand(self) -> None:
-        """A new witness, instead of one that may hang in a call. It takes no CPU and no GPU: all may be in use."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        self.leave()
-        here = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
-        actor = ray.remote(num_cpus=0, num_gpus=0)(Witness)
-        self.witness = actor.options(scheduling_strategy=here).remote(self.gpus > 0)
-
-    def leave(self) -> None:
-        import ray
-
-        if self.witness is not None:
-            ray.kill(self.witness)
-
-
-@contextlib.contextmanager
-def witnesses() -> Iterator[list[Node]]:
-    """An actor on each node for the length of a with-block."""
-    import ray
-
-    nodes = []
-    for found in (each for each in ray.nodes() if each["Alive"]):
-        gpus, address = int(found["Resources"].get("GPU", 0)), found["NodeManagerAddress"]
-        nodes.append(Node(f"{address}/{found['NodeID'][:6]}", address, gpus, found["NodeID"]))
-    for node in nodes:
-        node.stand()
-    try:
-        yield sorted(nodes, key=lambda node: node.name)
-    finally:
-        for node in nodes:
-            node.leave()
-
-
-def look_at(
-    nodes: Sequence[Node], uris: Sequence[str], num_bytes: int
-) -> tuple[list[NodeFacts], list[Finding]]:
-    """The facts of every node, and a finding for each that does not answer or that this process could not ask."""
-    import ray
-
-    tokens, silent = put_tokens([open_store(uri).uri for uri in uris])
-    asked = {
-        node.witness.gather.remote(node.name, node.gpus, SESSION_FOLDER, tokens, num_bytes): node
-        for node in nodes
-    }
-    done, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
-    facts = []
-    silent += [Finding(asked[each].name, "does not answer", "look at its raylet's log") for each in late]
-    for each in done:
-        node = asked[each]
-        try:
-            offset, uncertainty = clock_offset(node)
-            facts.append(replace(ray.get(each), clock_offset=offset, clock_uncertainty=uncertainty))
-        except ray.exceptions.RayError as error:
-            silent.append(Finding(node.name, str(error).splitlines()[-1], "look at its raylet's log"))
-    delete_tokens(tokens)
-    return sorted(facts, key=lambda fact: fact.node), silent
-
-
-def clock_offset(node: Node) -> tuple[float, float]:
-    """Seconds that a node's clock is ahead of this one's, and how far that may be wrong (Cristian's algorithm)."""
-    import ray
-
-    best = (0.0, float("inf"))
-    for _ in range(CLOCK_READINGS):
-        before = time.time()
-        there = ray.get(node.witness.now.remote(), timeout=NODE_SECONDS)
-        after = time.time()
-        best = min(best, (there - (before + after) / 2, (after - before) / 2), key=lambda reading: reading[1])
-    return best
+def measure(nodes: Sequence[Node], config: PreflightConfig) -> tuple[Network | None, Sequence[Node]]:
+    """The network among the nodes that stay, and those: where one goes meanwhile, it is measured anew without it."""
+    while True:
+        network = measure_network(nodes, config)
+        left = staying(nodes, nodes if network and network.broken else (), all)
+        if len(left) == len(nodes):
+            return network, left
+        nodes = left
 
 
 def measure_network(nodes: Sequence[Node], config: PreflightConfig) -> Network | None:
@@ -206,7 +121,7 @@ def measure_network(nodes: Sequence[Node], config: PreflightConfig) -> Network |
             else:
                 pairs[a.name, b.name] = found
     if broken:
-        return Network(pairs, 0.0, frozenset(), tuple(broken))
+        return Network(pairs, 0.0, frozenset(), broken=tuple(broken))
     return measure_all(members, pairs, config)
 
 
@@ -250,14 +165,15 @@ def measure_all(
         seconds, logs = zip(*ray.get(calls, timeout=config.pair_seconds), strict=True)
     except ray.exceptions.RayError as error:
         broken = cut_off("all nodes", "end an all-reduce", error, config)
-        return Network(pairs, 0.0, frozenset(), (broken,))
+        return Network(pairs, 0.0, frozenset(), broken=(broken,))
     share = 2 * (size - 1) / size * config.bandwidth_bytes
-    return Network(pairs, share / max(seconds), frozenset(set().union(*map(transports, logs))))
+    used = frozenset(set().union(*map(transports, logs)))
+    return Network(pairs, share / max(seconds), used, by_nccl=first.gpus > 0)
 
 
 def cut_off(who: str, what: str, error: Exception, config: PreflightConfig) -> Finding:
     late = isinstance(error, TimeoutError)
-    why = f"within {config.pair_seconds:g} s" if late else str(error).strip().splitlines()[-1]
+    why = f"within {config.pair_seconds:g} s" if late else last_line(error)
     return Finding(
         who,
         f"did not {what}{' ' if late else ': '}{why}",
@@ -266,12 +182,20 @@ def cut_off(who: str, what: str, error: Exception, config: PreflightConfig) -> F
 
 
 def judge_network(network: Network | None, config: PreflightConfig) -> Iterator[Finding]:
-    """Slow nodes, and GPUs joined by plain sockets."""
+    """Slow nodes, and GPUs joined by plain sockets, or by what NCCL does not say."""
     if network is None:
         return
     yield from network.broken
     yield from slow_nodes(network.pairs, config.limits)
-    if "Socket" in network.transports and not config.allow_sockets:
+    if config.allow_sockets:
+        return
+    if network.by_nccl and not network.transports:
+        yield Finding(
+            "all nodes",
+            "NCCL's log does not say by which network it joins GPUs of several nodes: it may be plain sockets",
+            'look at it with NCCL_DEBUG=INFO, "Using network"; if it is the fabric, --allow-sockets true',
+        )
+    if "Socket" in network.transports:
         yield Finding(
             "all nodes",
             "NCCL joins GPUs of several nodes by plain sockets",

@@ -1,6 +1,6 @@
 """A process on each node that answers the preflight: its facts, its clock, and how fast it reaches the others.
 
-No Ray here: cluster/preflight.py makes an actor of it.
+No Ray here: cluster/nodes.py makes an actor of it.
 """
 
 import contextlib

@@ -12,6 +12,7 @@ PROJECT = Path(__file__).parents[1]
 ARROWS = ["cluster", "data", "trainers", "tune"]  # a package imports itself and those before it
 MAY_IMPORT = {
     "ray": {
+        "cluster.nodes",
         "cluster.preflight",
         "cluster.session",
         "data.stream",

@@ -1,5 +1,6 @@
 """What the preflight finds: by pure judgement of planted faults, and on a real cluster of two nodes."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.node_facts import Limits, NodeFacts, judge, probe_storage, rounds, slow_nodes, touch, transports
+from cluster.preflight import Network, PreflightConfig, judge_network
 from cluster.session import PROJECT
 
 GOOD = NodeFacts(
@@ -43,6 +45,10 @@ FAULTS = {
 
 def test_equal_healthy_nodes_have_no_fault() -> None:
     assert list(judge(NODES, Limits())) == []
+
+
+def test_no_node_that_answered_is_no_fault_of_any() -> None:
+    assert list(judge([], Limits())) == [], "each that did not answer has a finding already"
 
 
 @pytest.mark.parametrize("what", FAULTS)
@@ -97,6 +103,26 @@ def test_nccls_network_is_read_from_its_log() -> None:
     assert transports("nothing") == set()
 
 
+@pytest.mark.parametrize(
+    ("used", "by_nccl", "words"),
+    [
+        ({"Socket"}, True, "by plain sockets"),
+        ({"IB", "Socket"}, True, "by plain sockets"),
+        (set(), True, "does not say by which network"),
+        ({"IB"}, True, None),
+        (set(), False, None),
+    ],
+)
+def test_gpus_joined_by_sockets_or_by_who_knows_what_are_a_fault_unless_that_is_accepted(
+    used: set[str], by_nccl: bool, words: str | None
+) -> None:
+    network = Network({("a", "b"): 1e9}, 1e9, frozenset(used), by_nccl)
+    found = list(judge_network(network, PreflightConfig()))
+    assert [words in finding.what for finding in found if words] == [True] * bool(words)
+    assert bool(found) == bool(words)
+    assert not list(judge_network(network, PreflightConfig(allow_sockets=True)))
+
+
 def test_probing_a_store_leaves_nothing_behind(tmp_path: Path) -> None:
     assert min(probe_storage(str(tmp_path), 1 << 16)) > 0
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -130,12 +156,14 @@ with ray_session(ClusterConfig(address=cluster.address)):
     training = ray.remote(num_cpus=1, num_gpus=2)(Training).remote()
     assert ray.get(training.steps.remote()) == 1
     assert ray.get(training.asks.remote()) == cluster.address, "and not another Ray of this machine"
-    print(*problems_of_nodes(["/proc/self/cwd/unshared", sys.argv[1]]), sep="\\n")
+    places = ["/proc/self/cwd/unshared", sys.argv[1]]
+    print(*problems_of_nodes(ClusterConfig(address=cluster.address), places), sep="\\n")
 """
 CUT = """
 import ray, time
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from cluster.preflight import PreflightConfig, judge_network, measure_network, witnesses
+from cluster.nodes import witnesses
+from cluster.preflight import PreflightConfig, judge_network, measure_network
 from cluster.session import ClusterConfig, ray_session
 from cluster.witness import Witness
 
@@ -153,6 +181,43 @@ with ray_session(ClusterConfig(address=cluster.address)), witnesses() as nodes:
     print("NODES", *(node.name for node in nodes))
     print("MEASURED", len(network.pairs))
     print(*judge_network(network, config), sep="\\n")
+"""
+GOING = """
+import signal
+from dataclasses import replace
+import ray
+from ray._raylet import GcsClient
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from cluster import nodes
+from cluster.preflight import problems_of_nodes
+from cluster.session import ClusterConfig, draining_nodes, ray_session
+from cluster.witness import Witness
+
+class Dying(Witness):
+    def gather(self, name, *arguments):
+        if name.endswith(doomed[:6]):
+            os.kill(os.getppid(), signal.SIGKILL)  # the node's raylet
+        return super().gather(name, *arguments)
+
+class Broken(Witness):
+    def __init__(self, on_gpu):
+        raise ImportError("no torch on this node")
+
+drained, doomed = (cluster.add_node(**node).node_id for _ in range(2))
+elastic = ClusterConfig(address=cluster.address, num_workers=4, min_workers=2)
+with ray_session(elastic):
+    there = NodeAffinitySchedulingStrategy(drained, soft=False)
+    busy = ray.remote(num_cpus=1)(Witness).options(scheduling_strategy=there).remote(False)
+    ray.get(busy.now.remote())  # else the node would be gone at once
+    reason, no_end = 2, 0  # preemption, and no time at which the node is gone
+    assert GcsClient(cluster.address).drain_node(drained, reason, "told to go", no_end)[0]
+    assert draining_nodes() == {drained}
+    nodes.Witness = Dying
+    print("ELASTIC", problems_of_nodes(elastic, []))
+    nodes.Witness = Witness
+    print("FIXED", problems_of_nodes(replace(elastic, min_workers=0), []))
+    nodes.Witness = Broken
+    print("BROKEN", problems_of_nodes(elastic, []))
 """
 
 
@@ -177,6 +242,41 @@ def test_two_real_nodes_are_measured_and_a_store_that_cannot_be_written_is_a_fau
     bad = on_two_nodes(MEASURE, *relaxed, "--storage", f'["{unusable / "inside"}"]')
     assert bad.returncode == 1, bad.stdout + bad.stderr
     assert "FAULT the driver" in bad.stdout
+
+
+@pytest.mark.cluster
+def test_each_node_below_a_limit_is_a_fault_and_a_cluster_without_all_its_workers_is_not_fit(
+    tmp_path: Path,
+) -> None:
+    absurd = [f"--limits.{name}" for name in ("shm_bytes", "open_files", "disk_bytes")]
+    arguments = [word for key in absurd for word in (key, str(1 << 50))]
+    arguments += ["--limits.storage_bytes_per_second", "1e15", "--bandwidth_bytes", "0"]
+    arguments += ["--cluster.num_workers", "3", "--cluster.join_seconds", "0"]
+    found = on_two_nodes(MEASURE, *arguments, "--storage", f'["{tmp_path}"]')
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert "node " in found.stdout, found.stdout + found.stderr
+    header, *lines = found.stdout[found.stdout.index("node ") :].splitlines()
+    rows = [line.split() for line in lines if "MB/s" in line and not line.startswith("FAULT")]
+    assert len(rows) == 2 and all(len(row) == len(header.split()) + 1 for row in rows), found.stdout
+    for name, *_ in rows:
+        mine = [line for line in lines if line.startswith(f"FAULT {name}: ")]
+        words = ("of shared memory, less than", "open files allowed", "of free disk", "MB/s written")
+        assert [sum(word in line for line in mine) for word in words] == [1] * 4, found.stdout
+    (lacking,) = [line for line in lines if line.startswith("FAULT the cluster: ")]
+    assert "cluster.num_workers=3 x cluster.cpus_per_worker=1 = 3 CPUs, but the cluster has 2" in lacking
+    assert lines[-1] == "9 faults on 2 nodes"
+
+
+@pytest.mark.cluster
+def test_nodes_that_drain_or_die_are_no_faults_where_enough_stay_and_a_broken_image_is_named() -> None:
+    result = on_two_nodes(GOING)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = dict(line.split(" ", 1) for line in result.stdout.splitlines() if " " in line)
+    assert said["ELASTIC"] == "[]"
+    (lacking,) = ast.literal_eval(said["FIXED"])
+    assert "cluster.num_workers=4" in lacking and "the cluster has 2" in lacking
+    broken = ast.literal_eval(said["BROKEN"])
+    assert len(broken) == 2 and all("no torch on this node" in line for line in broken)
 
 
 @pytest.mark.cluster
