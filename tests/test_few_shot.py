@@ -137,6 +137,7 @@ def generation(place, name="echo", **content):
     return prepare_task(load_task(path), open_store(str(place / "prepared")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shots", [0, 3])
 def test_a_written_answer_is_transformers_likeliest_text_up_to_the_separator(place, shots):
     from transformers import LlamaForCausalLM

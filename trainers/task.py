@@ -35,7 +35,8 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFiles:
-    """Where the records lie: JSONL, CSV (first line: columns) or Parquet, by the ending; .gz and .zst too."""
+    """Where the records lie: JSONL, CSV (first line: columns; all values are texts) or Parquet, by the ending; .gz and
+    .zst too."""
 
     uri: str = ""
     """One file, or a folder of files, to be split by content."""
