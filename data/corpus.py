@@ -91,8 +91,8 @@ class CorpusConfig:
 
 
 def _location(uri: str) -> str:
-    """A folder's one name, with a slash at its end: however it is spelled, a prepared corpus inside a source would be met
-    by the source's next listing."""
+    """A folder's one name, with a slash at its end: a prepared corpus inside a source, however both are spelled, would
+    be met by the source's next listing."""
     try:
         scheme, _, place = open_store(uri).uri.partition("://")
     except ValueError:

@@ -53,15 +53,9 @@ class NGram:
         blocks = [self._score(block) for block in _packed(documents, self.order)]
         return np.concatenate(blocks) if blocks else np.empty(0)
 
-    def bits_per_byte(self, documents: Iterable[bytes]) -> float:
-        """Mean of -log2 P(byte | bytes before it in its document). ValueError if there is not one byte."""
-        bits, num_bytes = 0.0, 0
-        for block in _packed(documents, self.order):
-            bits -= float(np.log2(self._score(block)).sum())
-            num_bytes += len(block)
-        if not num_bytes:
-            raise ValueError("no text to score: every document is empty")
-        return bits / num_bytes
+    def bits(self, documents: Iterable[bytes]) -> float:
+        """Sum of -log2 P(byte | bytes before it in its document)."""
+        return sum(-float(np.log2(self._score(block)).sum()) for block in _packed(documents, self.order))
 
     def _score(self, packed: np.ndarray) -> np.ndarray:
         probability = np.full(len(packed), 1 / 256)

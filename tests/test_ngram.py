@@ -33,7 +33,8 @@ def test_witten_bell_bigram_equals_the_computation_by_hand():
     # Order 2: after the start only a (1 distinct in 1); after a: b and c (2 in 2); after b only a (1 in 1).
     expected = [1 / 2 + 1 / 2 * a_alone, 1 / 4 + 2 / 4 * b_alone, 1 / 2 + 1 / 2 * a_alone]
     assert model.probabilities([b"aba"]) == pytest.approx(expected, abs=1e-15)
-    assert model.bits_per_byte([b"aba"]) == pytest.approx(-sum(map(math.log2, expected)) / 3, abs=1e-12)
+    assert model.bits([b"aba"]) == pytest.approx(-sum(map(math.log2, expected)), abs=1e-12)
+    assert model.bits([b"aba", b"", b"aba"]) == pytest.approx(2 * model.bits([b"aba"]), abs=1e-12)
 
 
 def test_kneser_ney_bigram_equals_the_computation_by_hand():
@@ -103,8 +104,6 @@ def test_an_order_that_does_not_fit_64_bits_is_named(order):
         fit([b"text"], order=order)
 
 
-def test_nothing_to_fit_or_to_score_is_an_error():
+def test_nothing_to_fit_is_an_error():
     with pytest.raises(ValueError, match="no text"):
         fit([b"", b""])
-    with pytest.raises(ValueError, match="no text"):
-        fit([b"text"]).bits_per_byte([b""])

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from cluster.storage import Store, open_store
 from data.manifest import Manifest
-from data.ngram import fit
+from data.ngram import NGram, fit
 from data.permutation import permute
 from data.shards import read_fragment
 from data.tokens import read_tokenizer
@@ -30,14 +30,21 @@ FLOOR_SCORED_BYTES = 4_000_000
 def write_floor(run: Store, config: PretrainConfig, manifest: Manifest) -> None:
     """Fit a byte n-gram on the training split and score it on the others; kept as `floor.json`.
 
+    As the model's, its bits per byte are the bits that it takes to say what the tokens say over the bytes of the
+    original text (normalised, in UTF-8). A tokenizer that loses something, as WordPiece loses unknown words and the
+    number of blanks, spares both the same: the n-gram predicts the text that is decoded from the tokens, with [UNK]
+    for each unknown word. Of byte-level BPE that is the original text. The model predicts the boundaries between
+    documents too; to the n-gram they join without any.
+
     The order of reading is a fixed permutation, so that a bounded part of a large split is a fair sample of it.
     """
     if config.run.floor_bytes == 0 or run.exists(FLOOR) or config.objective.is_encoder:
         return  # an encoder has no bits per byte to compare
     corpus = open_store(config.corpus.prepared)
-    model = fit(_texts(corpus, manifest, "train"), FLOOR_ORDER, config.run.floor_bytes)
+    train = (text for text, _ in _texts(corpus, manifest, "train"))
+    model = fit(train, FLOOR_ORDER, config.run.floor_bytes)
     found = {
-        split: model.bits_per_byte(_first(_texts(corpus, manifest, split), FLOOR_SCORED_BYTES))
+        split: _bits_per_byte(model, _first(_texts(corpus, manifest, split), FLOOR_SCORED_BYTES))
         for split in ("validation", "test")
         if len(manifest.select(split))
     }
@@ -77,18 +84,31 @@ def fits_here(export: Store) -> bool:
     return 2 * num_bytes < psutil.virtual_memory().available
 
 
-def _texts(corpus: Store, manifest: Manifest, split: str) -> Iterator[bytes]:
-    """The text of each fragment of a split, decoded from its tokens."""
+def _bits_per_byte(model: NGram, texts: Iterator[tuple[bytes, float]]) -> float:
+    bits = num_bytes = 0.0
+    for text, of_original in texts:
+        bits += model.bits([text])
+        num_bytes += of_original
+    return bits / num_bytes
+
+
+def _texts(corpus: Store, manifest: Manifest, split: str) -> Iterator[tuple[bytes, float]]:
+    """Of each fragment of a split the text that its tokens determine, and the bytes of the original."""
     tokenizer = Tokenizer.from_str(read_tokenizer(corpus, manifest.tokenizer).decode())
     fragments = manifest.select(split)
     for fragment in fragments[permute(np.arange(len(fragments)), len(fragments), key=0)]:
         tokens = read_fragment(corpus, manifest, int(fragment))
-        yield tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode()
+        # Special tokens beside the boundary are unknown words: text never yields another.
+        spoken = tokens[tokens != manifest.boundary_id].tolist()
+        text = tokenizer.decode(spoken, skip_special_tokens=False).encode()
+        yield text, float(manifest.fragments.num_bytes[fragment])
 
 
-def _first(texts: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
-    for text in texts:
-        yield text[:num_bytes]
-        num_bytes -= len(text)
-        if num_bytes <= 0:
+def _first(texts: Iterator[tuple[bytes, float]], num_bytes: int) -> Iterator[tuple[bytes, float]]:
+    """Texts up to so many bytes; of one that is cut, the original's bytes are cut in proportion."""
+    for text, of_original in texts:
+        if len(text) > num_bytes:
+            yield text[:num_bytes], of_original * num_bytes / len(text)
             return
+        yield text, of_original
+        num_bytes -= len(text)
