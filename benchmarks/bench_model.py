@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import trainers.model
+import trainers.layers
 from trainers.attention import attend
 from trainers.causal import causal_lm
 from trainers.model import build
@@ -60,12 +61,31 @@ class Variant:
     def prepare(self, rows: int) -> None:
         """Build and compile."""
         self.model = build(self.config, seed=0, dtype=torch.bfloat16)
+        self.check_attention()
         self.model.forward = torch.compile(self.model.forward)  # type: ignore[method-assign]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.tokens = torch.randint(self.config.vocab_size, (rows, SEQ_LEN + 1))
         for _ in range(WARMUP_TURNS):
             self.turn()
         self.turns.clear()
+
+    def check_attention(self) -> None:
+        """Stop if the model does not attend as this variant says: all variants would be the same model."""
+        calls = 0
+
+        def counting(*arguments: Any, **named: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return self.attention(*arguments, **named)
+
+        tokens = torch.zeros(1, 9, dtype=torch.int64)
+        with swapped(counting), torch.no_grad():
+            causal_lm(self.model, tokens, torch.ones(1), boundary_id=0)
+        if calls != self.config.num_layers:
+            raise RuntimeError(
+                f"variant {self.name!r}: {calls} of {self.config.num_layers} layers use its attention; "
+                "let `swapped` set the name that trainers/layers.py calls"
+            )
 
     def turn(self) -> None:
         """Do a step and keep its times."""
@@ -83,11 +103,11 @@ class Variant:
 @contextmanager
 def swapped(attention: Callable[..., Tensor]) -> Iterator[None]:
     """Let the model use `attention`; compiled code checks which it was made with."""
-    trainers.model.attend = attention
+    trainers.layers.attend = attention
     try:
         yield
     finally:
-        trainers.model.attend = attend
+        trainers.layers.attend = attend
 
 
 def main(argv: Sequence[str] | None = None) -> None:
