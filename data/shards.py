@@ -23,8 +23,11 @@ from cluster.storage import StorageError, Store, open_store
 from data.manifest import Manifest, Shard
 
 
-class ShardError(ValueError):
-    """A token shard does not hold what the manifest says."""
+class ShardError(RuntimeError):
+    """A token shard does not hold what the manifest says.
+
+    No ValueError, which ends a run for good: what a host reads damaged, another may read whole, or the same one later.
+    """
 
 
 SCHEMA = pa.schema(

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from cluster.local_store import LocalStore
 from cluster.storage import Store, open_store
+from data.evaluation_rows import evaluation_batches
 from data.manifest import Fragments, Manifest
 from data.shards import PART_TOKENS, ShardError, ShardWriter, read_fragment, read_fragment_documents
+from tests.token_corpus import put_token_corpus
+from trainers.stopping import FAILURE, telling_final_errors
 
 BOUNDARY = 0
 
@@ -147,6 +150,17 @@ def test_another_checksum_in_the_manifest_is_refused(tmp_path: Path) -> None:
     fragments = replace(manifest.fragments, checksum=manifest.fragments.checksum ^ np.uint32(1))
     with pytest.raises(ShardError, match="checksum"):
         read_fragment(store, replace(manifest, fragments=fragments), 0)
+
+
+def test_a_damaged_shard_in_validation_is_no_reason_never_to_start_a_run_again(tmp_path: Path) -> None:
+    store, run = open_store(f"{tmp_path}/corpus"), open_store(f"{tmp_path}/run")
+    manifest = put_token_corpus(store, {("validation", "s"): 1}, fragment_tokens=100)
+    fragments = replace(manifest.fragments, checksum=manifest.fragments.checksum ^ np.uint32(1))
+    damaged = replace(manifest, fragments=fragments)
+    settings = {"seq_len": 9, "rows_per_batch": 2, "rank": 0, "world_size": 1}
+    with pytest.raises(ShardError), telling_final_errors(run):
+        list(evaluation_batches(damaged, store, "validation", **settings))
+    assert not run.exists(FAILURE)
 
 
 def test_nothing_written_stays_on_the_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
