@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -16,71 +15,42 @@ import torch
 import yaml
 from task_files import BACKBONES, put_backbone, put_lines, put_task, sentences, small_tokenizer
 
-from cluster.config import ConfigError, from_dict
-from cluster.session import PROJECT, ClusterConfig
+from cluster.config import ConfigError
+from cluster.session import ClusterConfig
 from cluster.storage import open_store
+from tests.small_finetune import (
+    SHORT,
+    answers_again,
+    command,
+    config,
+    judged_answers,
+    losses_of,
+    put_place,
+    run_of,
+)
 from trainers.finetune import finetune, main
 from trainers.finetune_backbone import load_backbone, read_facts
-from trainers.finetune_config import FinetuneConfig
 from trainers.finetune_group import trains_alone
 from trainers.finetune_order import FinetuneOrder, identity_of
 from trainers.lease import RunTakenError, lease
 from trainers.metrics import read_metrics, steps_of
 from trainers.task import TaskPrompt, load_task
 from trainers.task_data import prepare_task
-from trainers.task_evaluation import answers_to
 from trainers.task_export import load_task_model
 from trainers.task_metrics import measure
 from trainers.task_model import TaskModel
-from trainers.task_records import Example
 from trainers.task_report import write_task_report
 from trainers.verdict import VERDICT, TestSplitError, claim_test_split
-
-QUICK = {
-    "batch": {"rows_per_step": 16, "min_steps": 120, "epochs": 1.0},
-    "engine": {"precision": "fp32", "zero_stage": 0, "micro_batch_rows": 8},
-    "optimizer": {"learning_rate": 0.01},
-    "validation": {"times": 3},
-}
-
-
-SHORT = {"rows_per_step": 16, "min_steps": 6, "max_steps": 6, "epochs": 1.0}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finetune")
-    uri = put_lines(folder / "records.jsonl", sentences(400))
-    put_task(folder / "task.yaml", name="t", kind="classification", data={"uri": uri})
-    put_backbone(folder / "model")
-    return folder
-
-
-def settings(place, name, **changes):
-    sections = {key: dict(value) for key, value in QUICK.items()}
-    for key, value in changes.items():
-        sections.setdefault(key, {}).update(value)
-    sections.setdefault("run", {}).update(
-        name=name,
-        task=str(place / "task.yaml"),
-        storage=str(place / "runs"),
-        prepared=str(place / "prepared"),
-    )
-    sections["backbone"] = {"uri": str(place / "model")} | sections.get("backbone", {})
-    return sections
-
-
-def config(place, name, **changes) -> FinetuneConfig:
-    return from_dict(FinetuneConfig, settings(place, name, **changes))
+    return put_place(tmp_path_factory.mktemp("finetune"))
 
 
 @pytest.fixture(scope="module")
 def learnt(place):
     return finetune(config(place, "learnt"))
-
-
-def run_of(place, name, seed=0):
-    return open_store(str(place / "runs")).child(f"{name}/seed-{seed}")
 
 
 def test_what_can_be_learnt_is_learnt_and_judged_once(place, learnt):
@@ -223,20 +193,6 @@ def put_huggingface_bert(folder) -> str:
     return str(folder)
 
 
-def answers_again(export, answers, max_new_tokens=64):
-    """What the exported model answers to records that were judged."""
-    model, encoder = load_task_model(export)
-    examples = [
-        Example(a["id"], a["text"], a["pair"], a["text"].split(" ") if "token" in model.kind else [], None)
-        for a in answers
-    ]
-    with torch.inference_mode():
-        return answers_to(
-            model, encoder, examples, encoder.encode(examples), rows_per_batch=7, device=torch.device("cpu"),
-            max_new_tokens=max_new_tokens,
-        )[0]  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["bert", "rotary", "huggingface"])
 def test_an_encoder_is_trained_judged_and_exported_with_the_answers_that_were_judged(place, backbone):
@@ -369,10 +325,6 @@ def test_each_seed_is_a_run_of_its_own_and_begins_otherwise(place):
     assert len(first) == len(second) == 6 and first[0] != second[0]
 
 
-def judged_answers(run):
-    return [json.loads(line) for line in run.read("answers.jsonl").decode().split("\n") if line]
-
-
 def test_the_report_holds_the_confusion_and_every_error(place, learnt):
     task = prepare_task(load_task(str(place / "task.yaml")), open_store(str(place / "prepared")))
     write_task_report(run_of(place, "learnt"), task)
@@ -451,24 +403,6 @@ def test_a_run_that_was_cut_off_at_its_judgement_is_judged_without_more_training
     answers = judged_answers(run)
     assert [a.value for a in answers_again(run.child("export"), answers)] == [a["answer"] for a in answers]
     assert not run.list("best/") and not run.list("chosen")
-
-
-def command(place, name, changes):
-    flat = [
-        (f"{section}.{key}", value)
-        for section, keys in settings(place, name, **changes).items()
-        for key, value in keys.items()
-    ]
-    arguments = [
-        part
-        for key, value in flat
-        for part in (f"--{key}", str(value).lower() if value is True else str(value))
-    ]
-    return [sys.executable, str(PROJECT / "trainers" / "finetune.py"), *arguments]
-
-
-def losses_of(run):
-    return [record["loss"] for record in steps_of(read_metrics(run))]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

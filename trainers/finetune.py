@@ -2,7 +2,8 @@
 
     python trainers/finetune.py --run.task trainers/tasks/movies.yaml --backbone.uri runs/NAME/export
 
-The same command goes on where an interrupted run was; --backbone.from_scratch is the control.
+The same command goes on where an interrupted run was. SIGTERM, Ctrl-C, or an object named `stop` in a seed's folder end
+it after the step, with all saved. --backbone.from_scratch is the control.
 """
 
 import json
@@ -19,7 +20,7 @@ try:
     import yaml
     from rich.console import Console
 
-    from cluster.config import ConfigError, load_config, run_entry
+    from cluster.config import ConfigError, load_config, run_entry, to_dict
     from cluster.storage import Store, open_store
     from trainers.config import changed_keys
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
@@ -30,8 +31,10 @@ try:
     from trainers.finetune_order import ORIGIN, FinetuneOrder, origin_of
     from trainers.finetune_result import FinetuneResult
     from trainers.finetune_worker import work_alone
+    from trainers.guard import TrainingDiverged
     from trainers.lease import lease
     from trainers.run_folder import CONFIG
+    from trainers.stopping import STOP, RunFailed, RunStopped, stop_on_signal
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, prepare_task
     from trainers.task_metrics import seeds_interval
@@ -61,6 +64,8 @@ def finetune(
 
     Raises:
         ConfigError: something about task, backbone or configuration cannot be right.
+        RunStopped: a run was asked to stop, and has saved.
+        RunFailed, TrainingDiverged: a run that no restart would help.
     """
     config = absolute(config)
     task = prepared or prepare_task(load_task(config.run.task), open_store(config.run.prepared))
@@ -69,11 +74,15 @@ def finetune(
         run = seed_store(config, seed)
         check_unchanged(run, config, task, backbone)
         if not run.exists(RESULT):
+            if run.exists(STOP):  # while the seed before was judged
+                raise RunStopped(run.uri)
             order = FinetuneOrder(config, task, seed, backbone, judge, keep_model)
             if config.cluster.num_workers == 1 and alone is not False:
                 work_alone(order, on_validation)
             else:
                 train_in_group(order, run, on_validation)
+        if not run.exists(RESULT):
+            raise RunStopped(run.uri)
         results.append(json.loads(run.read(RESULT)))
     return FinetuneResult(task.task.judged_by, results)
 
@@ -99,7 +108,8 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
     """
     if not run.exists(CONFIG):
         return
-    changed = changed_keys(yaml.safe_load(run.read(CONFIG)), config)
+    # A section that an older run has not written down had no other values.
+    changed = changed_keys(to_dict(config) | yaml.safe_load(run.read(CONFIG)), config)
     before = json.loads(run.read(ORIGIN)) if run.exists(ORIGIN) else {}
     now = origin_of(task, backbone)
     before = now | before  # an older run has not written all of them down
@@ -150,8 +160,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as held:
         for run in runs:
             held.enter_context(lease(run, console.print))
+            run.delete(STOP)  # an earlier driver was asked
         alone = held.enter_context(place_to_train(config.cluster))
-        result = finetune(config, prepared=prepared, on_validation=tell, alone=alone)
+        held.enter_context(stop_on_signal(*runs))
+        try:
+            result = finetune(config, prepared=prepared, on_validation=tell, alone=alone)
+        except RunStopped as stopped:
+            return console.print(
+                f"{stopped} has saved and stopped; the same command goes on", highlight=False
+            )
+        except (RunFailed, TrainingDiverged) as failed:
+            raise SystemExit(f"the run cannot go on: {failed}") from None
         pages = [write_task_report(run, prepared) for run in runs]
     console.print(results_table(result))
     mean, low, high = seeds_interval(result.values("test"))

@@ -7,6 +7,8 @@ from cluster.session import ClusterConfig
 from cluster.storage import Store, open_store
 from trainers.checkpoint import CheckpointConfig
 from trainers.engine_config import EngineConfig
+from trainers.guard import GuardConfig
+from trainers.heartbeat import HeartbeatConfig
 from trainers.optimizer import OptimizerConfig
 from trainers.schedule import ScheduleConfig
 from trainers.task_model import AdaptConfig
@@ -130,6 +132,11 @@ class FinetuneConfig:
         default_factory=lambda: CheckpointConfig(every_steps=200, keep_last=1)
     )
     validation: ChoiceConfig = field(default_factory=ChoiceConfig)
+    # Only what is not finite is refused: of few and short records one step's loss may be many times another's.
+    guard: GuardConfig = field(
+        default_factory=lambda: GuardConfig(max_norm_ratio=0.0, max_loss_rise=0.0, max_skipped_in_a_row=20)
+    )
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
 
     def problems(self, at: str = "") -> Iterator[str]:
         if self.cluster.num_workers > self.batch.rows_per_step:

@@ -18,8 +18,9 @@ from cluster.storage import Store
 from trainers.checkpoint_commit import FOLDER as CHECKPOINTS
 from trainers.export import Exported
 from trainers.finetune_backbone import load_backbone, make_encoder
-from trainers.finetune_loop import Choice, Progress, best_path
+from trainers.finetune_loop import Choice, Progress, beating, best_path
 from trainers.finetune_order import FinetuneOrder, origin_of
+from trainers.heartbeat import Heartbeat
 from trainers.lora import merge_lora
 from trainers.task_encoding import Encoder
 from trainers.task_evaluation import answers_to, asked, score_of
@@ -75,7 +76,7 @@ def read_chosen(order: FinetuneOrder, run: Store) -> Chosen | None:
     return Chosen(**stored | {"choice": choice, "scale": tuple(stored["scale"])})
 
 
-def conclude(order: FinetuneOrder, run: Store, chosen: Chosen) -> None:
+def conclude(order: FinetuneOrder, run: Store, chosen: Chosen, heartbeat: Heartbeat) -> None:
     """Write down what was found; judge and export the chosen model where that is wanted. Worker 0 alone."""
     step = chosen.choice.best_step
     result = {
@@ -89,12 +90,15 @@ def conclude(order: FinetuneOrder, run: Store, chosen: Chosen) -> None:
         "validation_records": chosen.validation_records,
     }
     if order.judge or order.keep_model:
+        heartbeat.beat(step, "restore")
         exported = load_backbone(order.config, order.seed)
         encoder = make_encoder(order.config, order.prepared.task, exported, chosen.scale)
         model = chosen_model(order, run, exported, step)
         if order.judge and not run.exists(VERDICT):
-            judge(order, run, step, model, encoder)
+            with beating(model.backbone, heartbeat, step):
+                judge(order, run, step, model, encoder)
         if order.keep_model:
+            heartbeat.beat(step, "export")
             export_task_model(model, encoder, exported.boundary_id, run.child(EXPORT))
     if run.exists(VERDICT):
         result["test"] = json.loads(run.read(VERDICT))

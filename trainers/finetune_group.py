@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 
 from cluster.config import ConfigError
 from cluster.session import ClusterConfig, ray_session, shortages
@@ -12,6 +11,7 @@ from trainers.finetune_loop import OnValidation
 from trainers.finetune_order import FinetuneOrder, encode_all, scale_of, training_records
 from trainers.finetune_worker import work
 from trainers.metrics import read_metrics, validations_of
+from trainers.stopping import FAILURE, raise_final
 from trainers.task_evaluation import TaskScore
 from trainers.watching import watched
 
@@ -43,13 +43,20 @@ def train_in_group(order: FinetuneOrder, run: Store, on_validation: OnValidation
 
     Raises:
         ConfigError: records or configuration that cannot be right, before a worker is started.
+        RunFailed: an error that no restart cures.
         ray.train.TrainingFailedError: the group failed more than `run.max_failures` times.
     """
     num_validated = check_records(order)
     from trainers.run import run_group  # here: Ray reads its variables when it is imported
 
     config = order.config
-    group = partial(run_group, work, order, config.cluster, run, config.run.max_failures)
+    run.delete(FAILURE)
+
+    def group() -> None:
+        try:
+            run_group(work, order, config.cluster, run, config.run.max_failures)
+        finally:
+            raise_final(run)  # where a worker wrote down why, that says more than how the group ended
 
     def tell(step: int, found: Mapping[str, float]) -> None:
         metrics = dict(found)

@@ -8,30 +8,30 @@ weights stay in memory and reach the storage with the next checkpoint: a run of 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.storage import Store
 from trainers.checkpoint import latest_checkpoint
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.collectives import Workers
-from trainers.engine import Engine
+from trainers.engine import Engine, StepOutcome
 from trainers.finetune_config import FinetuneConfig
+from trainers.guard import Guard, guarded_step
+from trainers.heartbeat import Heartbeat
 from trainers.metrics import MetricsWriter
 from trainers.task_batches import RecordOrder
 from trainers.task_encoding import Encoded, Encoder, collate
 from trainers.task_evaluation import TaskScore
 from trainers.task_model import target_weight
-
-MAX_SKIPPED = 20
-"""Steps in a row without a finite gradient, after which a run has failed."""
 
 OnValidation = Callable[[int, TaskScore], None]
 """Told of each validation: finished steps, and the score."""
@@ -86,6 +86,10 @@ class FinetuneParts:
     metrics: MetricsWriter | None
     """Worker 0 has one."""
     writer: CheckpointWriter
+    guard: Guard
+    heartbeat: Heartbeat
+    stop_requested: Callable[[], bool]
+    """Whether this worker was asked to save and end."""
     run: Store
 
 
@@ -96,50 +100,45 @@ class Progress:
     step: int
     choice: Choice
     weights: dict[str, Tensor] | None
-    skipped: int = 0
+    stopped: bool = False
+    """Asked to end before the last step, with all saved."""
 
 
 def train(parts: FinetuneParts) -> Progress:
-    """Train until the last step, or until validation gives up. Every worker calls this at the same time.
+    """Train until the last step, until validation gives up, or until asked to stop. Every worker calls this at the
+    same time.
 
     Raises:
-        RuntimeError: no finite gradient in MAX_SKIPPED steps in a row.
+        TrainingDiverged: too many steps whose loss or gradient is not finite.
     """
     config, at = parts.config, restore(parts)
     every = max(1, parts.total_steps // config.validation.times)
-    patience = config.validation.patience
-    while at.step < parts.total_steps and not 0 < patience <= at.choice.without_improvement:
+    ended = is_over(parts, at)
+    while not (ended or at.stopped):
         started = time.perf_counter()
-        loss, tokens = forward_backward(parts, at.step)
-        outcome = parts.engine.step()
-        loss = parts.workers.sum([loss])[0]
+        share, tokens = forward_backward(parts, at.step)
+        asked, loss = parts.workers.sum([parts.stop_requested(), share])
+        outcome, refusal = guarded_step(parts.engine, parts.guard, at.step, loss)
         at.step += 1
-        at.skipped = at.skipped + 1 if outcome.skipped else 0
-        if at.skipped == MAX_SKIPPED:
-            raise RuntimeError(
-                f"no finite gradient in {MAX_SKIPPED} steps up to step {at.step} (loss {loss:g}); lower "
-                f"optimizer.learning_rate={config.optimizer.learning_rate:g}"
-            )
-        if parts.metrics:
-            seconds = time.perf_counter() - started
-            parts.metrics.write(
-                {
-                    "step": at.step,
-                    "loss": loss,
-                    "lr": outcome.lr,
-                    "grad_norm": outcome.grad_norm,
-                    "tokens": tokens,
-                    "step_seconds": seconds,
-                    "tokens_per_second": tokens / seconds,
-                }
-            )
-        last = at.step == parts.total_steps
-        if last or at.step % every == 0:
+        record_step(parts, at.step, loss, tokens, outcome, time.perf_counter() - started)
+        if refusal:
+            note(parts, at.step, "skipped", reason=refusal.reason, records=list(refusal.documents))
+        if at.step == parts.total_steps or at.step % every == 0:
             validate(parts, at)
-        if at.step % config.checkpoint.every_steps == 0 and not last:
+        ended = is_over(parts, at)
+        at.stopped = asked > 0 and not ended
+        if at.stopped or (at.step % config.checkpoint.every_steps == 0 and not ended):
             save(parts, at)
+        parts.heartbeat.beat(at.step)
+    parts.heartbeat.beat(at.step, "save")
     parts.writer.finish()
     return at
+
+
+def is_over(parts: FinetuneParts, at: Progress) -> bool:
+    """Whether nothing is left to train."""
+    patience = parts.config.validation.patience
+    return at.step >= parts.total_steps or 0 < patience <= at.choice.without_improvement
 
 
 def restore(parts: FinetuneParts) -> Progress:
@@ -152,7 +151,10 @@ def restore(parts: FinetuneParts) -> Progress:
     record = latest_checkpoint(
         parts.run, rank=workers.rank, world_size=workers.world_size, gather=workers.gather
     )
+    name = record.name if record else None
+    note(parts, record.step if record else 0, "start", world_size=workers.world_size, checkpoint=name)
     if record is None:
+        parts.heartbeat.beat(0, "compile")
         return Progress(0, Choice(), None)
     if record.run["identity"] != parts.identity:
         differing = sorted(k for k, v in parts.identity.items() if record.run["identity"].get(k) != v)
@@ -161,10 +163,13 @@ def restore(parts: FinetuneParts) -> Progress:
             "back, or choose a new run.name"
         )
     parts.engine.load_state(CheckpointReader(parts.run, record))
+    if "guard" in record.run:  # an older run has not written it down
+        parts.guard.load(record.run["guard"])
     choice = Choice.from_json(record.run["choice"])
     weights = None
     if workers.leads and choice.best_step:
         weights = safetensors.torch.load(parts.run.read(best_path(choice.best_step)))
+    parts.heartbeat.beat(record.step, "compile")
     return Progress(record.step, choice, weights)
 
 
@@ -198,8 +203,43 @@ def micro_batches(
     return [mine[i * size : (i + 1) * size] for i in range(number)]
 
 
+def record_step(
+    parts: FinetuneParts, step: int, loss: float, tokens: int, outcome: StepOutcome, seconds: float
+) -> None:
+    """Hand the step's numbers to the metrics; worker 0 alone keeps them."""
+    if parts.metrics:
+        parts.metrics.write(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": outcome.lr,
+                "grad_norm": outcome.grad_norm,
+                "tokens": tokens,
+                "step_seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+        )
+
+
+def note(parts: FinetuneParts, step: int, event: str, **details: Any) -> None:
+    """Write an event into the run's metrics."""
+    if parts.metrics:
+        parts.metrics.write({"step": step, "event": event, **details})
+
+
+@contextmanager
+def beating(model: nn.Module, heartbeat: Heartbeat, step: int) -> Iterator[None]:
+    """A beat whenever the model computes: long answers to many records are no hang."""
+    hook = model.register_forward_pre_hook(lambda *_: heartbeat.beat(step, "validate"))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def validate(parts: FinetuneParts, at: Progress) -> None:
     """Measure; where it is the best so far, keep the weights."""
+    parts.heartbeat.beat(at.step, "validate")
     score = parts.validate()
     at.choice = at.choice.after(at.step, score)
     if at.choice.best_step == at.step:
@@ -218,6 +258,7 @@ def trained_weights(parts: FinetuneParts) -> dict[str, Tensor]:
 def save(parts: FinetuneParts, at: Progress) -> None:
     """Write a checkpoint, before its record the weights that it calls the best."""
     weights, choice = at.weights, at.choice
+    parts.heartbeat.beat(at.step, "save")
 
     def put_best() -> None:
         if parts.metrics:
@@ -225,7 +266,7 @@ def save(parts: FinetuneParts, at: Progress) -> None:
         if weights and choice.best_step and not parts.run.exists(best_path(choice.best_step)):
             parts.run.put(best_path(choice.best_step), safetensors.torch.save(weights))
 
-    run = {"identity": parts.identity, "choice": choice.as_json()}
+    run = {"identity": parts.identity, "choice": choice.as_json(), "guard": parts.guard.state()}
     parts.writer.save(at.step, parts.engine.local_state(), run, before_commit=put_best)
 
 

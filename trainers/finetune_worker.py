@@ -1,7 +1,8 @@
 """One worker's fine-tuning of one seed: put the parts together, and train; then comes `trainers/finetune_end.py`.
 
 `work` runs on each worker of a Ray Train group. `work_alone` is the same in this process as a group of one: with few
-labels, starting Ray costs more than the training does, and a sweep's trial has a process of its own already.
+labels, starting Ray costs more than the training does, and a sweep's trial has a process of its own already. There the
+heartbeat is not watched: no collective can hang, nobody would start the process anew, and Ctrl-Z is no hang.
 """
 
 import ctypes
@@ -19,13 +20,13 @@ import torch.distributed as dist
 from cluster.storage import Store
 from trainers.checkpoint import claim_attempt
 from trainers.checkpoint_writer import CheckpointWriter
-from trainers.collectives import Workers
+from trainers.collectives import Workers, limit_collectives
 from trainers.engine import Engine
 from trainers.export import Exported
 from trainers.finetune_backbone import load_backbone, make_encoder
 from trainers.finetune_config import seed_store
 from trainers.finetune_end import Chosen, conclude, keep_chosen, read_chosen
-from trainers.finetune_loop import FinetuneParts, OnValidation, train
+from trainers.finetune_loop import FinetuneParts, OnValidation, beating, train
 from trainers.finetune_order import (
     FinetuneOrder,
     encode_all,
@@ -35,8 +36,11 @@ from trainers.finetune_order import (
     training_records,
     write_start,
 )
+from trainers.guard import Guard
+from trainers.heartbeat import GIL_GRACE_SECONDS, Heartbeat
 from trainers.metrics import MetricsWriter
 from trainers.schedule import rate_factor
+from trainers.stopping import FAILURE, StopRequest, telling_final_errors
 from trainers.task_batches import RecordOrder
 from trainers.task_evaluation import class_weights, evaluate_together
 from trainers.task_model import TaskModel, rate_scales
@@ -46,15 +50,26 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as malloc.h of glibc has them
 
 def work(arguments: dict[str, Any]) -> None:
     """Run on every worker of a group, torch.distributed up; `arguments["task"]` is a `FinetuneOrder`."""
-    finetune_seed(arguments["task"], lambda step, score: None)
+    order: FinetuneOrder = arguments["task"]
+    run = seed_store(order.config, order.seed)
+    if run.exists(FAILURE):
+        return
+    workers = Workers()
+    attempt = workers.broadcast(claim_attempt(run, workers.world_size) if workers.leads else 0)
+    watchdog = Heartbeat(order.config.heartbeat, run, rank=workers.rank, attempt=attempt)
+    with telling_final_errors(run), watchdog as heartbeat:
+        finetune_seed(order, run, workers, attempt, heartbeat, lambda step, score: None)
 
 
 def work_alone(order: FinetuneOrder, on_validation: OnValidation = lambda step, score: None) -> None:
     """The same in this process, which forms a group of one."""
     form_group_of_one()
     keep_freed_memory()
+    run = seed_store(order.config, order.seed)
+    attempt = claim_attempt(run)
+    unwatched = Heartbeat(order.config.heartbeat, run, rank=0, attempt=attempt)
     try:
-        finetune_seed(order, on_validation)
+        finetune_seed(order, run, Workers(), attempt, unwatched, on_validation)
     finally:
         gc.collect()  # an engine stands in cycles: those of a curve's runs, kept, came to 8 GB
 
@@ -79,31 +94,47 @@ def form_group_of_one() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def finetune_seed(order: FinetuneOrder, on_validation: OnValidation) -> None:
-    """Train, then judge and export; what was done already is not done again."""
-    run = seed_store(order.config, order.seed)
+def finetune_seed(
+    order: FinetuneOrder,
+    run: Store,
+    workers: Workers,
+    attempt: int,
+    heartbeat: Heartbeat,
+    on_validation: OnValidation,
+) -> None:
+    """Train, then judge and export; what was done already is not done again. A run that is asked to stop saves."""
     torch.set_num_threads(order.config.cluster.threads)
-    workers = Workers()
     chosen = workers.broadcast(read_chosen(order, run) if workers.leads else None)
     if chosen is None:
-        chosen = train_seed(order, run, workers, on_validation)
+        chosen = train_seed(order, run, workers, attempt, heartbeat, on_validation)
     if chosen is not None and workers.leads:
-        conclude(order, run, chosen)
+        conclude(order, run, chosen, heartbeat)
 
 
 def train_seed(
-    order: FinetuneOrder, run: Store, workers: Workers, on_validation: OnValidation
+    order: FinetuneOrder,
+    run: Store,
+    workers: Workers,
+    attempt: int,
+    heartbeat: Heartbeat,
+    on_validation: OnValidation,
 ) -> Chosen | None:
-    """Train from where the run is to the end, and keep what validation chose. It is told to worker 0 alone."""
-    attempt = workers.broadcast(claim_attempt(run) if workers.leads else 0)
+    """Train from where the run is to the end, and keep what validation chose: told to worker 0 alone, and to nobody of
+    a run that was stopped."""
     exported = load_backbone(order.config, order.seed)
     with ExitStack() as stack:
-        parts, num_validated = assemble(order, workers, run, attempt, exported, on_validation, stack)
+        parts, num_validated = assemble(
+            order, workers, run, attempt, heartbeat, exported, on_validation, stack
+        )
+        limit_collectives(
+            order.config.heartbeat.longest_seconds + GIL_GRACE_SECONDS
+        )  # DeepSpeed's groups too
         if workers.leads:
             # Not before the parts fit together: until then a mistake in the configuration can be corrected.
             write_start(run, order)
+        heartbeat.beat(0, "restore")
         at = train(parts)
-    if not workers.leads:
+    if at.stopped or not workers.leads:
         return None
     return keep_chosen(order, run, at, len(parts.train), num_validated, parts.encoder)
 
@@ -113,6 +144,7 @@ def assemble(
     workers: Workers,
     run: Store,
     attempt: int,
+    heartbeat: Heartbeat,
     exported: Exported,
     on_validation: OnValidation,
     stack: ExitStack,
@@ -139,7 +171,7 @@ def assemble(
     stack.callback(engine.close)
 
     def validate() -> Any:
-        with engine.evaluating() as module:
+        with engine.evaluating() as module, beating(model.backbone, heartbeat, engine.num_steps):
             return evaluate_together(
                 module,  # type: ignore[arg-type]
                 encoder,
@@ -150,6 +182,9 @@ def assemble(
                 device=engine.device,
                 max_new_tokens=tokens_to_write(order),
             )
+
+    def records(step: int) -> list[str]:
+        return [examples[index].id for index in record_order.rows(step)]
 
     weighted = config.batch.class_weights and task.has_labels
     parts = FinetuneParts(
@@ -172,6 +207,9 @@ def assemble(
                 run, config.checkpoint, rank=workers.rank, world_size=workers.world_size, attempt=attempt
             )
         ),
+        guard=Guard(config.guard, records, "records") if workers.leads else Guard(config.guard),
+        heartbeat=heartbeat,
+        stop_requested=stack.enter_context(StopRequest(run)) if workers.leads else lambda: False,
         run=run,
     )
     return parts, len(validation)

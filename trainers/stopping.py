@@ -89,8 +89,12 @@ def stop_on_signal(*runs: Store) -> Iterator[threading.Event]:
             run.delete(STOP)
 
 
+class RunStopped(RuntimeError):
+    """The run was asked to stop, has saved, and is not done."""
+
+
 class RunFailed(RuntimeError):
-    """What ended the run would end it again: restarting was not tried."""
+    """What ended the run would end it again, or has ended it too often: it was not started anew."""
 
 
 def raise_final(run: Store) -> None:
