@@ -19,13 +19,13 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import kubernetes_validate
 import yaml
 
-from k8s import job_rules, pod_rules, ray_fields, ray_rules
+from k8s import job_rules, pod_rules, ray_fields, ray_rules, secret_rules
 from k8s.manifests import Object, Render, groups, load, name_of, namespace_of, rendered
 
 PROJECT = Path(__file__).resolve().parents[1]
 K8S = PROJECT / "k8s"
 OVERLAYS = sorted(folder for folder in (K8S / "overlays").iterdir() if folder.is_dir())
-RULES = pod_rules.RULES + ray_rules.RULES + ray_fields.RULES + job_rules.RULES
+RULES = pod_rules.RULES + secret_rules.RULES + ray_rules.RULES + ray_fields.RULES + job_rules.RULES
 COMPONENTS = sorted(folder for folder in (K8S / "components").iterdir() if folder.is_dir())
 JOBS = sorted(folder for folder in (K8S / "jobs").iterdir() if folder.is_dir())
 ALPHA = {"components/gcs-ft-rocksdb", "components/historyserver", "components/mtls"}

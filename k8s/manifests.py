@@ -98,6 +98,14 @@ def quantity(text: str | int | float) -> float:
     return float(number) * SUFFIXES[str(text)[len(number) :]]
 
 
+def walk(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """(where, value) of all that stands inside a value, itself included."""
+    yield at, value
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inside:
+        yield from walk(each, f"{at}[{key}]" if isinstance(value, list) else f"{at}.{key}".lstrip("."))
+
+
 def of_kind(objects: list[Object], *kinds: str) -> list[Object]:
     return [each for each in objects if each["kind"] in kinds]
 

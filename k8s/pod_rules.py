@@ -1,4 +1,4 @@
-"""Rules for what Kubernetes makes of the manifests: pods, volumes, names, budgets, quota, network, secrets.
+"""Rules for what Kubernetes makes of the manifests: pods, volumes, names, budgets, quota, network.
 
 A rule is a pure function from a render to a line per fault. Its docstring says what happens where it is broken.
 """
@@ -27,10 +27,6 @@ METADATA = ip_address("169.254.169.254")
 ADDRESS = re.compile(r"(?P<scheme>https?|rediss?)://[^/:]+(:(?P<port>\d+))?(/.*)?")
 PORTS = {"http": 80, "https": 443, "redis": 6379, "rediss": 6379}
 DRAIN = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-SECRET_NAME = re.compile(r"SECRET|PASSWORD|TOKEN|ACCESS_KEY|API_KEY|CREDENTIAL", re.IGNORECASE)
-SECRET_VALUE = re.compile(
-    r"AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY|(?i:password|auth_token|api_key|secret\w*key)[ \t]*[:=][ \t]*\S{8}"
-)
 
 
 def names(render: Render) -> Iterator[str]:
@@ -88,27 +84,6 @@ def volume_mounts(render: Render) -> Iterator[str]:
             for mount in container.get("volumeMounts", []):
                 if mount["name"] not in volumes:
                     yield f"{at}: container {container['name']} mounts {mount['name']}, which is no volume of its pod"
-
-
-def references(render: Render) -> Iterator[str]:
-    """kustomize changes names; inside a RayJob it follows only what base/nameref.yaml lists."""
-    there = {(thing["kind"], name_of(thing)) for thing in render.objects}
-    for at, pod in pod_specs(render.objects):
-        wanted = [("ServiceAccount", pod.get("serviceAccountName"))]
-        wanted.append(("PriorityClass", pod.get("priorityClassName")))
-        maps = [volume["configMap"] for volume in pod.get("volumes", []) if "configMap" in volume]
-        wanted += [("ConfigMap", each["name"]) for each in maps if not each.get("optional")]
-        for container in pod["containers"]:
-            wanted += [
-                ("ConfigMap", e["configMapRef"]["name"])
-                for e in container.get("envFrom", [])
-                if "configMapRef" in e
-            ]
-        yield from (
-            f"{at} names {kind} {name}, which is not rendered"
-            for kind, name in wanted
-            if name and (kind, name) not in there
-        )
 
 
 def disruption_budgets(render: Render) -> Iterator[str]:
@@ -183,21 +158,6 @@ def drain(render: Render) -> Iterator[str]:
         seconds = float(group.environment.get(DRAIN, {}).get("value", 30))
         if grace < seconds + 15:
             yield f"{group.at}: terminationGracePeriodSeconds={grace} must be at least {DRAIN}={seconds:g} + 15"
-
-
-def secrets(render: Render) -> Iterator[str]:
-    """What stands in a manifest stands in a repository: keys come from Secrets that no manifest holds."""
-    for at, pod in pod_specs(render.objects):
-        for container in pod["containers"]:
-            for variable in container.get("env", []):
-                if SECRET_NAME.search(variable["name"]) and variable.get("value"):
-                    yield f"{at}: {variable['name']} holds a value; take it from a Secret"
-    for thing in of_kind(render.objects, "ConfigMap"):
-        for key, text in thing.get("data", {}).items():
-            if SECRET_VALUE.search(text):
-                yield f"ConfigMap {name_of(thing)}: {key} looks as if it held a secret"
-    for thing in of_kind(render.objects, "Secret"):
-        yield f"Secret {name_of(thing)} must not be rendered; create it beside the manifests"
 
 
 def pod_security(render: Render) -> Iterator[str]:
@@ -279,13 +239,11 @@ RULES = (
     replicas,
     requests_and_limits,
     volume_mounts,
-    references,
     disruption_budgets,
     empty_dirs,
     disk,
     shared_memory,
     drain,
-    secrets,
     pod_security,
     quota,
     network,

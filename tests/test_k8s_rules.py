@@ -1,7 +1,10 @@
 """Each rule of the manifests finds a fault that is planted for it, and nothing where there is none."""
 
+import ast
 import copy
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,21 +12,54 @@ import yaml
 from k8s.check import JOB_OVERLAYS, JOBS, K8S, RULES, collisions, composed, problems_of, render_of
 from k8s.manifests import of_kind
 from tests.k8s_faults import FAULTS, group, one, pod
+from tests.k8s_value_faults import VALUE_FAULTS
 from tests.test_k8s import objects_of
 
+EVERY_FAULT = FAULTS | VALUE_FAULTS
+MODULES = {str(sys.modules[rule.__module__].__file__) for rule in RULES}
 
-@pytest.mark.parametrize("what", FAULTS)
+
+@pytest.mark.parametrize("what", EVERY_FAULT)
 @pytest.mark.slow
 def test_a_planted_fault_is_found_by_its_rule(what: str) -> None:
-    rule, name, deed = FAULTS[what]
+    rule, name, deed = EVERY_FAULT[what]
     objects = copy.deepcopy(objects_of(name))
     deed(objects)
     found = {each.__name__: list(each(render_of(objects))) for each in RULES}
     assert found[rule], f"{what}: {rule} found nothing"
 
 
-def test_no_rule_is_without_a_planted_fault() -> None:
-    assert {rule.__name__ for rule in RULES} == {rule for rule, _, _ in FAULTS.values()}
+def messages() -> set[tuple[str, int]]:
+    """(module, line) of every `yield` of the rules, and of what a generator in a `yield from` gives."""
+    found = set()
+    for module in MODULES:
+        for node in ast.walk(ast.parse(Path(module).read_text())):
+            if isinstance(node, ast.Yield):
+                found.add((module, node.lineno))
+            elif isinstance(node, ast.YieldFrom) and isinstance(node.value, ast.GeneratorExp):
+                found.add((module, node.value.elt.lineno))
+    return found
+
+
+@pytest.mark.slow
+def test_no_message_of_a_rule_is_without_a_planted_fault() -> None:
+    rules, reached = {rule.__name__: rule for rule in RULES}, set()
+
+    def note(frame, event, _):
+        if event == "line":
+            reached.add((frame.f_code.co_filename, frame.f_lineno))
+        return note if frame.f_code.co_filename in MODULES else None
+
+    before = sys.gettrace()
+    for rule, name, deed in EVERY_FAULT.values():
+        objects = copy.deepcopy(objects_of(name))
+        deed(objects)
+        sys.settrace(note)
+        try:
+            list(rules[rule](render_of(objects)))
+        finally:
+            sys.settrace(before)
+    assert not sorted(messages() - reached)
 
 
 @pytest.mark.slow
