@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from cluster.storage import open_store
+from trainers.goodput import Goodput
 from trainers.metrics import MetricsWriter
 from trainers.report import write_report
 
@@ -134,6 +136,24 @@ def test_the_page_holds_every_number_of_the_run(run):
         "20 steps",
     ):
         assert part in text, part
+
+
+def test_every_part_of_the_runs_time_stands_in_a_table_and_they_add_up_to_all_of_it(run):
+    text = re.sub(r"\s+", " ", page_of(run).text)
+    table = text[text.index("Where the time went") :]
+    shares = {}
+    for field in fields(Goodput):
+        [share] = re.findall(rf" {field.name.replace('_', ' ')} [^%]*? (-?[\d.]+)%", table)
+        shares[field.name] = float(share)
+    assert sum(shares.values()) == pytest.approx(100, abs=0.1 * len(shares))
+    assert shares["training"] > shares["recomputed"] > 0  # two of twenty-two steps
+
+
+def test_the_page_is_laid_out_for_phones_and_for_print(run):
+    tags = page_of(run).tags
+    html = run.read("report.html").decode()
+    assert "@media print" in html and "@media (max-width" in html
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in tags
 
 
 def test_the_page_needs_nothing_but_itself(run):

@@ -157,13 +157,19 @@ def goodput_of(attempts: Iterable[Record]) -> Goodput:
     return accounts.goodput()
 
 
+def parts_of(goodput: Goodput) -> list[tuple[str, float]]:
+    """Every part by name with its seconds, the longest first."""
+    return sorted(
+        ((key.replace("_", " "), value) for key, value in asdict(goodput).items()), key=lambda part: -part[1]
+    )
+
+
 def goodput_line(goodput: Goodput) -> str:
     """The share of the time that went into training, and what took more than a hundredth of the rest."""
-    rest = {key: value for key, value in asdict(goodput).items() if key != "training"}
     named = [
-        f"{key.replace('_', ' ')} {duration(value)}"
-        for key, value in sorted(rest.items(), key=lambda item: -item[1])
-        if value >= 0.01 * goodput.total
+        f"{name} {duration(seconds)}"
+        for name, seconds in parts_of(goodput)
+        if name != "training" and seconds >= 0.01 * goodput.total
     ]
     return f"goodput {goodput.share:.1%} of {duration(goodput.total)}" + "".join(
         f", {part}" for part in named

@@ -19,7 +19,7 @@ import yaml
 
 from cluster.storage import Store, open_store
 from trainers.charts import draw_charts
-from trainers.goodput import goodput_line, goodput_of
+from trainers.goodput import goodput_of, parts_of
 from trainers.metrics import events_of
 from trainers.results import (
     Measure,
@@ -86,7 +86,7 @@ def page(run: RunFiles, name: str) -> dict[str, Any]:
         "marks": marks(run),
         "attempts": attempts_of(run.attempts),
         "repeated": repeated(totals),
-        "goodput": goodput_line(goodput_of(run.attempts)).capitalize() if totals else None,
+        "time": parts_of(goodput_of(run.attempts)) if totals else [],
         "skipped": [
             {
                 "step": event["step"],
