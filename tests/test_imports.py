@@ -88,8 +88,8 @@ def test_no_file_hides_a_module_of_python_or_of_a_package() -> None:
 
 def test_the_readme_has_a_line_for_each_module_and_none_for_one_that_is_gone() -> None:
     readme = (PROJECT / "README.md").read_text()
-    named = re.findall(r"^\| `((?:cluster|data|trainers|tune|k8s)/\w+\.py)` \|", readme, re.MULTILINE)
-    modules = [path for folder in [*ARROWS, "k8s"] for path in (PROJECT / folder).glob("*.py")]
+    named = re.findall(r"^\| `((?:cluster|data|trainers|tune|k8s|benchmarks)/\w+\.py)` \|", readme, re.MULTILINE)
+    modules = [path for folder in [*ARROWS, "k8s", "benchmarks"] for path in (PROJECT / folder).glob("*.py")]
     there = [str(path.relative_to(PROJECT)) for path in modules if path.name != "__init__.py"]
     assert sorted(named) == sorted(there)
 
