@@ -1,5 +1,8 @@
 """Google Cloud Storage by its JSON API. `cluster.storage` opens it by URI.
 
+Not by pyarrow's client, which cannot write an object on the condition that there is none (ifGenerationMatch): commit
+records and drivers' leases stand on that.
+
 Credentials are the application default ones (Workload Identity included), found and renewed by google-auth. Where
 STORAGE_EMULATOR_HOST is set, requests go there and without credentials, as those of Google's own clients do.
 

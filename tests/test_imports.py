@@ -88,7 +88,9 @@ def test_no_file_hides_a_module_of_python_or_of_a_package() -> None:
 
 def test_the_readme_has_a_line_for_each_module_and_none_for_one_that_is_gone() -> None:
     readme = (PROJECT / "README.md").read_text()
-    named = re.findall(r"^\| `((?:cluster|data|trainers|tune|k8s|benchmarks)/\w+\.py)` \|", readme, re.MULTILINE)
+    named = re.findall(
+        r"^\| `((?:cluster|data|trainers|tune|k8s|benchmarks)/\w+\.py)` \|", readme, re.MULTILINE
+    )
     modules = [path for folder in [*ARROWS, "k8s", "benchmarks"] for path in (PROJECT / folder).glob("*.py")]
     there = [str(path.relative_to(PROJECT)) for path in modules if path.name != "__init__.py"]
     assert sorted(named) == sorted(there)
@@ -112,6 +114,13 @@ def test_an_entry_finds_the_project_where_it_is_not_installed(path: Path) -> Non
             ours = node.module.partition(".")[0] in [*ARROWS, "benchmarks", "tests"]
             assert told or not ours, f"line {node.lineno} imports {node.module} before sys.path is set"
     assert told
+
+
+@pytest.mark.parametrize("path", ["trainers/pretrain.py", "trainers/finetune.py", "tune/sweep.py"])
+def test_an_entry_without_the_packages_says_in_one_line_what_to_do(path: str) -> None:
+    bare = subprocess.run([sys.executable, "-S", path], cwd=PROJECT, capture_output=True, text=True)
+    assert bare.returncode == 1 and bare.stdout == ""
+    assert re.fullmatch(r"\w+ is not installed: run `make setup`, then .venv/bin/python\n", bare.stderr)
 
 
 IMPORT_ALL = """
