@@ -87,7 +87,8 @@ def load_config(
     Raises `ConfigError` with every problem: keys, types, and what `problems` of `cls` and its sections say.
     """
     help_of = {
-        "config FILE": "values from a YAML file; repeatable, the later wins, and the command line over all",
+        "config FILE": "values from a YAML file; repeatable, the later wins, and the command line over all; a "
+        "mapping is merged entry by entry into what was there before, and null takes an entry away",
         "help": "print this and exit",
         "print-config": "print the merged configuration as YAML and exit",
         **(extra_flags or {}),
@@ -116,7 +117,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """YAML that `--config` reads back as an equal configuration, if its texts hold no control characters."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    content = to_dict(config)
+    for key in keys_of(type(config)).values():
+        *sections, last = key.name.split(".")
+        section = functools.reduce(lambda at, name: at and at[name], sections, content)
+        if isinstance(key.default, dict) and section:
+            section[last] |= dict.fromkeys(
+                key.default.keys() - section[last].keys()
+            )  # null: not even by default
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def nearest(word: str, candidates: Sequence[str]) -> str | None:
@@ -147,6 +156,7 @@ def _read_arguments(
     values: dict[str, Any] = {}
     assigned: list[tuple[str, str]] = []
     flags: set[str] = set()
+    known = keys_of(cls)
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -162,10 +172,10 @@ def _read_arguments(
         else:
             value = value if has_value else rest.pop(0)
             if name == "config":
-                values |= _read_yaml(cls, Path(value), problems)
+                for key, content in _read_yaml(cls, Path(value), problems).items():
+                    _lay_over(values, known, key, content)
             else:
                 assigned.append((name, value))
-    known = keys_of(cls)
     for name, text in assigned:
         _assign(values, known, name, text)
     return flags, values
@@ -197,6 +207,20 @@ def _flatten(mapping: Mapping[Any, Any], sections: set[str], at: str = "") -> It
             yield name, value
 
 
+def _lay_over(values: dict[str, Any], known: Mapping[str, Key], name: str, value: Any) -> None:
+    """Set one value of a later layer; of a mapping its entries, the others stay, and null takes one away."""
+    key = known.get(name)
+    if key and typing.get_origin(key.hint) is dict and isinstance(value, dict):
+        before = values.get(name, key.default)
+        before = before if isinstance(before, dict) else {}
+        value = {
+            each: content
+            for each, content in {**before, **value}.items()
+            if content is not None or each not in before
+        }
+    values[name] = value
+
+
 def _assign(values: dict[str, Any], known: Mapping[str, Key], name: str, text: str) -> None:
     """Set one value of the command line; what follows the name of a dict leads into it."""
     parts = name.split(".")
@@ -206,7 +230,9 @@ def _assign(values: dict[str, Any], known: Mapping[str, Key], name: str, text: s
     if key is None or (inside and typing.get_origin(key.hint) is not dict):
         values[name.replace("-", "_")] = text  # an unknown key, named with all the others
     elif not inside:
-        values[key.name] = _parse(text, key.hint)
+        _lay_over(values, known, key.name, _parse(text, key.hint))
+    elif len(inside) == 1:
+        _lay_over(values, known, key.name, {inside[0]: _parse(text, typing.get_args(key.hint)[1])})
     else:
         current = values.get(key.name, key.default)
         values[key.name] = content = copy.deepcopy(current) if isinstance(current, dict) else {}

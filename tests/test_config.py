@@ -48,6 +48,8 @@ class Job:
     """Leave things out."""
     sources: dict[str, str] = field(default_factory=dict)
     """URI of each source."""
+    limits: dict[str, float] = field(default_factory=lambda: {"start": 1.0, "save": 2.0})
+    """Seconds of each phase."""
     engine: dict[str, int | float | str | bool | dict] = field(default_factory=dict)
     """Passed through."""
     shape: Shape = Shape(hidden_size=96)
@@ -82,6 +84,35 @@ def test_the_command_line_wins_over_a_later_file_over_an_earlier_over_defaults(t
     (tmp_path / "b.yaml").write_text("name: b\nshape: {num_heads: 4, hidden_size: 100}\nrate:\n")
     config = load("--config", f"{tmp_path}/a.yaml", "--shape.num_heads", "5", f"--config={tmp_path}/b.yaml")
     assert config == Job(steps=20, name="b", shape=Shape(num_heads=5, hidden_size=100))
+
+
+@pytest.mark.parametrize("how", ["file", "two files", "command line", "mapping on the command line"])
+def test_entries_of_a_mapping_are_laid_over_those_before_them_wherever_they_stand(
+    how: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.yaml").write_text("limits: {save: 3}\nsources: {a: x, b: y}\nengine: {zero: {stage: 1}}\n")
+    (tmp_path / "b.yaml").write_text("limits: {load: 4}\nsources: {b: z}\nengine: {zero: {fast: true}}\n")
+    first, second = ["--config", f"{tmp_path}/a.yaml"], ["--config", f"{tmp_path}/b.yaml"]
+    assert load(*first).limits == {"start": 1.0, "save": 3.0}
+    if how == "command line":
+        second = ["--limits.load", "4", "--sources.b", "z", "--engine.zero", "{fast: true}"]
+    elif how == "mapping on the command line":
+        second = ["--limits", "{load: 4}", "--sources", "{b: z}", "--engine", "{zero: {fast: true}}"]
+    config = load(*first, *second) if how != "file" else load(*second)
+    if how == "file":
+        assert config.limits == {"start": 1.0, "save": 2.0, "load": 4.0} and config.sources == {"b": "z"}
+        return
+    assert config.limits == {"start": 1.0, "save": 3.0, "load": 4.0}
+    assert config.sources == {"a": "x", "b": "z"}
+    assert config.engine == {"zero": {"fast": True}}, "an entry is whole"
+
+
+def test_null_takes_an_entry_of_a_mapping_away_and_is_a_mistake_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("limits: {save: null}\nsources: {a: x, b: y}\n")
+    config = load("--config", f"{tmp_path}/a.yaml", "--sources.a", "null")
+    assert (config.limits, config.sources) == ({"start": 1.0}, {"b": "y"})
+    (line,) = problems_of("--sources", "{a: null}")
+    assert "sources=" in line
 
 
 def test_hyphens_and_underscores_are_equal_in_keys_and_kept_in_names() -> None:
@@ -203,13 +234,14 @@ jobs = st.builds(
     steps=st.integers(10**6, 10**18),
     is_quick=st.booleans(),
     sources=st.dictionaries(texts, texts),
+    limits=st.dictionaries(st.sampled_from(["start", "save", "load"]), floats),
     engine=st.dictionaries(texts, st.integers() | floats | texts | st.booleans(), max_size=3),
     rate=st.builds(Rate, peak=floats, floor=st.none() | floats, milestones=st.tuples(st.integers(-5, 5))),
     teacher=st.none() | st.just(Shape(num_heads=4)),
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=jobs)
 def test_yaml_that_is_printed_is_read_back_equal(config: Job, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(to_yaml(config), newline="")

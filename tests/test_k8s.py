@@ -20,7 +20,18 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from cluster.storage import open_store
-from k8s.check import ALPHA, K8S, OVERLAYS, PROJECT, all_renders, dockerfile_problems, main, problems_of
+from k8s.check import (
+    ALPHA,
+    JOB_OVERLAYS,
+    JOBS,
+    K8S,
+    OVERLAYS,
+    PROJECT,
+    all_renders,
+    dockerfile_problems,
+    main,
+    problems_of,
+)
 from k8s.job_rules import mounted_config
 from k8s.manifests import groups, load, of_kind
 from tests.ray_nodes import free_ports
@@ -53,17 +64,21 @@ def test_hadolint_finds_nothing_in_the_dockerfile_and_something_in_a_bad_one(tmp
     assert dockerfile_problems(tmp_path / "Dockerfile")
 
 
+def scaling_of(name: str) -> dict[str, Any]:
+    """What Ray's own reader of the custom resource makes of a render."""
+    spec = one(objects_of(name), "RayJob")["spec"]["rayClusterSpec"]
+    metadata = {"name": "pretrain-x", "namespace": "pretraining"}
+    found: dict[str, Any] = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": spec})
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", *(f"overlays/{folder.name}" for folder in OVERLAYS)])
 def test_ray_reads_from_each_cluster_what_the_run_asks_for(name: str) -> None:
     objects = objects_of(name)
     job = one(objects, "RayJob")
     config = mounted_config(job, objects, PROJECT).cluster
-    cluster = {
-        "metadata": {"name": "pretrain-x", "namespace": "pretraining"},
-        "spec": job["spec"]["rayClusterSpec"],
-    }
-    types = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    types = scaling_of(name)["available_node_types"]
     train, data = types["train"], types["data"]
     assert types["headgroup"]["resources"]["CPU"] == 0
     assert train["min_workers"] == train["max_workers"]
@@ -75,6 +90,36 @@ def test_ray_reads_from_each_cluster_what_the_run_asks_for(name: str) -> None:
         sizes = (train["resources"]["CPU"], train["resources"]["GPU"], train["resources"]["memory"])
         assert sizes == (88, 8, 1000 * 2**30)
         assert (train["max_workers"], data["max_workers"], data["resources"]["CPU"]) == (2, 4, 30)
+
+
+def test_ray_reads_that_the_readers_come_and_go_and_the_gpus_stay() -> None:
+    scaling = scaling_of("components/autoscale-data")
+    types = scaling["available_node_types"]
+    sizes = {name: (types[name]["min_workers"], types[name]["max_workers"]) for name in ("train", "data")}
+    assert sizes == {"train": (2, 2), "data": (0, 8)}
+    assert scaling["idle_timeout_minutes"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", [folder.name for folder in JOBS])
+@pytest.mark.parametrize("overlay", [folder.name for folder in JOB_OVERLAYS])
+def test_ray_reads_from_each_job_the_gpus_that_it_asks_for_and_no_room_on_the_head(
+    job: str, overlay: str
+) -> None:
+    name = f"jobs/{job} on {overlay}"
+    types = scaling_of(name)["available_node_types"]
+    train, rayjob = types["train"], one(objects_of(name), "RayJob")
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    assert train["min_workers"] == train["max_workers"]
+    config = mounted_config(rayjob, objects_of(name), PROJECT)
+    cluster = getattr(config, "base", config).cluster if config else None
+    runs = config.sweep.max_concurrent if job == "sweep" else 1
+    asked = rayjob["spec"].get("entrypointNumGpus", 0)
+    asked += runs * cluster.num_workers * cluster.gpus_per_worker if cluster else 0
+    if job == "evaluate":  # one GPU of one node
+        assert asked == 1 and train["max_workers"] == 1
+    else:
+        assert asked == train["max_workers"] * train["resources"]["GPU"]
 
 
 @pytest.mark.parametrize("component", sorted(ALPHA))
