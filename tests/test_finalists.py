@@ -1,9 +1,13 @@
 """Finalists win by their mean over all seeds; what is left of a sweep is told by the trials of this start."""
 
+import io
+from dataclasses import replace
+
 from rich.console import Console
 
 from cluster.storage import open_store
 from tune.finalists import rank
+from tune.measure import Measure
 from tune.search import ProgressLine
 from tune.trial_records import TrialRecord, discard_checkpoints
 
@@ -27,9 +31,25 @@ def test_a_point_that_failed_with_other_seeds_does_not_win_on_one_score():
 
 def test_time_left_is_told_by_the_trials_of_this_start():
     earlier = [trial({"rate": float(n)}, 0, 0.5) for n in range(8)]
-    progress = ProgressLine(Console(quiet=True), 12, earlier)
+    progress = ProgressLine(Console(quiet=True), Measure("t", "mse"), 12, earlier)
     progress(trial(STEADY, 0, 0.5))
     assert progress.seconds_left(60.0) == 3 * 60.0
+
+
+def test_the_progress_line_counts_each_ending_and_shows_the_best_metric_as_it_is_known():
+    console = Console(file=io.StringIO(), width=200)
+    progress = ProgressLine(console, Measure("t", "mse"), 5, [trial({"rate": 9.0}, 0, -0.9)])
+    points = [{"rate": float(n)} for n in range(4)]
+    for point in points:
+        progress(replace(trial(point, 0, None), status="unfinished"))
+    progress(trial(points[0], 0, None))
+    progress(replace(trial(points[1], 0, -0.75), status="stopped"))
+    progress(trial(points[2], 0, -0.52))
+    going_on, failed, stopped, finished = console.file.getvalue().splitlines()
+    assert going_on == "going on: 1 of 5 trials had ended"
+    assert failed.startswith("trials: 3 running, 1 finished, 0 stopped, 1 failed of 5; best mse 0.9000; ")
+    assert "2 running, 1 finished, 1 stopped, 1 failed of 5; best mse 0.7500" in stopped
+    assert "1 running, 2 finished, 1 stopped, 1 failed of 5; best mse 0.5200" in finished
 
 
 def test_an_ended_trial_keeps_its_metrics_and_no_checkpoint(tmp_path):

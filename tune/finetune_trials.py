@@ -1,15 +1,18 @@
 """Trials that fine-tune a backbone on a task."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cluster.config import ConfigError
 from cluster.storage import Store
 from trainers.finetune import finetune
 from trainers.finetune_config import FinetuneConfig
+from trainers.finetune_group import check_records
+from trainers.finetune_order import FinetuneOrder
 from trainers.task_data import PreparedTask
 from trainers.task_evaluation import TaskScore
 from tune.experiment import DRIVER, Report, Score
-from tune.search_space import Point, with_point
+from tune.search_space import Point, SearchSpace, with_point
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class FinetuneTrials:
     def train(self, folder: Store, point: Point, seed: int, report: Report) -> Score:
         """Only train and validation records are loaded."""
         config = self.config_at(folder, point, seed)
-        total = config.batch.steps(config.batch.label_budget or self.prepared.counts["train"])
+        records = self.prepared.counts["train"]
+        total = config.batch.steps(min(config.batch.label_budget or records, records))
 
         def validated(step: int, score: TaskScore) -> None:
             report(step / total, score.score, score.metrics)
@@ -45,3 +49,26 @@ class FinetuneTrials:
         )
         found = result.seeds[0]
         return Score(found["score"], found["validation"])
+
+
+def point_problems(
+    base: FinetuneConfig, prepared: PreparedTask, space: SearchSpace, seeds: Sequence[int]
+) -> list[str]:
+    """What `finetune` would refuse, of each choice and each end of a range: found once here, and not by every trial
+    that has the value."""
+    checked: set[str] = set()
+    problems: dict[str, None] = {}
+    for _, _, point in space.corners():
+        config = with_point(base, point)
+        batch, adapt = config.batch, config.adapt
+        for seed in seeds if batch.label_budget else seeds[:1]:  # it draws other records
+            encoding = [batch.label_budget, batch.max_tokens, batch.truncate, seed]
+            decisive = repr([config.backbone, adapt.train, adapt.lora_targets, *encoding])
+            if decisive in checked:
+                continue
+            checked.add(decisive)
+            try:
+                check_records(FinetuneOrder(config, prepared, seed, "", judge=False, keep_model=False))
+            except ConfigError as error:
+                problems |= dict.fromkeys(error.problems)
+    return list(problems)

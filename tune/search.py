@@ -9,6 +9,7 @@ from rich.console import Console
 from cluster.storage import Store
 from tune.experiment import Experiment
 from tune.finalists import Finalist, best_points, rank
+from tune.measure import Measured
 from tune.proposals import Proposals
 from tune.search_space import Point, SearchSpace
 from tune.sweep_config import SweepRunConfig
@@ -20,9 +21,12 @@ _STATUS = ("finished", "stopped", "failed")
 class ProgressLine:
     """Prints how a sweep stands whenever a trial ends."""
 
-    def __init__(self, console: Console, total: int, earlier: Sequence[TrialRecord] = ()) -> None:
+    def __init__(
+        self, console: Console, measure: Measured, total: int, earlier: Sequence[TrialRecord] = ()
+    ) -> None:
         """`earlier`: trials that had ended before this start; they count, and say nothing of its speed."""
-        self._console, self._total, self._started = console, total, time.monotonic()
+        self._console, self._measure, self._total = console, measure, total
+        self._started = time.monotonic()
         self._running: set[str] = set()
         self._ended = {record.name: record for record in earlier}
         self._earlier = len(self._ended)
@@ -40,9 +44,10 @@ class ProgressLine:
         seconds = time.monotonic() - self._started
         left = self.seconds_left(seconds)
         told = ", ".join(f"{number} {status}" for status, number in counts.items())
-        best = f"{max(scores):.4f}" if scores else "none yet"
+        best = f"{self._measure.oriented(max(scores)):.4f}" if scores else "none yet"
         self._console.print(
-            f"trials: {len(self._running)} running, {told} of {self._total}; best {best}; "
+            f"trials: {len(self._running)} running, {told} of {self._total}; "
+            f"best {self._measure.judged_by} {best}; "
             f"{seconds / 60:.1f} min, about {left / 60:.1f} min left",
             highlight=False,
         )
@@ -68,6 +73,7 @@ def search(
     *,
     first_seed: int,
     concurrent: int,
+    measure: Measured,
     console: Console,
 ) -> list[Finalist]:
     """Both phases, from where the sweep is; the winner first.
@@ -89,7 +95,8 @@ def search(
         point = proposals.propose()
         return None if point is None else (point, first_seed)
 
-    progress = ProgressLine(console, config.trials, [r for r in searched if r.status != "unfinished"])
+    earlier = [r for r in searched if r.status != "unfinished"]
+    progress = ProgressLine(console, measure, config.trials, earlier)
 
     def tell(record: TrialRecord) -> None:
         if record.status != "unfinished":
@@ -112,7 +119,7 @@ def search(
         remaining = list(wanted)
         run_trials(
             config, experiment, store, lambda: remaining.pop(0) if remaining else None,
-            ProgressLine(console, len(wanted)),
+            ProgressLine(console, measure, len(wanted)),
             first_number=len(read_trials(store)) + 1, num_trials=len(wanted), concurrent=concurrent,
             early_stopping=False,
         )  # fmt: skip

@@ -29,6 +29,7 @@ FIXED = {
     "run": _WHERE,
     "cluster": _WHERE,
     "checkpoint": _WHERE,
+    "heartbeat": _WHERE,
     "validation": "says how trials are scored: they could not be compared",
 }
 """Sections that no space varies, and why."""

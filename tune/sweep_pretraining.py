@@ -33,16 +33,18 @@ try:
     from trainers.planning import manifest_problems, objective_problems, problems_before_start
     from trainers.prediction import listing_digest
     from tune.interrupts import stopped_gently
+    from tune.measure import Measure
     from tune.pretrain_trials import PretrainTrials
     from tune.search import living_nodes, search
     from tune.search_space import SearchSpace, parse_space
     from tune.sweep_config import SweepRunConfig, grid_problem, room_of, unshared_problem
     from tune.sweep_folder import pin
-    from tune.sweep_report import Measure, sweep_table, write_sweep_report
+    from tune.sweep_report import sweep_table, write_sweep_report
     from tune.trial_records import read_trials
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
+MEASURE = Measure("pretraining", "loss")
 CHOICES_NAMED = 8
 """Of the batches that fit, in the remedy for a range of which some do not."""
 
@@ -112,14 +114,14 @@ def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console
             space,
             first_seed=base.run.seed,
             concurrent=concurrent,
+            measure=MEASURE,
             console=console,
         )
     best = trials.config_at(finalists[0].point)
     best = replace(best, run=replace(best.run, storage="runs", name=f"{config.sweep.name}-best"))
     store.put("best.yaml", to_yaml(best).encode())
-    measure = Measure("pretraining", "loss")
-    page = write_sweep_report(store, space, finalists, None, measure)
-    console.print(sweep_table(read_trials(store), finalists, measure))
+    page = write_sweep_report(store, space, finalists, None, MEASURE)
+    console.print(sweep_table(read_trials(store), finalists, MEASURE))
     console.print(
         f"best configuration: {store.uri.removeprefix('file://')}/best.yaml; page: {page}", highlight=False
     )

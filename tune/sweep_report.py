@@ -1,8 +1,7 @@
 """A sweep as a table and as one page with plots."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import optuna
@@ -15,35 +14,12 @@ from trainers.report import REPORT
 from trainers.units import duration
 from tune.curve_report import tune_pages
 from tune.finalists import Finalist
+from tune.measure import Measured
 from tune.proposals import as_trial
 from tune.search_space import Dimension, SearchSpace
 from tune.trial_records import TrialRecord, read_trials
 
 TEMPLATE = "sweep_report.html"
-
-
-class Measured(Protocol):
-    """What is searched for, and the metric that scores it: a task, or a `Measure`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def judged_by(self) -> str: ...
-
-    def oriented(self, value: float) -> float:
-        """A score, of which more is better, as the metric; and the other way round."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A metric of which less is better."""
-
-    name: str
-    judged_by: str
-
-    def oriented(self, value: float) -> float:
-        return -value
 
 
 def sweep_table(trials: Sequence[TrialRecord], finalists: Sequence[Finalist], task: Measured) -> Table:
@@ -54,18 +30,19 @@ def sweep_table(trials: Sequence[TrialRecord], finalists: Sequence[Finalist], ta
         title=", ".join(f"{number} {status}" for status, number in counts.items()),
     )  # fmt: skip
     for finalist in finalists:
-        # A score is turned so that more is better; people want the metric itself.
-        mean, ends = (
-            task.oriented(finalist.mean),
-            sorted((task.oriented(finalist.low), task.oriented(finalist.high))),
-        )
+        low, high = interval(finalist, task)
         table.add_row(
             described(finalist.point),
-            f"{mean:.4f}",
-            f"{ends[0]:.4f} to {ends[1]:.4f}",
+            f"{task.oriented(finalist.mean):.4f}",
+            f"{low:.4f} to {high:.4f}",
             str(len(finalist.scores)),
         )
     return table
+
+
+def interval(finalist: Finalist, task: Measured) -> list[float]:
+    """Its ends as the metric, the lower first."""
+    return sorted((task.oriented(finalist.low), task.oriented(finalist.high)))
 
 
 def described(point: dict[str, Any]) -> str:
@@ -85,50 +62,51 @@ def write_sweep_report(
     first_seed = trials[0].seed
     searched = [trial for trial in trials if trial.seed == first_seed]
     environment = tune_pages()
-    environment.filters |= {"duration": duration, "described": described}
+    environment.filters |= {"duration": duration, "described": described, "interval": interval}
     page = {
         "name": sweep.uri.rstrip("/").rpartition("/")[2],
         "task": task,
         "trials": trials,
         "finalists": finalists,
         "judged": judged,
-        "charts": list(sweep_charts(searched, space)),
+        "charts": list(sweep_charts(searched, space, task)),
     }
     sweep.put(REPORT, environment.get_template(TEMPLATE).render(page).encode())
     return f"{sweep.uri.rstrip('/').removeprefix('file://')}/{REPORT}"
 
 
-def sweep_charts(trials: Sequence[TrialRecord], space: SearchSpace) -> list[Chart]:
+def sweep_charts(trials: Sequence[TrialRecord], space: SearchSpace, task: Measured) -> list[Chart]:
     """Best so far against trials and cost, parallel coordinates, a slice for each key, and importance."""
     scored = [trial for trial in trials if trial.score is not None]
     if not scored:
         return []
+    seconds = np.cumsum([trial.seconds for trial in scored]).tolist()
     charts = [
-        best_chart("Best so far, by trials", "trial", scored, lambda seen: [trial.number for trial in seen]),
-        best_chart(
-            "Best so far, by cost",
-            "trial seconds",
-            scored,
-            lambda seen: np.cumsum([t.seconds for t in seen]).tolist(),
-        ),
-        parallel_chart(scored, space),
-        *(slice_chart(scored, dimension) for dimension in space.dimensions),
+        best_chart("Best so far, by trials", "trial", scored, [trial.number for trial in scored], task),
+        best_chart("Best so far, by cost", "trial seconds", scored, seconds, task),
+        parallel_chart(scored, space, task),
+        *(slice_chart(scored, dimension, task) for dimension in space.dimensions),
     ]
     importance = importances(scored, space)
     return [*charts, importance_chart(importance)] if importance else charts
 
 
-def best_chart(title: str, across: str, trials: Sequence[TrialRecord], places: Any) -> Chart:
-    scores = [trial.score or 0.0 for trial in trials]
-    x = places(trials)
+def metrics_of(trials: Sequence[TrialRecord], task: Measured) -> list[float]:
+    """The metric behind each score."""
+    return [task.oriented(trial.score) for trial in trials if trial.score is not None]
+
+
+def best_chart(
+    title: str, across: str, trials: Sequence[TrialRecord], x: Sequence[float], task: Measured
+) -> Chart:
+    best = [task.oriented(score) for score in np.maximum.accumulate([trial.score or 0.0 for trial in trials])]
 
     def draw(axes: Axes) -> None:
-        axes.plot(x, scores, color=GREY, linestyle="", marker="o", markersize=3)
-        axes.step(x, np.maximum.accumulate(scores), color=BLUE, linewidth=1.4, where="post")
+        axes.plot(x, metrics_of(trials, task), color=GREY, linestyle="", marker="o", markersize=3)
+        axes.step(x, best, color=BLUE, linewidth=1.4, where="post")
 
-    return draw_plain(
-        title, "validation score", across, "Dots are trials, the line is the best so far.", draw
-    )
+    caption = "Dots are trials, the line is the best so far."
+    return draw_plain(title, f"validation {task.judged_by}", across, caption, draw)
 
 
 def coordinate(dimension: Dimension, value: Any) -> float:
@@ -141,22 +119,23 @@ def coordinate(dimension: Dimension, value: Any) -> float:
     return (value - low) / (high - low)
 
 
-def parallel_chart(trials: Sequence[TrialRecord], space: SearchSpace) -> Chart:
-    scores = np.array([trial.score for trial in trials], float)
+def parallel_chart(trials: Sequence[TrialRecord], space: SearchSpace, task: Measured) -> Chart:
+    scores, metrics = np.array([trial.score for trial in trials], float), np.array(metrics_of(trials, task))
     shares = (scores - scores.min()) / (np.ptp(scores) or 1.0)
+    ends = (metrics - metrics.min()) / (np.ptp(metrics) or 1.0)
     keys = [dimension.key.rpartition(".")[2] for dimension in space.dimensions]
 
     def draw(axes: Axes) -> None:
-        for trial, share in sorted(zip(trials, shares, strict=True), key=lambda pair: pair[1]):
+        for trial, share, end in sorted(zip(trials, shares, ends, strict=True), key=lambda line: line[1]):
             heights = [
                 coordinate(d, trial.point[d.key]) if d.key in trial.point else np.nan
                 for d in space.dimensions
             ]
             color = ORANGE if share == 1 else BLUE
             axes.plot(
-                [*heights, share], color=color, alpha=1.0 if share == 1 else 0.15 + 0.5 * share, linewidth=1.2
+                [*heights, end], color=color, alpha=1.0 if share == 1 else 0.15 + 0.5 * share, linewidth=1.2
             )
-        axes.set_xticks(range(len(keys) + 1), [*keys, "score"], fontsize=7)
+        axes.set_xticks(range(len(keys) + 1), [*keys, task.judged_by], fontsize=7)
         axes.set_yticks([0, 1], ["low", "high"])
 
     caption = (
@@ -165,23 +144,21 @@ def parallel_chart(trials: Sequence[TrialRecord], space: SearchSpace) -> Chart:
     return draw_plain("Parallel coordinates", "", "", caption, draw)
 
 
-def slice_chart(trials: Sequence[TrialRecord], dimension: Dimension) -> Chart:
-    pairs = [
-        (trial.point[dimension.key], trial.score or 0.0) for trial in trials if dimension.key in trial.point
-    ]
+def slice_chart(trials: Sequence[TrialRecord], dimension: Dimension, task: Measured) -> Chart:
+    key = dimension.key
+    having = [trial for trial in trials if key in trial.point]
 
     def draw(axes: Axes) -> None:
         if dimension.kind == "choice":
             axes.set_xticks(range(len(dimension.values)), [str(value) for value in dimension.values])
         elif dimension.kind == "loguniform":
             axes.set_xscale("log")
-        at = [dimension.values.index(v) if dimension.kind == "choice" else v for v, _ in pairs]
-        axes.plot(at, [score for _, score in pairs], color=BLUE, linestyle="", marker="o", markersize=3)
+        values = [trial.point[key] for trial in having]
+        at = [dimension.values.index(v) if dimension.kind == "choice" else v for v in values]
+        axes.plot(at, metrics_of(having, task), color=BLUE, linestyle="", marker="o", markersize=3)
 
-    key = dimension.key
-    return draw_plain(
-        key, "validation score", key.rpartition(".")[2], f"Each trial's score over its {key}.", draw
-    )
+    caption = f"Each trial's {task.judged_by} over its {key}."
+    return draw_plain(key, f"validation {task.judged_by}", key.rpartition(".")[2], caption, draw)
 
 
 def importances(trials: Sequence[TrialRecord], space: SearchSpace) -> dict[str, float]:

@@ -1,0 +1,73 @@
+"""The winner of a sweep is trained once more and judged on the test split; then the sweep is closed.
+
+Trials that came after the judgement would choose by a test split that has spoken already.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import yaml
+
+from cluster.config import ConfigError
+from cluster.storage import Store
+from trainers.finetune import finetune
+from trainers.finetune_config import FinetuneConfig, seed_store
+from trainers.finetune_group import place_to_train
+from trainers.task_data import PreparedTask
+from trainers.task_report import write_task_report
+from tune.search_space import Point
+from tune.sweep_config import SweepRunConfig
+from tune.sweep_folder import CONFIG
+
+JUDGED = "judged.json"
+CHOOSES_NOTHING = ("name", "storage", "max_concurrent", "judge")
+"""Keys of `sweep` that have no say in which point wins."""
+REMEDY = "choose a new sweep.name with a test split that has chosen nothing"
+
+
+def refuse_after_judgement(store: Store, sweep: SweepRunConfig) -> None:
+    """Raise `ConfigError` if the test split has judged this sweep's winner and another search could come to another."""
+    if problems := list(_chooses_anew(store, sweep)):
+        raise ConfigError(problems)
+
+
+def _chooses_anew(store: Store, sweep: SweepRunConfig) -> Iterator[str]:
+    if not (store.exists(JUDGED) and store.exists(CONFIG)):
+        return
+    judged = json.loads(store.read(JUDGED))["point"]
+    before = yaml.safe_load(store.read(CONFIG))["sweep"]
+    for key, value in asdict(sweep).items():
+        if key not in CHOOSES_NOTHING and value != before.get(key, value):
+            yield (
+                f"sweep.{key}={value!r}, but the test split has judged {judged} of {store.uri}, found with "
+                f"{before[key]!r}: give it back, or {REMEDY}"
+            )
+
+
+def claim_judgement(store: Store, point: Point) -> None:
+    """Write down which point the test split judges; of a sweep it judges one. Raises `ConfigError` for another."""
+    if store.put_if_absent(JUDGED, json.dumps({"point": point}, sort_keys=True).encode()):
+        return
+    if (first := json.loads(store.read(JUDGED))["point"]) != point:
+        raise ConfigError(
+            [f"the test split was opened to judge {first}, and cannot judge {point} too; {REMEDY}"]
+        )
+
+
+def judge(best: FinetuneConfig, point: Point, store: Store, prepared: PreparedTask) -> dict[str, Any]:
+    """Train the winner once more, in the sweep's folder, and read the test split: once, also if asked again.
+
+    Raises:
+        ConfigError: the sweep has judged another point.
+    """
+    claim_judgement(store, point)
+    here = replace(best, run=replace(best.run, storage=store.uri, name="best", seeds=best.run.seeds[:1]))
+    with place_to_train(best.cluster) as alone:
+        result = finetune(here, prepared=prepared, alone=alone)
+    run = seed_store(here, here.run.seeds[0])
+    write_task_report(run, prepared)
+    test = result.seeds[0]["test"]
+    store.put("test.json", json.dumps(test, indent=2).encode())
+    return test
