@@ -1,13 +1,19 @@
 """Small experiments for tests of trials: each does one thing that a trial may do, without training."""
 
+import math
 import os
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from cluster.storage import Store
+import torch.distributed as dist
+
+from cluster.session import ClusterConfig
+from cluster.storage import RetryPolicy, S3Store, Store
 from tune.experiment import Report, Score
 from tune.search_space import Point
 
@@ -61,16 +67,48 @@ def killed_always(folder: Store, point: Point, seed: int, report: Report) -> Sco
 
 
 def failing(folder: Store, point: Point, seed: int, report: Report) -> Score:
-    """Fails alike each time; counts how often it was tried."""
+    """Fails alike each time, the first rate before a validation; counts how often it was tried."""
     tries = len(folder.list("try-"))
     folder.put(f"try-{tries}", b"")
-    report(0.2, 0.9, {})
+    if point["rate"] > 0.1:
+        report(0.5, 0.9, {})
     raise ValueError(f"no finite gradient at rate {point['rate']}")
 
 
 def telling_its_gpus(folder: Store, point: Point, seed: int, report: Report) -> Score:
     folder.put("cuda", os.environ.get("CUDA_VISIBLE_DEVICES", "not set").encode())
     return Score(0.0, {})
+
+
+def score_near_hundredth(rate: float) -> float:
+    return -abs(math.log10(rate) + 2)
+
+
+def scored_near_hundredth(folder: Store, point: Point, seed: int, report: Report) -> Score:
+    return Score(score_near_hundredth(point["rate"]), {})
+
+
+def in_two_workers(folder: Store, point: Point, seed: int, report: Report) -> Score:
+    """In workers of Ray Train's, of which the first start meets with what the rate stands for."""
+    from trainers.run import run_group  # here: Ray reads its variables when it is imported
+
+    cluster = ClusterConfig(num_workers=2, cpus_per_worker=0.5)
+    run_group(meet_with, (folder, point["rate"]), cluster, folder, max_failures=0)
+    return Score(point["rate"], {})
+
+
+def meet_with(arguments: dict[str, Any]) -> None:
+    folder, rate = arguments["task"]
+    if dist.get_rank() != 1:
+        return
+    first = not folder.list("try-")
+    folder.put(f"try-{uuid.uuid4().hex}", b"")
+    if rate == 0.3:
+        raise ValueError("no finite gradient")
+    if first and rate == 0.2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if first:
+        S3Store("s3://away/run", RetryPolicy(give_up_seconds=0), "http://127.0.0.1:9").read("object")
 
 
 def registered() -> None:

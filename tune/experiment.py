@@ -32,4 +32,4 @@ class Experiment(Protocol):
 
     def train(self, folder: Store, point: Point, seed: int, report: Report) -> Score:
         """Train from where the trial's folder is, reading no test record. Any error is the point's own fault, but
-        for a `StorageError`."""
+        for those of `tune.trials.PASSING`, also if Ray Train wraps them."""

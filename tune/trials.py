@@ -14,6 +14,8 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.train import ControllerError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -37,6 +39,8 @@ RESTARTS = 2
 """Of a trial whose process was lost."""
 ERROR_CHARACTERS = 2_000
 """Of an error that a record keeps."""
+PASSING = (StorageError, RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ControllerError)
+"""Errors that another try may not meet."""
 NextTrial = Callable[[], tuple[Point, int] | None]
 """The next point and seed to try; None when there is none left."""
 Tell = Callable[[TrialRecord], None]
@@ -158,11 +162,14 @@ def run_trial(parameters: dict[str, Any], experiment: Experiment, sweep: Store) 
     folder.delete(ERROR)
     try:
         found = experiment.train(folder, point, seed, report)
-    except StorageError:
-        raise  # no fault of the point: Tune starts it again, as one whose process was lost
     except Exception as error:
+        if is_passing(error):
+            raise  # Tune starts it again, as one whose process was lost
         folder.put(ERROR, f"{type(error).__name__}: {error}".encode())
-        return  # not raised, for Tune would start again what fails again
+        # Not raised, for Tune would start again what fails again; and told with a score, below any rung, for Tune would
+        # end the whole search over a trial that ends without one.
+        tune.report({"score": -math.inf, "best_score": -math.inf, "percent": 0, "metrics": {}})
+        return
     tune.report(
         {
             "score": found.score,
@@ -171,6 +178,18 @@ def run_trial(parameters: dict[str, Any], experiment: Experiment, sweep: Store) 
             "metrics": dict(found.metrics),
         }
     )
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether an error is no fault of the point: one of the storage, of a process or node that was lost, or of workers
+    that did not come together. In a trial of several workers Ray Train wraps what happened to each."""
+    if isinstance(error, PASSING):
+        return True
+    wrapped = (
+        getattr(error, name, None) for name in ("_base_exc", "health_check_failure", "cause", "__cause__")
+    )
+    inside = [*getattr(error, "worker_failures", {}).values(), *wrapped]
+    return any(is_passing(each) for each in inside if isinstance(each, BaseException) and each is not error)
 
 
 def nodes() -> list[dict[str, float]]:
