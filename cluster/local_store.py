@@ -6,13 +6,16 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from cluster.store import READ_AHEAD_BYTES, REMEDIES, ObjectInfo, StorageError, Store, checked_path
 
 _UNFINISHED = ".unfinished-"  # files that are being written; a reader never sees them
+ABANDONED_SECONDS = 3_600.0
+"""After its last byte an unfinished file is a killed writer's: a living one takes seconds from there to its name."""
+_swept: set[Path] = set()  # folders that this process has looked through already
 
 
 class LocalStore(Store):
@@ -60,6 +63,10 @@ class LocalStore(Store):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
         try:
+            if target.parent not in _swept:
+                _swept.add(target.parent)
+                temporary.touch()
+                _remove_abandoned(target.parent, temporary.stat().st_mtime)
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
@@ -99,6 +106,11 @@ class LocalStore(Store):
                         continue  # deleted while we walk
                     yield ObjectInfo(inside, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
 
+    def sweep(self, prefix: str = "") -> None:
+        now = self.clock()
+        for folder, _, _ in os.walk(self._path(prefix)):
+            _remove_abandoned(Path(folder), now)
+
     def clock(self) -> float:
         """Of a file system that hosts mount it is the server's."""
         with self._named("write", ""), self._unfinished("clock") as temporary:
@@ -121,6 +133,15 @@ class LocalStore(Store):
         except StorageError as error:
             return str(error)
         return None
+
+
+def _remove_abandoned(folder: Path, now: float) -> None:
+    """Remove what killed writers left in a folder; `now` by the clock of its file system, whatever this host's says."""
+    with suppress(OSError):  # of another user, or of a file system that is read-only: it is in nobody's way
+        for path in folder.glob(f"{_UNFINISHED}*"):
+            with suppress(FileNotFoundError):  # its writer lives after all, or another one removed it
+                if path.stat().st_mtime < now - ABANDONED_SECONDS:
+                    path.unlink()
 
 
 def _sync(path: Path) -> None:

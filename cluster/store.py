@@ -103,6 +103,10 @@ class Store(ABC):
     def clock(self) -> float:
         """Unix time by the store's own clock, some of which tell whole seconds."""
 
+    def sweep(self, prefix: str = "") -> None:  # noqa: B027  (not every store needs it)
+        """Remove what writers that were killed left below a folder, and no listing shows. A bucket has a rule for that:
+        S3's AbortIncompleteMultipartUpload; Google's uploads expire by themselves."""
+
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """Every object whose path begins with `prefix`, however deep, sorted; a folder's ends in "/"."""
         return sorted(self.scan(prefix), key=lambda info: info.path)

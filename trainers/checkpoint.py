@@ -181,6 +181,7 @@ def retire(store: Store, config: CheckpointConfig, newest: str, resumed_step: in
     for name in (*old, *torn):
         for file in folders[name] - {RECORD}:
             store.delete(file_path(name, file))
+    store.sweep(FOLDER)
     return [*old, *torn]
 
 

@@ -1,0 +1,68 @@
+"""What a killed writer leaves in a folder is removed once it is nobody's for certain, a living one's is not."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.local_store import ABANDONED_SECONDS
+from cluster.session import PROJECT
+from cluster.storage import open_store
+from trainers.checkpoint import CheckpointConfig, retire
+
+UPLOAD = """
+import os, sys
+from cluster.storage import open_store
+os.fsync = lambda _: (print("written", flush=True), sys.stdin.readline())  # it has no name yet
+open_store(sys.argv[1]).put("checkpoints/step-00000001-w1-a1/part", b"1" * 1_000)
+"""
+
+
+def start_writer(root: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """A writer that waits before it gives its file the name, and that file."""
+    command, pipe = [sys.executable, "-c", UPLOAD, str(root)], subprocess.PIPE
+    writer = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=PROJECT)
+    assert writer.stdout and writer.stdout.readline()
+    (file,) = root.rglob(".unfinished-*")
+    return writer, file
+
+
+def age(path: Path, seconds: float) -> None:
+    when = time.time() - seconds
+    os.utime(path, (when, when))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["write", "sweep", "retire"])
+def test_what_a_killed_writer_left_goes_after_an_hour_and_not_before(how: str, tmp_path: Path) -> None:
+    writer, left = start_writer(tmp_path)
+    with writer:
+        writer.kill()
+    store, again = open_store(str(tmp_path)), "checkpoints/step-00000001-w1-a1/another"
+    assert store.list() == []
+    store.sweep()
+    assert left.exists(), "its writer might live"
+    age(left, ABANDONED_SECONDS + 60)
+    if how == "write":
+        store.put(again, b"")
+    elif how == "sweep":
+        store.sweep("checkpoints")
+    else:
+        retire(store, CheckpointConfig(), newest="step-00000002-w1-a1")
+    assert not left.exists()
+    assert [info.path for info in store.list()] == ([again] if how == "write" else [])
+
+
+@pytest.mark.slow
+def test_what_a_living_writer_has_written_is_left_alone_and_gets_its_name(tmp_path: Path) -> None:
+    writer, file = start_writer(tmp_path)
+    store = open_store(str(tmp_path))
+    age(file, ABANDONED_SECONDS - 60)
+    store.sweep()
+    store.put("checkpoints/step-00000001-w1-a1/beside", b"")
+    writer.communicate(b"go on\n")
+    assert writer.returncode == 0
+    assert store.size("checkpoints/step-00000001-w1-a1/part") == 1_000
