@@ -1,9 +1,11 @@
 """Laws of the stream in a real Ray session: at any number of workers, each step has the rows of the order."""
 
 import contextlib
+import functools
 import os
 import signal
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from data.manifest import Manifest
 from data.order import Order
 from data.shards import read_fragment
 from data.stream import StreamError, TokenStream
-from tests.stream_workers import CONFIG, ROWS_PER_STEP, SEQ_LEN, Board, Group, Worker
+from tests.stream_workers import CONFIG, LANES, ROWS_PER_STEP, SEQ_LEN, Board, Group, Worker
 from tests.token_corpus import put_token_corpus
 
 SIZES = {("train", "web"): 60, ("train", "books"): 40}
@@ -90,6 +92,35 @@ def test_resuming_with_other_workers_yields_exactly_the_steps_not_yet_taken(corp
     before = digests(start_group(prepared, 4, 0, 12).call("take", 7))
     after = digests(start_group(prepared, 2, 7, 12).call("take"))
     assert before + after == unbroken
+
+
+def test_over_two_epochs_on_s3_and_restarts_with_1_4_2_3_workers_no_row_is_lost_or_repeated(
+    s3_uri, start_group
+):
+    store = open_store(s3_uri)
+    # As many rows of each source as its weight, so that both end their epochs together.
+    manifest = put_token_corpus(store, {("train", "web"): 30, ("train", "books"): 15}, fragment_tokens=120)
+    read = functools.cache(lambda fragment: read_fragment(store, manifest, fragment))
+    order, stops = order_of(manifest), (0, 8, 23, 31, 45)
+    assert min(order.epochs_before(stops[-1]).values()) > 2
+    trained = []
+    for world_size, (start, stop) in zip((1, 4, 2, 3), pairwise(stops), strict=True):
+        shares = start_group(s3_uri, world_size, start, stop).call("take")
+        for step, parts in enumerate(zip(*shares, strict=True), start):
+            assert {part["step"] for part in parts} == {step}
+            for part in parts:
+                for row, tokens in zip(identities(part["rows"]), part["tokens"], strict=True):
+                    _, _, fragment, _, at = row
+                    assert np.array_equal(tokens, read(fragment)[at : at + SEQ_LEN + 1])
+                    trained.append(row)
+    assert len(set(trained)) == len(trained) == stops[-1] * ROWS_PER_STEP
+    num_rows = (manifest.fragments.num_tokens - 1) // SEQ_LEN
+    for source, name in enumerate(manifest.sources):
+        whole = {(part, row) for part in manifest.select("train", name) for row in range(num_rows[part])}
+        for epoch in (0, 1):
+            found = [row[2:4] for row in trained if row[:2] == (source, epoch)]
+            assert set(found) <= whole and len(set(found)) == len(found)
+            assert len(whole) - len(found) == order.remainder()[name]["rows"] < LANES
 
 
 def live_pipelines() -> set[int]:
