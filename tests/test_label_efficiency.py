@@ -86,6 +86,13 @@ def test_the_command_measures_every_arm_and_checks_what_the_backbone_has_read(
     [digest] = [info.path.removesuffix(".json")[-12:] for info in curve.list("linear-10-")]
     assert any(digest in str(path) for path in (tmp_path / "prepared").iterdir())
 
+    main([*command, "--curve.arms", '["pretrained"]'])
+    alone = json.loads(curve.read("curve.json"))
+    assert alone["saved"] == {}
+    assert [(p["arm"], p["budget"], p["mean"]) for p in alone["points"]] == [
+        ("pretrained", budget, points["pretrained", budget]) for budget in sorted(budgets)
+    ]
+
     config = {"run": {}, "corpus": {"uri": str(tmp_path / "raw"), "sources": {}}}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     main(command)  # goes on: nothing is left to measure

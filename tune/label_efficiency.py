@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -37,8 +38,9 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
+Arm = Literal["pretrained", "scratch", "linear", "majority"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 NEURAL = ("pretrained", "scratch")
-ARMS = (*NEURAL, "linear", "majority")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class CurveConfig:
     """The curve's folder under `curve.storage`; the same name goes on where it was. Empty: TASK-labels."""
     storage: str = "curves"
     """URI of the folder of curves."""
+    arms: tuple[Arm, ...] = ARMS
+    """What is measured. The pretrained model alone is enough to compare backbones."""
     budgets: tuple[int, ...] = (10, 30, 100, 300, 1_000, 0)
     """Training records; 0: all. As many records validate, at most `base.validation.max_rows`."""
     seeds: int = 3
@@ -61,6 +65,8 @@ class CurveConfig:
     """Folder of that text; empty: as the configuration says that lies beside the backbone's export."""
 
     def problems(self, at: str) -> Iterator[str]:
+        if not self.arms:
+            yield f"{at}.arms={list(self.arms)} must be one or more of {', '.join(ARMS)}"
         if self.seeds < 1:
             yield f"{at}.seeds={self.seeds} must be at least 1"
         if not self.budgets or any(budget < 0 for budget in self.budgets):
@@ -100,14 +106,17 @@ def measure_curve(
     """Check, measure what is left, and make the page."""
     check_overlap(config, prepared, console)
     points = measure_points(config, prepared, store, console)
-    saved = {arm: savings(points, arm) for arm in ("scratch", "linear")}
+    compared = {"scratch", "linear"} & set(config.curve.arms) if "pretrained" in config.curve.arms else ()
+    saved = {arm: savings(points, arm) for arm in sorted(compared, reverse=True)}
     content = {
         "metric": prepared.task.judged_by,
         "points": [vars(point) for point in points],
         "saved": {arm: [vars(saving) for saving in found] for arm, found in saved.items()},
     }
     store.put("curve.json", json.dumps(content, indent=2).encode())
-    console.print(curve_table(points, prepared.task.judged_by), savings_table(saved))
+    console.print(curve_table(points, config.curve.arms, prepared.task.judged_by))
+    if saved:
+        console.print(savings_table(saved))
     console.print(f"page: {write_curve_report(store, prepared.task, points, saved)}", highlight=False)
 
 
@@ -148,7 +157,7 @@ def measure_points(
     """Every arm at every budget, the small budgets first; what is done is read."""
     points = []
     for budget in config.curve.budgets:
-        for arm in ARMS:
+        for arm in config.curve.arms:
             seeds = [config.base.run.seeds[0] + number for number in range(config.curve.seeds)]
             values = tuple(value_of(config, prepared, store, arm, budget, seed) for seed in seeds)
             number = min(budget or prepared.counts["train"], prepared.counts["train"])
@@ -211,12 +220,12 @@ def arm_config(
     )
 
 
-def curve_table(points: Sequence[CurvePoint], metric: str) -> Table:
+def curve_table(points: Sequence[CurvePoint], arms: Sequence[str], metric: str) -> Table:
     """Budgets down, arms across."""
-    table = Table("labels", *ARMS, title=f"test {metric}, mean over seeds and 95 % interval")
+    table = Table("labels", *arms, title=f"test {metric}, mean over seeds and 95 % interval")
     for budget in sorted({point.budget for point in points}):
         of_budget = {point.arm: point for point in points if point.budget == budget}
-        cells = [f"{p.mean:.3f} ({p.low:.3f} to {p.high:.3f})" for p in map(of_budget.__getitem__, ARMS)]
+        cells = [f"{p.mean:.3f} ({p.low:.3f} to {p.high:.3f})" for p in map(of_budget.__getitem__, arms)]
         table.add_row(f"{budget:,}", *cells)
     return table
 
