@@ -1,7 +1,8 @@
 """GPUs as one buys them: memory, links and the share of their peak that matrix products reach, for plans.
 
 Peak FLOP/s and power are in cluster/hardware.py. Bandwidths are the makers' figures per direction; networks are
-those of the machines that the clouds offer the GPU in.
+those of the machines that the clouds offer the GPU in. So is the memory of a node: AWS's list of instance types, of
+p6-b200.48xlarge, p5en.48xlarge, p5.48xlarge, p4de.24xlarge, p4d.24xlarge and g6e.48xlarge, in the table's order.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Gpu:
     matrix_share: float
     """Share of the peak that large bf16 matrix products reach, clocks and power included; fitted, with the other
     constants of trainers/throughput.py, to published speeds."""
+    host_bytes: int
+    """Memory of a node."""
     source: str
     per_node: int = 8
 
@@ -50,6 +53,7 @@ GPUS = {
             link=900e9,
             network=50e9,
             matrix_share=0.60,
+            host_bytes=2_048 * GIB,
             source="NVIDIA HGX B200 data sheet; 400 Gb/s a GPU; share as H100, not fitted",
         ),
         Gpu(
@@ -60,6 +64,7 @@ GPUS = {
             link=450e9,
             network=50e9,
             matrix_share=0.60,
+            host_bytes=2_048 * GIB,
             source="NVIDIA H200 data sheet; 400 Gb/s a GPU; share as H100, not fitted",
         ),
         Gpu(
@@ -70,6 +75,7 @@ GPUS = {
             link=450e9,
             network=50e9,
             matrix_share=0.60,
+            host_bytes=2_048 * GIB,
             source="NVIDIA H100 SXM data sheet; 400 Gb/s a GPU (AWS p5; GCP a3-mega has half)",
         ),
         Gpu(
@@ -80,6 +86,7 @@ GPUS = {
             link=300e9,
             network=25e9,
             matrix_share=0.85,
+            host_bytes=1_152 * GIB,
             source="NVIDIA A100 data sheet; 200 Gb/s a GPU (llm-foundry's cluster)",
         ),
         Gpu(
@@ -90,6 +97,7 @@ GPUS = {
             link=300e9,
             network=25e9,
             matrix_share=0.85,
+            host_bytes=1_152 * GIB,
             source="NVIDIA A100 data sheet; 200 Gb/s a GPU (llm-foundry's cluster)",
         ),
         Gpu(
@@ -100,6 +108,7 @@ GPUS = {
             link=32e9,
             network=6.25e9,
             matrix_share=0.60,
+            host_bytes=1_536 * GIB,
             source="NVIDIA L40S data sheet; PCIe 4 x16; 400 Gb/s a node (AWS g6e); share not fitted",
         ),
     )

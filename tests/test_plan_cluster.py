@@ -3,6 +3,7 @@ import re
 import pytest
 
 from cluster.config import ConfigError, load_config
+from cluster.fleet import GPUS
 from trainers.config import PretrainConfig
 from trainers.plan import rows_per_worker
 from trainers.plan_cluster import ClusterPlanConfig, job_of, main, options, room
@@ -42,6 +43,19 @@ def test_a_model_that_fits_nowhere_is_said_so_with_exit_1(capsys) -> None:
 def test_a_model_that_is_too_large_for_one_gpu_fits_with_parameters_in_host_memory(capsys) -> None:
     main([*LLAMA_7B, "--gpus", "1", "--gpu", "a100-40gb"])
     assert "engine.zero_stage=3 engine.offload=optimizer+parameters" in capsys.readouterr().out
+
+
+def test_offload_fits_where_the_hosts_memory_takes_it_and_nowhere_else(capsys) -> None:
+    # 49 G parameters: 590 GB of masters and moments, and as much in the buffers of a checkpoint.
+    large = ["--model.num_layers", "240", "--gpu", "a100-80gb"]
+    small, great = options(config(*large, "--gpus", "8")), options(config(*large, "--gpus", "64"))
+    assert any(option.device_bytes <= room(GPUS["a100-80gb"]) for option in small)
+    assert not any(option.fits for option in small)
+    fitting = [option for option in great if option.fits]
+    assert fitting and all(option.host_bytes < 0.7 * 1_152 * 2**30 for option in fitting)
+    with pytest.raises(SystemExit, match="1"):
+        main([*LLAMA_7B, *large, "--gpus", "8"])
+    assert "of a node's memory" in capsys.readouterr().out
 
 
 def test_the_plan_names_keys_time_cost_energy_and_its_own_error(capsys) -> None:
@@ -96,8 +110,6 @@ def test_a_run_takes_the_lanes_that_a_plan_names_and_has_its_rows_per_worker(gpu
 
 
 def test_room_is_less_than_the_memory() -> None:
-    from cluster.fleet import GPUS
-
     assert all(0 < room(gpu) < gpu.memory_bytes for gpu in GPUS.values())
     assert Strategy(zero_stage=0, micro_batch_rows=1).offload == "none"
 

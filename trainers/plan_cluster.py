@@ -37,7 +37,9 @@ RESERVED_BYTES = 3 << 30
 """Of a GPU's memory: the driver's context, NCCL's buffers, kernels."""
 USABLE = 0.92
 """Of the rest: what fragmentation leaves of it to torch's allocator."""
-TABLE_WIDTH = 100
+HOST_USABLE = 0.7
+"""Of a node's memory: Ray's object store takes 30 % of it unless it is told otherwise."""
+TABLE_WIDTH = 112
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -86,6 +88,8 @@ class Option:
     memory: Memory
     device_bytes: float
     """Of one GPU's memory."""
+    host_bytes: float
+    """Of its node's memory, all GPUs of the node together."""
     fits: bool
     time: StepTime
     tokens_per_second: float
@@ -105,12 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if fitting:
         console.print(*summary(config, gpu, fitting[0]), sep="\n", highlight=False)
     else:
-        least = min(found, key=lambda option: option.device_bytes)
-        console.print(
-            f"nothing fits: the least is {size(least.device_bytes)} of {size(room(gpu))} a GPU; "
-            "take more GPUs, or some with more memory",
-            highlight=False,
-        )
+        console.print(why_nothing_fits(found, gpu), highlight=False)
     console.print(*basis(gpu), sep="\n", highlight=False)
     if not fitting:
         raise SystemExit(1)
@@ -146,7 +145,9 @@ def option_of(config: ClusterPlanConfig, strategy: Strategy) -> Option:
     job = job_of(config, strategy)
     passes = micro_batches(job)
     memory = memory_per_worker(job)
-    on_device = memory.total - memory.checkpoint_buffers - offloaded(strategy, memory)
+    on_host = memory.checkpoint_buffers + offloaded(strategy, memory)
+    on_device = memory.total - on_host
+    node_bytes = on_host * min(config.gpus, gpu.per_node)
     time = step_time(model, job.seq_len, passes, strategy, gpu, config.gpus)
     speed = job.rows_per_step * job.seq_len / time.total
     return Option(
@@ -154,7 +155,8 @@ def option_of(config: ClusterPlanConfig, strategy: Strategy) -> Option:
         micro_batches=passes,
         memory=memory,
         device_bytes=on_device,
-        fits=on_device <= room(gpu),
+        host_bytes=node_bytes,
+        fits=on_device <= room(gpu) and node_bytes <= host_room(gpu),
         time=time,
         tokens_per_second=speed,
         mfu=speed * flops_per_token(model, job.seq_len) / (config.gpus * gpu.accelerator.bf16),
@@ -216,11 +218,38 @@ def room(gpu: Gpu) -> float:
     return USABLE * (gpu.memory_bytes - RESERVED_BYTES)
 
 
+def host_room(gpu: Gpu) -> float:
+    """Bytes of a node's memory that its workers may take."""
+    return HOST_USABLE * gpu.host_bytes
+
+
+def why_nothing_fits(found: Sequence[Option], gpu: Gpu) -> str:
+    """What is short: the GPUs' memory, or where that would do, the hosts'."""
+    if on_device := [option for option in found if option.device_bytes <= room(gpu)]:
+        least = min(option.host_bytes for option in on_device)
+        return (
+            f"nothing fits: what fits into a GPU takes at least {size(least)} of {size(host_room(gpu))} of a node's "
+            "memory; take more GPUs, or nodes with more memory"
+        )
+    least = min(option.device_bytes for option in found)
+    return f"nothing fits: the least is {size(least)} of {size(room(gpu))} a GPU; take more GPUs, or some with more memory"
+
+
 def options_table(config: ClusterPlanConfig, found: Sequence[Option]) -> Table:
     table = Table(
         title=f"{count(count_parameters(model_of(config)).total)} parameters on {config.gpus} x {config.gpu}"
     )
-    for name in ("ZeRO", "offload", "recompute", "micro-batch", "a GPU holds", "tokens/s", "MFU", "exposed"):
+    for name in (
+        "ZeRO",
+        "offload",
+        "recompute",
+        "micro-batch",
+        "a GPU holds",
+        "a host",
+        "tokens/s",
+        "MFU",
+        "exposed",
+    ):
         table.add_column(name, justify="right")
     for option in found:
         way = option.strategy
@@ -229,7 +258,10 @@ def options_table(config: ClusterPlanConfig, found: Sequence[Option]) -> Table:
             way.offload,
             "yes" if way.activation_checkpointing else "no",
             f"{way.micro_batch_rows} x {option.micro_batches}",
-            size(option.device_bytes) + ("" if option.fits else " (too much)"),
+            size(option.device_bytes)
+            + ("" if option.device_bytes <= room(GPUS[config.gpu]) else " (too much)"),
+            size(option.host_bytes)
+            + ("" if option.host_bytes <= host_room(GPUS[config.gpu]) else " (too much)"),
             count(round(option.tokens_per_second)),
             f"{option.mfu:.1%}",
             f"{option.time.communicating / option.time.total:.1%}",
@@ -252,8 +284,8 @@ def summary(config: ClusterPlanConfig, gpu: Gpu, best: Option) -> Iterator[str]:
     yield f"time       {count(tokens)} tokens in {duration(seconds)}, {hours:,.0f} GPU-hours"
     yield f"cost       ${hours * config.dollars_per_gpu_hour:,.0f} at ${config.dollars_per_gpu_hour:g} a GPU-hour"
     yield f"energy     {energy(used.kwh)}, {mass(used.co2_grams)} CO2; {used.assumption}"
-    needed = best.memory.checkpoint_buffers + offloaded(way, best.memory)
-    yield f"host       {size(needed * gpu.per_node)} of memory on a node of {gpu.per_node}, beside Ray's object store"
+    node = f"{size(gpu.host_bytes)} of a node of {min(config.gpus, gpu.per_node)} workers"
+    yield f"host       {size(best.host_bytes)} of the {node}, beside Ray's object store"
 
 
 def basis(gpu: Gpu) -> Iterator[str]:
