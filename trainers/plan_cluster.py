@@ -232,7 +232,8 @@ def why_nothing_fits(found: Sequence[Option], gpu: Gpu) -> str:
             "memory; take more GPUs, or nodes with more memory"
         )
     least = min(option.device_bytes for option in found)
-    return f"nothing fits: the least is {size(least)} of {size(room(gpu))} a GPU; take more GPUs, or some with more memory"
+    advice = "take more GPUs, or some with more memory"
+    return f"nothing fits: the least is {size(least)} of {size(room(gpu))} a GPU; {advice}"
 
 
 def options_table(config: ClusterPlanConfig, found: Sequence[Option]) -> Table:
