@@ -4,16 +4,18 @@ import hashlib
 import os
 import shutil
 import tempfile
-import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.storage import Store, open_store
+from filelock import FileLock
+
+from cluster.storage import ObjectInfo, Store, open_store
 
 
 def local_copy(source: Store, cache: Path | None = None) -> Store:
     """The same objects in a local folder, fetched unless this version of them is there; a local store as it is.
 
-    Processes that find it absent at the same time each fetch, and the first to finish gives the folder its name.
+    Of processes that find it absent at the same time one fetches, the others wait; one that dies frees them.
     Raises FileNotFoundError if the source holds nothing.
     """
     if source.uri.startswith("file://"):
@@ -25,12 +27,17 @@ def local_copy(source: Store, cache: Path | None = None) -> Store:
     cache = cache or Path(tempfile.gettempdir()) / f"backbones-{os.getuid()}"
     target = cache / digest
     if not target.exists():
-        unfinished = cache / f".{digest}-{uuid.uuid4().hex}"
-        store = open_store(str(unfinished))
-        for info in infos:
-            store.put(info.path, source.read(info.path))
-        try:
-            unfinished.rename(target)
-        except OSError:  # another process was first
-            shutil.rmtree(unfinished)
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f".{digest}.lock"):
+            if not target.exists():
+                fetch(source, infos, cache / f".{digest}").rename(target)
     return open_store(str(target))
+
+
+def fetch(source: Store, infos: Sequence[ObjectInfo], folder: Path) -> Path:
+    """Put the objects into a folder, in place of what a process that died left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    store = open_store(str(folder))
+    for info in infos:
+        store.put(info.path, source.read(info.path))
+    return folder
