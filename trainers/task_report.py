@@ -25,6 +25,8 @@ ERRORS_SHOWN = 30
 """Wrong answers on the page, the surest first."""
 MOST_LABELS = 30
 """Labels of a confusion matrix; of more, the page shows the commonest confusions alone."""
+CONFUSIONS_SHOWN = 30
+"""Pairs of labels that were taken for each other, the commonest first."""
 
 
 # --- before training ---
@@ -100,6 +102,7 @@ def write_task_report(run: Store, prepared: PreparedTask) -> str:
         "result": result,
         "charts": [validation_chart(task, curve)] if curve else [],
         "confusion": confusion(task, answers),
+        "confusions": confusions(task, answers),
         "errors": list(errors(task, answers)),
         "wrong": sum(not is_right(task, answer) for answer in answers),
         "prepared": prepared,
@@ -136,8 +139,27 @@ def is_right(task: TaskConfig, answer: dict[str, Any]) -> bool:
 
 def confusion(task: TaskConfig, answers: Sequence[dict[str, Any]]) -> list[tuple[str, list[int]]]:
     """Rows of the confusion matrix: a target, and how often each label was answered; empty where there is none."""
-    if task.multi_label or not task.has_labels or len(task.labels) > MOST_LABELS:
+    if not has_one_label(task) or len(task.labels) > MOST_LABELS:
         return []
+    pairs = label_pairs(task, answers)
+    return [(target, [pairs[target, found] for found in task.labels]) for target in task.labels]
+
+
+def confusions(task: TaskConfig, answers: Sequence[dict[str, Any]]) -> list[tuple[str, str, int]]:
+    """Target, answer and how often, the commonest first, where the labels are too many for a matrix."""
+    if not has_one_label(task) or len(task.labels) <= MOST_LABELS:
+        return []
+    wrong = [(*pair, number) for pair, number in label_pairs(task, answers).items() if pair[0] != pair[1]]
+    return sorted(wrong, key=lambda each: (-each[2], each))[:CONFUSIONS_SHOWN]
+
+
+def has_one_label(task: TaskConfig) -> bool:
+    """Whether a text, or each word, has one label, so that another can be taken for it."""
+    return task.has_labels and not task.multi_label
+
+
+def label_pairs(task: TaskConfig, answers: Sequence[dict[str, Any]]) -> Counter[tuple[str, str]]:
+    """How often each label was answered where each is right."""
     pairs: Counter[tuple[str, str]] = Counter()
     for answer in answers:
         several = task.kind == "token_classification"
@@ -145,7 +167,7 @@ def confusion(task: TaskConfig, answers: Sequence[dict[str, Any]]) -> list[tuple
             (answer["target"], answer["answer"]) if several else ([answer["target"]], [answer["answer"]])
         )
         pairs.update(zip(targets, found, strict=True))
-    return [(target, [pairs[target, found] for found in task.labels]) for target in task.labels]
+    return pairs
 
 
 def errors(task: TaskConfig, answers: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
