@@ -1,0 +1,88 @@
+"""A driver of data/prepare.py killed in the middle of its work: what is done stays done."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import psutil
+import pytest
+
+from cluster.session import PROJECT
+from cluster.storage import open_store
+from data.corpus import CorpusConfig
+from data.manifest import read_manifest
+from data.prepare import prepare
+from data.tokens import TokenizerConfig, train_tokenizer
+from tests.small_run import STARTED
+from tests.test_prepare import one_by_one
+from trainers.planning import resources_here
+
+NUM_SHARDS = 6
+
+
+def put_shards(folder: Path) -> None:
+    """English in shards of a megabyte, too large for two to be one piece of work."""
+    folder.mkdir()
+    for shard in range(NUM_SHARDS):
+        lines = [
+            json.dumps({"id": f"{copy}/{name}", "text": f"{shard}.{copy}\n{text}"})
+            for copy in range(2)
+            for name, text in sorted(topics.items())
+        ]
+        (folder / f"{shard}.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_after_kill_9_of_the_driver_the_same_command_finishes_and_does_no_finished_piece_again(
+    tmp_path: Path,
+) -> None:
+    put_shards(tmp_path / "raw")
+    fixed = train_tokenizer([topics["class"], topics["import"]], TokenizerConfig(vocab_size=300))
+    (tmp_path / "tokenizer.json").write_text(fixed.json)
+    settings = {"uri": f"{tmp_path}/raw", "prepared": f"{tmp_path}/prepared"}
+    tokenizer = {"tokenizer.path": f"{tmp_path}/tokenizer.json"}
+    one_at_a_time = {"cpus_per_piece": resources_here()["CPU"]}  # or many cores would end all at once
+    command = [sys.executable, str(PROJECT / "data" / "prepare.py"), "--cluster.address", "local"]
+    for key, value in (settings | tokenizer | one_at_a_time).items():
+        command += [f"--corpus.{key}", str(value)]
+    store = open_store(settings["prepared"])
+
+    def records(kind: str) -> dict[str, str]:
+        return {info.path: info.version for info in store.list(f"pieces/{kind}")}
+
+    def start() -> subprocess.Popen[bytes]:
+        with open(tmp_path / "log", "ab") as log:
+            environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+            STARTED.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment))
+        return STARTED[-1]
+
+    driver = start()
+    ends = time.monotonic() + 300
+    while len(records("tokens-")) < 2:
+        assert driver.poll() is None and time.monotonic() < ends, (tmp_path / "log").read_text()[-4_000:]
+        time.sleep(0.05)
+    under_it = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    # Ray's own processes notice, and end a task that is under way; or that finishes its piece.
+    for process in psutil.wait_procs(under_it, timeout=60)[1]:
+        process.kill()
+    done = records("")
+    assert 2 <= sum("tokens-" in path for path in done) < NUM_SHARDS
+    assert sum("survey-" in path for path in done) == NUM_SHARDS
+
+    assert start().wait(300) == 0, (tmp_path / "log").read_text()[-4_000:]
+    assert done.items() <= records("").items()
+    assert len(records("tokens-")) == NUM_SHARDS
+    afresh = CorpusConfig(
+        uri=settings["uri"],
+        prepared=f"{tmp_path}/afresh",
+        tokenizer=TokenizerConfig(path=tokenizer["tokenizer.path"]),
+    )
+    assert read_manifest(store).digest == prepare(afresh, fan_out=one_by_one).digest
