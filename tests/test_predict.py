@@ -3,7 +3,11 @@
 import argparse
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 
 import pyarrow as pa
@@ -11,15 +15,18 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
-from task_files import put_backbone, put_lines, sentences
+from task_files import BACKBONES, put_backbone, put_lines, sentences
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, run_entry
+from cluster.session import PROJECT
 from cluster.storage import open_store
+from tests.small_run import STARTED, kill_tree
 from trainers import predict, prediction, prediction_rows
 from trainers.export import load_exported
+from trainers.lease import lease
 from trainers.prediction import Counts, Predictor, finished_pieces
 from trainers.prediction_rows import pieces_of, rows_of
-from trainers.task import TaskConfig, TaskFiles
+from trainers.task import TaskColumns, TaskConfig, TaskFiles
 from trainers.task_encoding import Encoder, framed
 from trainers.task_export import export_task_model
 from trainers.task_model import AdaptConfig, TaskModel
@@ -129,6 +136,66 @@ def test_answers_are_the_models_own(model, tmp_path):
         assert line["confidence"] == pytest.approx(float(sure.max()), abs=1e-4)
 
 
+WORDS = ["Statements", "in", "Zanzibar", "end"]
+KINDS = {
+    "classification": ("causal", {"multi_label": True, "labels": ("a", "b", "c", "d")}),
+    "pairs": ("bert", {"labels": tuple("abcdefgh"), "columns": TaskColumns(pair="pair")}),
+    "token_classification": ("causal", {"labels": ("O", "B-X", "I-X")}),
+    "regression": ("causal", {}),
+    "question_answering": ("bert", {"columns": TaskColumns(pair="pair")}),
+}
+SCALE = (30.0, 7.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_of_each_kind_are_what_the_models_scores_of_one_record_say(tmp_path, kind):
+    backbone, content = KINDS[kind]
+    exported = load_exported(open_store(put_backbone(tmp_path / "backbone", BACKBONES[backbone])))
+    tokenizer, pad = framed(exported.tokenizer, exported.boundary_id, causal=backbone == "causal")
+    task = TaskConfig(name="t", kind=kind, data=TaskFiles(uri="elsewhere.jsonl"), **content)
+    encoder = Encoder(task, tokenizer, pad, 128, True, backbone == "causal", SCALE)
+    made = TaskModel(exported.model, task, AdaptConfig(dropout=0.0), seed=0).eval()
+    with torch.no_grad():
+        for weights in made.parameters():
+            weights *= 1 + 9 * (weights.dim() > 1)  # initial ones answer everything alike
+    export_task_model(made, encoder, exported.boundary_id, open_store(str(tmp_path / "export")))
+    texts = [record["text"] for record in sentences(12)]
+    rows = [
+        {"text": text, "pair": other, "tokens": [*WORDS[n % 4 :], *text.split()[:3]]}
+        for n, (text, other) in enumerate(zip(texts, texts[::-1], strict=True))
+    ]
+    predictor = Predictor(str(tmp_path / "export"), str(tmp_path / "out"), rows_per_batch=5, threads=1)
+    [piece] = pieces_of(put_lines(tmp_path / "r.jsonl", rows))
+    assert answered(predictor, piece) == Counts(12, 0)
+    found = [line["answer"] for line in output_lines(open_store(str(tmp_path / "out")))]
+    expected = [by_hand(made, task, tokenizer, row) for row in rows]
+    assert found == (pytest.approx(expected, abs=1e-3) if kind == "regression" else expected)
+    assert len({str(answer) for answer in found}) > 1, "all alike: any mixture of records would pass"
+
+
+@torch.no_grad()
+def by_hand(model, task, tokenizer, row):
+    """The answer to one record alone, from the scores of one forward pass."""
+    text = " ".join(row["tokens"]) if task.kind == "token_classification" else row["text"]
+    encoding = tokenizer.encode(text, row["pair"]) if task.columns.pair else tokenizer.encode(text)
+    ids, types = torch.tensor([encoding.ids]), torch.tensor([encoding.type_ids])
+    scores = model(ids, torch.ones_like(ids, dtype=torch.bool), types)[0]
+    if task.kind == "regression":
+        return float(scores) * SCALE[1] + SCALE[0]
+    if task.kind == "classification":
+        return [label for label, score in zip(task.labels, scores.tolist(), strict=True) if score > 0]
+    if task.kind == "pairs":
+        return task.labels[int(scores.argmax())]
+    if task.kind == "token_classification":
+        last = {end: place for place, (start, end) in enumerate(encoding.offsets) if end > start}
+        ends = [len(" ".join(row["tokens"][: n + 1])) for n in range(len(row["tokens"]))]
+        return [task.labels[int(scores[last[end]].argmax())] for end in ends]
+    inside = [place for place, part in enumerate(encoding.sequence_ids) if part == 1]
+    spans = [(i, j) for i in inside for j in inside if i <= j < i + 30]
+    first, last = max(spans, key=lambda span: float(scores[span[0], 0] + scores[span[1], 1]))
+    return row["pair"][encoding.offsets[first][0] : encoding.offsets[last][1]].strip()
+
+
 def test_a_record_that_was_cut_is_counted_and_marked(model, tmp_path):
     uri = put_lines(tmp_path / "r.jsonl", [{"text": "short"}, {"text": "a very long film " * 200}])
     predictor = Predictor(model[0], str(tmp_path / "out"), 4, 1)
@@ -165,29 +232,97 @@ def options_of(folder, source, output, **changes):
     )
 
 
-def test_a_job_that_was_cut_off_answers_only_what_is_left(model, tmp_path, ray_session, monkeypatch, capsys):
-    folder, _, _ = model
-    source = tmp_path / "in"
+def start(options, log):
+    """The command, in a process group of its own."""
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items()]
+    with open(log, "ab") as file:
+        job = subprocess.Popen(
+            [sys.executable, str(PROJECT / "trainers" / "predict.py"), *flags],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        )
+    STARTED.append(job)
+    return job
+
+
+@pytest.mark.cluster
+def test_a_job_that_was_killed_goes_on_and_every_record_is_answered_once(
+    model, tmp_path, monkeypatch, capsys
+):
+    source, log = tmp_path / "in", tmp_path / "log.txt"
     source.mkdir()
-    for part in range(3):
-        put_lines(source / f"part-{part}.jsonl", records(20))
-    options = options_of(folder, source, tmp_path / "out")
-    assert answered(Predictor(folder, options.output, 8, 1), pieces_of(options.input)[1]) == Counts(20, 0)
-    before = open_store(options.output).list("part-")
-    monkeypatch.setattr(
-        predict, "ray_session", lambda cluster: nullcontext({"CPU": 2.0})
-    )  # that of the tests is up
-    assert predict.predict(options) == Counts(60, 0)
-    assert "3 of 3 pieces" not in (told := capsys.readouterr().out) and "2 of 2 pieces, 40 records" in told
-    after = open_store(options.output).list("part-")
-    assert len(after) == 3 and before[0] in after
-    assert predict.predict(options) == Counts(60, 0)
-    assert "pieces, 3 of them answered before" in capsys.readouterr().out
+    wanted = [row | {"id": f"r{n}"} for n, row in enumerate(records(3 * prediction.PART_ROWS))]
+    put_as(source / "long.jsonl.gz", wanted[100:])
+    put_lines(source / "short.jsonl", wanted[:100])
+    options = options_of(model[0], source, tmp_path / "out", address="local", rows_per_batch=64)
+    output = open_store(options.output)
+
+    def parts():
+        return {info.path: info.version for info in output.list("long-")}
+
+    job = start(options, log)
+    ends = time.monotonic() + 300
+    while not (before := parts()):
+        assert job.poll() is None and time.monotonic() < ends, log.read_text()[-4000:]
+        time.sleep(0.01)
+    kill_tree(job.pid)
+    job.wait()
+    assert not any(name.startswith("long-") for name in finished_pieces(output)), "it was done by then"
+    assert start(options, log).wait(300) == 0, log.read_text()[-4000:]
+    assert before.items() <= parts().items() and len(parts()) == 3, "what was answered was answered again"
+    ids = [line["id"] for line in output_lines(output)]
+    assert sorted(ids) == sorted(row["id"] for row in wanted)
+    monkeypatch.setattr(predict, "ray_session", lambda cluster: pytest.fail("started"))
+    assert predict.predict(options) == Counts(len(wanted), 0)
+    assert "2 pieces, 2 of them answered before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("workers", 0, "--workers=0 must be at least 1"),
+        ("rows_per_batch", 0, "--rows-per-batch=0 must be at least 1"),
+        ("rows_per_batch", -1, "--rows-per-batch=-1 must be at least 1"),
+        ("max_new_tokens", 0, "--max-new-tokens=0 must be at least 1"),
+        ("cpus_per_worker", 0.0, "--cpus-per-worker=0 must be positive; on shared cores, try 0.5"),
+        ("cpus_per_worker", float("nan"), "--cpus-per-worker=nan must be positive; on shared cores, try 0.5"),
+        ("gpus_per_worker", -1.0, "--gpus-per-worker=-1 must be 0 or more"),
+    ],
+)
+def test_a_number_that_no_job_can_have_is_one_line_and_status_2_before_anything_is_started(
+    model, tmp_path, monkeypatch, capsys, option, value, message
+):
+    uri = put_lines(tmp_path / "r.jsonl", records(3))
+    monkeypatch.setattr(predict, "ray_session", lambda cluster: pytest.fail("started"))
+    options = options_of(model[0], uri, tmp_path / "out", **{option: value})
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items()]
+    with pytest.raises(SystemExit) as ended:
+        run_entry(lambda: predict.main(flags))
+    assert ended.value.code == 2 and capsys.readouterr().err == f"{message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_model_is_one_line_that_names_it(tmp_path, monkeypatch):
+    uri = put_lines(tmp_path / "r.jsonl", records(3))
+    with pytest.raises(ConfigError, match="--model .*/nowhere holds no fine-tuned model"):
+        predict.predict(options_of(str(tmp_path / "nowhere"), uri, tmp_path / "out"))
+
+
+def test_a_second_job_does_not_answer_into_the_folder_of_one_that_lives(model, tmp_path):
+    uri = put_lines(tmp_path / "r.jsonl", records(3))
+    options = options_of(model[0], uri, tmp_path / "out")
+    output = open_store(options.output)
+    living = f"--output .*/out is being answered into by process {os.getpid()} on "
+    with lease(output), pytest.raises(ConfigError, match=living):
+        predict.predict(options)
+    assert not output.exists(predict.JOB)
 
 
 def test_more_models_than_the_cluster_has_room_for_are_refused(model, tmp_path, monkeypatch):
     uri = put_lines(tmp_path / "r.jsonl", records(3))
-    monkeypatch.setattr(predict, "ray_session", lambda cluster: nullcontext({"CPU": 2.0}))
+    monkeypatch.setattr(predict, "ray_session", lambda cluster: nullcontext([{"CPU": 2.0}]))
     options = options_of(model[0], uri, tmp_path / "out", cpus_per_worker=3.0)
     with pytest.raises(
         ConfigError, match="--workers=1 x --cpus-per-worker=3 = 3 CPUs, but the cluster has 2"

@@ -43,7 +43,16 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class RunTakenError(ConfigError):
-    """Another driver lives that drives this run."""
+    """Another driver lives that drives this run: `holder`."""
+
+    def __init__(self, run: Store, holder: str) -> None:
+        self.holder = holder
+        super().__init__(
+            [
+                f"run.name: {run.uri} is being driven by {holder}; stop that one (an empty object `stop` in the run's "
+                "folder does it), or choose another name"
+            ]
+        )
 
 
 def end_process(message: str) -> None:
@@ -182,12 +191,7 @@ def refuse_living(run: Store, number: int, say: Callable[[str], None], patience:
         say(f"{run.uri} was driven by {who}; waiting {patience:.0f} s to see whether it still is")
         if not is_renewed(run, number, patience):
             return
-    raise RunTakenError(
-        [
-            f"run.name: {run.uri} is being driven by {who}; stop that one (an empty object `stop` in the run's "
-            "folder does it), or choose another name"
-        ]
-    )
+    raise RunTakenError(run, who)
 
 
 def lives(holder: dict[str, Any]) -> bool:

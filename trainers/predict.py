@@ -3,7 +3,8 @@
     python trainers/predict.py --model runs/NAME/seed-0/export --input s3://bucket/texts --output s3://bucket/answers
 
 JSON lines and Parquet are read by many workers at a time, a CSV or a compressed file by one. A record that cannot be
-answered has a line with its error. Answers of another model, or of inputs that have changed since, are refused.
+answered has a line with its error. Answers of another model, or of inputs that have changed since, are refused, and so
+is a folder that another such command is answering into.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster.config import ConfigError, from_dict
+from cluster.config import ConfigError, from_dict, run_entry
 from cluster.session import ClusterConfig, ray_session, shortages
 from cluster.storage import Store, open_store
+from trainers.lease import RunTakenError, lease
 from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
 from trainers.prediction_rows import Piece, column_problems, pieces_of
 from trainers.task import TaskConfig
@@ -47,15 +50,59 @@ def predict(options: argparse.Namespace) -> Counts:
     """Answer every piece that has no answers yet; how the records of all starts ended.
 
     Raises:
-        ConfigError: no input, a column that is missing, or answers that are another job's.
+        ConfigError: options or inputs that cannot be right, or answers that are another job's.
     """
+    if problems := list(option_problems(options)):
+        raise ConfigError(problems)
     # Workers have another working directory.
     model, output = open_store(options.model), open_store(options.output)
     pieces = pieces_of(options.input)
-    task = from_dict(TaskConfig, json.loads(model.read(TASK))["task"])
+    try:
+        task = from_dict(TaskConfig, json.loads(model.read(TASK))["task"])
+    except FileNotFoundError as error:
+        raise ConfigError(
+            [f"--model {model.uri} holds no fine-tuned model, as export/ of a run: {error}"]
+        ) from None
     if problems := column_problems(task, pieces):
         raise ConfigError(problems)
-    pin(output, model, options)
+    with alone_in(output):
+        pin(output, model, options)
+        answer_missing(pieces, model, output, options)
+    return sum(finished_pieces(output).values(), Counts())
+
+
+def option_problems(options: argparse.Namespace) -> Iterator[str]:
+    """A line for each number that no job can have."""
+    for key in ("workers", "rows_per_batch", "max_new_tokens"):
+        if (value := getattr(options, key)) < 1:
+            yield f"--{key.replace('_', '-')}={value} must be at least 1"
+    if not options.cpus_per_worker > 0:
+        yield f"--cpus-per-worker={options.cpus_per_worker:g} must be positive; on shared cores, try 0.5"
+    if not options.gpus_per_worker >= 0:
+        yield f"--gpus-per-worker={options.gpus_per_worker:g} must be 0 or more"
+
+
+@contextmanager
+def alone_in(output: Store) -> Iterator[None]:
+    """Hold the folder of the answers for the length of a with-block; `ConfigError` while another command does."""
+    try:
+        with lease(output):
+            yield
+    except RunTakenError as taken:
+        raise ConfigError(
+            [
+                f"--output {output.uri} is being answered into by {taken.holder}; wait for it, end it, or choose "
+                "another folder"
+            ]
+        ) from None
+
+
+def answer_missing(pieces: Sequence[Piece], model: Store, output: Store, options: argparse.Namespace) -> None:
+    """Answer the pieces that are not finished, if any, in a session of Ray's.
+
+    Raises:
+        ConfigError: the cluster lacks what the models need.
+    """
     finished = finished_pieces(output)
     left = [piece for piece in pieces if piece.name not in finished]
     print(f"{len(pieces):,} pieces, {len(pieces) - len(left):,} of them answered before")
@@ -70,7 +117,6 @@ def predict(options: argparse.Namespace) -> Counts:
             if problems := list(shortages(cluster, resources)):
                 raise ConfigError([as_flags(line) for line in problems])
             answer(left, model.uri, output.uri, options)
-    return sum(finished_pieces(output).values(), Counts())
 
 
 def as_flags(line: str) -> str:
@@ -162,12 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--max-new-tokens", type=int, default=64, metavar="N", help="of a generated answer (default 64)"
     )
     parser.add_argument("--address", default="auto", help="as cluster.address of a run (default auto)")
-    try:
-        counts = predict(parser.parse_args(argv))
-    except (ConfigError, FileNotFoundError) as error:
-        raise SystemExit(f"predict: {error}") from error
-    print(told(counts))
+    print(told(predict(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main)
