@@ -40,7 +40,6 @@ from cluster.session import ClusterConfig, ray_session
 from cluster.storage import StorageError, Store, open_store
 from data.assemble import (
     assemble,
-    check_surveys,
     existing_manifest,
     finished,
     given_tokenizer,
@@ -63,6 +62,7 @@ from data.documents import corpus_problems
 from data.manifest import Manifest, mark_latest, write_manifest
 from data.pieces import Piece, deduplicate, digest_of, merge, record_path, survey, tokenize
 from data.progress import PassMeter, PassProgress, progress_line
+from data.survey_check import check_surveys
 from data.tokenizer_sample import sample_texts
 from data.tokens import FixedTokenizer, TokenizerError, load_tokenizer, train_tokenizer
 

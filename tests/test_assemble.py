@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from cluster.local_store import LocalStore
-from data.assemble import READING_THREADS, assemble, check_surveys, read_records
+from data.assemble import READING_THREADS, assemble, read_records
 from data.corpus import CorpusConfig, RawShard
 from data.dedup import Duplicates
 from data.pieces import Piece, record_path
+from data.survey_check import check_surveys
 
 NUM_PIECES = 50
 
