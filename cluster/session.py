@@ -4,6 +4,7 @@ import bisect
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,12 @@ NO_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
 # giving up costs all since the last commit. Below heartbeat.timeout_seconds: who waits for a store is not hung.
 WORKERS_PATIENCE = "540"
 
+CONNECT_SECONDS = 30.0
+"""For a head to listen: one that has just been started is up by then."""
+# Ray asks one that does not answer 20 times, for half a minute each: a wrong address would be named after 10 minutes.
+FEW_TRIES = {"RAY_NUM_REDIS_GET_RETRIES": "5"}
+CLIENT_PORT = 10_001
+"""Of ray:// without a port."""
 TELL_SECONDS = 30.0
 """Between two lines of a driver that waits for nodes."""
 
@@ -110,8 +117,10 @@ def ray_session(config: ClusterConfig) -> Iterator[Sequence[Resources]]:
     Raises:
         ConfigError: `config.address` names a cluster that does not answer, or that asks for another token.
     """
-    for name, value in RAY_ENVIRONMENT.items():
+    for name, value in (RAY_ENVIRONMENT if config.is_local else RAY_ENVIRONMENT | FEW_TRIES).items():
         os.environ.setdefault(name, value)
+    if not config.is_local:
+        reach_head(config.address)
     import ray  # here, because it reads the variables above when imported
     from ray.exceptions import AuthenticationError
 
@@ -138,17 +147,46 @@ def ray_session(config: ClusterConfig) -> Iterator[Sequence[Resources]]:
     quiet_ray()
     try:
         ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=runtime_env, **arguments)
-    except (ConnectionError, AuthenticationError) as error:
-        raise ConfigError(
-            [
-                f"cluster.address={config.address}: {error}; check that a Ray head runs there, RAY_ADDRESS, and "
-                "RAY_AUTH_MODE and RAY_AUTH_TOKEN (or its file) where it asks for a token"
-            ]
-        ) from None
+    except (ConnectionError, RuntimeError, AuthenticationError) as error:
+        why = " ".join(str(error).partition("Traceback (")[0].split())
+        raise ConfigError([no_head(config.address, why)]) from None
     try:
         yield resources_now() if config.is_local else joined_resources(config, resources_now)
     finally:
         ray.shutdown()
+
+
+def reach_head(given: str) -> None:
+    """Wait until something listens at the cluster's address, `CONNECT_SECONDS` at most.
+
+    Raises:
+        ConfigError: nothing does, or it is no address.
+    """
+    address = os.environ["RAY_ADDRESS"] if given == "auto" else given
+    if address == "auto":  # Ray looks for a head on this machine
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://") and not host:
+        host, port = port, str(CLIENT_PORT)
+    if not host or not port.isdigit():
+        raise ConfigError(
+            [no_head(given, f"{address} is no address of a Ray head: give host:port, or ray://host:port")]
+        )
+    ends = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > ends:
+                raise ConfigError([no_head(given, f"{address} does not answer: {error}")]) from None
+            time.sleep(1)
+
+
+def no_head(given: str, why: str) -> str:
+    return (
+        f"cluster.address={given}: {why}; check that a Ray head runs there, RAY_ADDRESS, and RAY_AUTH_MODE and "
+        "RAY_AUTH_TOKEN (or its file) where it asks for a token"
+    )
 
 
 def resources_now() -> list[Resources]:

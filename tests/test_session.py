@@ -1,17 +1,24 @@
 """What fits on a session's nodes, and what a session is like, in a process of its own: only one fits into a process."""
 
 import json
+import os
 import re
+import secrets
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.session import PROJECT, ClusterConfig, fitting_workers, shortages
+from cluster import session
+from cluster.config import ConfigError
+from cluster.session import PROJECT, ClusterConfig, fitting_workers, ray_session, shortages
+from tests.ray_nodes import RayNodes
 
 ASK = """
 import json, time
@@ -41,6 +48,66 @@ def test_who_asks_the_dashboard_that_a_local_session_lacks_is_refused_at_once() 
     answer = json.loads(result.stdout.splitlines()[-1])
     assert "RayStateApiException" in answer["error"], "the only error that the watcher takes"
     assert answer["seconds"] < 10, "it looked for the dashboard's address"
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("127.0.0.1:9", "127.0.0.1:9 does not answer: "),
+        ("ray://127.0.0.1:9", "ray://127.0.0.1:9 does not answer: "),
+        ("head", "head is no address of a Ray head: give host:port, or ray://host:port"),
+    ],
+)
+def test_a_head_that_is_not_there_is_one_line_within_the_time_that_a_starting_one_gets(
+    address: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "CONNECT_SECONDS", 0.5)
+    for name in session.FEW_TRIES:
+        monkeypatch.setenv(name, "1")  # taken back after the test
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as found, ray_session(ClusterConfig(address=address)):
+        pass
+    (line,) = found.value.problems
+    assert line.startswith(f"cluster.address={address}: {why}") and "\n" not in line
+    assert time.monotonic() - began < 30
+
+
+JOIN = """
+import sys
+from cluster.config import run_entry
+from cluster.session import ClusterConfig, ray_session
+
+def main():
+    with ray_session(ClusterConfig(address=sys.argv[1])):
+        print("in")
+
+run_entry(main)
+"""
+
+
+@pytest.mark.cluster
+def test_a_token_that_is_wrong_or_missing_is_one_line_that_says_where_to_give_it(tmp_path: Path) -> None:
+    tokens = {"right": secrets.token_hex(32), "wrong": secrets.token_hex(32), "missing": ""}
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": tokens["right"]}
+    with RayNodes(tmp_path / "nodes.txt", settings=settings) as nodes:
+        nodes.start_head(num_cpus=1)
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        clean |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}  # no token of this user's
+        started = {}
+        for name, token in tokens.items():
+            command = [sys.executable, "-c", JOIN, nodes.address]
+            own = clean | ({"RAY_AUTH_TOKEN": token} if token else {})
+            started[name] = subprocess.Popen(
+                command, cwd=PROJECT, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        said = {name: (*each.communicate(timeout=180), each.returncode) for name, each in started.items()}
+    assert said["right"][0].splitlines()[-1] == "in" and said["right"][2] == 0, said["right"]
+    for name in ("wrong", "missing"):
+        out, error, code = said[name]
+        assert code == 2 and "in" not in out.splitlines(), said[name]
+        (line,) = [line for line in error.splitlines() if line.startswith("cluster.address=")]
+        assert "RAY_AUTH_TOKEN" in line and tokens["wrong"] not in line
+        assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(
