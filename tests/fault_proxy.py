@@ -9,10 +9,11 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
-# reset: before the request is passed on; lost: carried out without an answer; late: the same, but carried out only at
-# `deliver`; truncate, corrupt: the body.
-Fault = Literal["503", "500", "reset", "lost", "late", "truncate", "corrupt", "hang", "slow"]
+# 403: what a role without the right gets; reset: before the request is passed on; lost: carried out without an answer;
+# late: the same, but carried out only at `deliver`; truncate, corrupt: the body.
+Fault = Literal["503", "500", "403", "reset", "lost", "late", "truncate", "corrupt", "hang", "slow"]
 PIECES, PAUSE_SECONDS = 10, 0.02  # of a slow answer
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"  # as S3 says it
 _LENGTH = re.compile(rb"(?i)content-length: *(\d+)")
 
 
@@ -88,11 +89,11 @@ class FaultProxy:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), contextlib.closing(answer):
             head = await client.readuntil(b"\r\n\r\n")
             fault = self._fault_for(head)
-            if fault in ("503", "500"):
+            if fault in ("503", "500", "403"):
                 await _read_body(head, client)
-                answer.write(
-                    b"HTTP/1.1 %s Broken\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % fault.encode()
-                )
+                body = DENIED if fault == "403" else b""
+                status = b"HTTP/1.1 %s Broken\r\nContent-Length: %d\r\n" % (fault.encode(), len(body))
+                answer.write(status + b"Connection: close\r\n\r\n" + body)
                 await answer.drain()
             elif fault == "hang":
                 await client.read(-1)  # until the client gives up

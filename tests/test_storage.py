@@ -22,8 +22,11 @@ from hypothesis import strategies as st
 
 from cluster.local_s3 import LocalS3
 from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, open_store
+from data.corpus import CorpusConfig
 from tests.fault_proxy import FaultProxy
 from tests.google_stub import GoogleStub
+from trainers.config import PretrainConfig, RunConfig
+from trainers.planning import problems_before_start
 
 SOON = RetryPolicy(connect_seconds=1, silence_seconds=0.5, give_up_seconds=20)
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -337,6 +340,25 @@ def test_a_wrong_key_is_one_line_without_the_secret(s3_uri: str, monkeypatch: py
         assert s3_uri in problem and "AWS_SECRET_ACCESS_KEY" in problem
     with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY"):
         store.size("x")
+
+
+def test_a_bucket_that_may_be_read_and_not_written_is_one_line_before_a_job_starts(
+    s3_uri: str, proxy: FaultProxy
+) -> None:
+    store = open_store(s3_uri)
+    store.put("x", b"input")
+    proxy.break_next("403", times=100, method="PUT")
+    assert store.problem_reading() is None
+    problem = store.problem_writing() or ""
+    assert problem.startswith(f"{s3_uri}/") and "\n" not in problem
+    assert "cannot write: AccessDenied" in problem and "the bucket's policy" in problem
+    config = PretrainConfig(
+        run=RunConfig(storage=f"{s3_uri}/runs"),
+        corpus=CorpusConfig(uri=s3_uri, prepared=f"{s3_uri}/prepared"),
+    )
+    denied = [line for line in problems_before_start(config) if "AccessDenied" in line]
+    assert [line.partition(":")[0] for line in denied][:1] == ["run.storage"], denied
+    assert store.list() == store.list("x"), "nothing was left behind"
 
 
 def test_no_key_at_all_is_named(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
