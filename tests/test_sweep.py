@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,15 +12,18 @@ import pytest
 import yaml
 from task_files import put_backbone, put_lines, put_task, sentences
 
-from cluster.config import load_config
+from cluster.config import ConfigError, load_config
 from cluster.session import PROJECT
 from cluster.storage import open_store
+from trainers import finetune
+from trainers.checkpoint import committed, latest_attempt
 from trainers.finetune_config import FinetuneConfig
 from trainers.metrics import read_metrics
+from tune import sweep
 from tune.trial_records import read_trials
 
 pytestmark = pytest.mark.cluster
-TRIALS = 5
+TRIALS, EVERY_STEPS = 5, 20
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +38,10 @@ def place(tmp_path_factory):
         "base": {
             "run": {"task": str(folder / "task.yaml"), "prepared": str(folder / "prepared")},
             "backbone": {"uri": str(folder / "model")},
-            "batch": {"rows_per_step": 16, "min_steps": 40, "epochs": 1.0},
+            "batch": {"rows_per_step": 16, "min_steps": 120, "epochs": 1.0},
             "engine": {"precision": "fp32", "zero_stage": 0, "micro_batch_rows": 16},
             "validation": {"times": 4},
+            "checkpoint": {"every_steps": EVERY_STEPS},
             "cluster": {"address": "local"},
         },
         # A rate of 1e30 gives no finite gradient: that trial fails, and the sweep goes on.
@@ -56,38 +61,70 @@ def start(place, *more):
     )  # fmt: skip
 
 
-def ended_after(place, store, number, stop):
-    """Start the sweep, stop it once so many trials have ended; those, and the exit status."""
+def stopped_when(place, condition, stop):
+    """Start the sweep and stop it once a condition holds; its exit status."""
     process = start(place)
-    ends = time.monotonic() + 200
-    while len(ended := [t for t in read_trials(store) if t.status != "unfinished"]) < number:
+    ends = time.monotonic() + 300
+    while not condition():
         assert process.poll() is None and time.monotonic() < ends, (place / "log").read_text()[-3000:]
-        time.sleep(0.2)
+        time.sleep(0.05)
     stop(process.pid)
-    return ended, process.wait(60)
+    return process.wait(60)
 
 
-def test_an_interrupted_sweep_goes_on_from_what_is_finished_and_judges_its_winner_once(place):
+def ended_of(store):
+    return [trial for trial in read_trials(store) if trial.status != "unfinished"]
+
+
+def cut_off_of(store):
+    """Trials that have not ended and have a checkpoint to go on from."""
+    unfinished = [trial.name for trial in read_trials(store) if trial.status == "unfinished"]
+    return [name for name in unfinished if committed(store.child(f"trials/{name}/seed-0"))]
+
+
+def test_an_interrupted_sweep_goes_on_from_what_is_finished_and_judges_its_winner_once(place, capsys):
     store = open_store(str(place / "sweeps" / "s"))
-    _, status = ended_after(place, store, 1, lambda pid: os.kill(pid, signal.SIGINT))
+    status = stopped_when(place, lambda: ended_of(store), lambda pid: os.kill(pid, signal.SIGINT))
     assert status == 130 and "the same command goes on" in (place / "log").read_text()
     assert not store.exists("best.yaml") and not store.exists("judged.json")
-    ended, _ = ended_after(place, store, 3, lambda pid: os.killpg(pid, signal.SIGKILL))
+    stopped_when(place, lambda: cut_off_of(store), lambda pid: os.killpg(pid, signal.SIGKILL))
     assert not store.exists("best.yaml")
-    assert start(place).wait(400) == 0, (place / "log").read_text()[-3000:]
+    ended = ended_of(store)
+    attempts = {name: latest_attempt(store.child(f"trials/{name}/seed-0")) for name in cut_off_of(store)}
+    assert start(place).wait(600) == 0, (place / "log").read_text()[-3000:]
     trials = {trial.name: trial for trial in read_trials(store)}
     assert all(trials[t.name] == t for t in ended)
-    assert len([t for t in trials.values() if t.seed == 0]) == TRIALS
+    for name, attempt in attempts.items():
+        segments = [info.path for info in store.list(f"trials/{name}/seed-0/metrics/")]
+        starts = {
+            int(number): int(step) for step, number in (re.findall(r"\d+", path)[-2:] for path in segments)
+        }
+        assert max(starts) > attempt and starts[max(starts)] >= EVERY_STEPS, "it began anew"
+    assert attempts and len([t for t in trials.values() if t.seed == 0]) == TRIALS
     failed = [t for t in trials.values() if t.point["optimizer.learning_rate"] == 1e30]
     assert failed[0].status == "failed" and store.exists(f"trials/{failed[0].name}/error.txt")
     assert not [info.path for info in store.list("trials/") if info.path.endswith("test.json")]
     assert json.loads(store.read("test.json"))["metrics"]["accuracy"] > 0.6
-    best = load_config(
-        FinetuneConfig, ["--config", str(place / "sweeps" / "s" / "best.yaml")], description=""
-    ).config
-    assert best.optimizer.learning_rate in (0.001, 0.003, 0.01, 0.02)
     page = store.read("report.html").decode()
     assert page.count("<svg") >= 4 and all(trial.name in page for trial in trials.values())
+
+    best = str(place / "sweeps" / "s" / "best.yaml")
+    finetune.main(["--config", best, "--dry-run"])
+    assert "judged by accuracy" in capsys.readouterr().out
+    chosen = load_config(FinetuneConfig, ["--config", best], description="").config
+    assert chosen.optimizer.learning_rate in (0.001, 0.003, 0.01, 0.02)
+
+    with pytest.raises(ConfigError, match=r"sweep.trials=9, but the test split has judged"):
+        sweep.main(["--config", str(place / "sweep.yaml"), "--sweep.trials", "9"])
+    assert load_config(FinetuneConfig, ["--config", best], description="").config == chosen
+
+
+def test_a_trial_that_the_cluster_has_no_room_for_is_one_line_and_no_trial(place):
+    before = len((place / "log").read_text()) if (place / "log").exists() else 0
+    assert start(place, "--sweep.name", "big", "--base.cluster.cpus_per_worker", "999").wait(300) == 2
+    [line] = (place / "log").read_text()[before:].strip().splitlines()
+    assert "a trial needs 1 x (999 CPUs)" in line and "lower base.cluster.num_workers" in line
+    assert not open_store(str(place / "sweeps" / "big")).list("trials/")
 
 
 def test_a_trial_of_two_workers_runs_on_ray_train_and_is_stopped_where_it_falls_behind(place):

@@ -1,9 +1,12 @@
 """Room for trials: none starts that would wait for ever for what another holds."""
 
 import pytest
+import yaml
 
-from cluster.config import ConfigError
-from tune.sweep_config import Room, unshared_problem
+from cluster.config import ConfigError, from_dict
+from cluster.session import PROJECT
+from tune.search_space import parse_space, with_point
+from tune.sweep_config import Room, SweepConfig, unshared_problem
 
 
 @pytest.mark.parametrize(
@@ -47,3 +50,12 @@ def test_a_folder_of_one_machine_is_refused_on_several_nodes():
     assert problem and "sweep.storage=file:///sweeps" in problem and "bucket" not in problem
     assert unshared_problem(uris, [{"CPU": 2.0}]) is None
     assert unshared_problem({"sweep.storage": "s3://bucket"}, [{"CPU": 2.0}] * 2) is None
+
+
+def test_a_trial_of_the_preset_has_a_checkpoint_to_go_on_from():
+    content = yaml.safe_load((PROJECT / "tune" / "configs" / "movies.yaml").read_text())
+    content["base"]["backbone"] = {"uri": "model"}
+    config = from_dict(SweepConfig, content)
+    for _, _, point in parse_space(config.space, config.base).corners():
+        trial = with_point(config.base, point)
+        assert trial.checkpoint.every_steps < 0.6 * trial.batch.steps(trial.batch.label_budget)
