@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import secrets
 import shutil
 import tempfile
@@ -149,3 +150,53 @@ def test_the_policy_lets_a_run_write_its_own_places_and_nothing_else() -> None:
     assert writable == {"arn:aws:s3:::example-corpus/prepared/*", "arn:aws:s3:::example-runs/runs/*"}
     assert not any("*" in action for actions in allowed.values() for action in actions)
     assert all(resource.startswith("arn:aws:s3:::example-") for resource in allowed)
+
+
+STARTS_A_NODE = re.compile(
+    r"ray[\"']?,? +[\"']?start\b.*--(head|address|node-ip-address|dashboard-host)|^kind: Ray(Job|Cluster)$",
+    re.MULTILINE,
+)
+ASKS_FOR_A_TOKEN = re.compile(r"RAY_AUTH_MODE[\"']?(=|: *)[\"']?token|authOptions:\s+mode: token")
+COMMANDS = ("*.py", "*.sh", "*.md", "*.yaml", "*.yml", "Makefile", "Dockerfile*")
+
+
+def is_open(text: str) -> bool:
+    """Whether a file starts a node of Ray that others reach, and nowhere says that it asks for a token."""
+    return bool(STARTS_A_NODE.search(text)) and not ASKS_FOR_A_TOKEN.search(text)
+
+
+def test_nothing_that_starts_ray_beyond_loopback_goes_without_a_token() -> None:
+    folders = ("cluster", "data", "trainers", "tune", "k8s", "benchmarks", ".github")
+    files = [path for pattern in COMMANDS for path in PROJECT.glob(pattern)]
+    files += [path for name in folders for pattern in COMMANDS for path in (PROJECT / name).rglob(pattern)]
+    # The rule of manifests is code that speaks of them.
+    manifests = [path for path in files if path.parts[-2:-1] == ("k8s",) and path.suffix == ".py"]
+    assert len(files) > 200 and PROJECT / "k8s/base/rayjob.yaml" in files
+    assert [str(path) for path in files if path not in manifests and is_open(path.read_text())] == []
+
+
+def test_the_one_place_that_starts_a_ray_of_its_own_keeps_it_on_this_machine() -> None:
+    starts = {}
+    for path in (p for top in ("cluster", "data", "trainers", "tune") for p in (PROJECT / top).rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        if found := [node for node in calls if ast.unparse(node.func) in ("ray.init", "Cluster")]:
+            starts[str(path.relative_to(PROJECT))] = len(found)
+    assert starts == {"cluster/session.py": 1}, (
+        "which gives `local`, loopback and no dashboard, or an address"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ray start --head --port 6379",
+        "ssh node2 ray start --address=10.0.0.1:6379",
+        'Popen(["ray", "start", "--block", "--head"])',
+        "apiVersion: ray.io/v1\nkind: RayCluster\n",
+        "RAY_AUTH_MODE=disabled ray start --head",
+    ],
+)
+def test_each_way_to_start_a_node_for_others_is_seen_and_with_a_token_accepted(text: str) -> None:
+    assert is_open(text)
+    assert not is_open(f"export RAY_AUTH_MODE=token\n{text}")
+    assert not is_open(f"{text}\nauthOptions:\n  mode: token\n")
