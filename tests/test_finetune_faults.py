@@ -1,6 +1,7 @@
 """Fine-tuning that is killed, hangs, is asked to stop, or meets numbers that are none (law L5: it ends as unbroken)."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -17,12 +18,20 @@ from tests.small_finetune import SHORT, command, config, losses_of, put_place, r
 from tests.small_run import training_workers
 from trainers.checkpoint import committed
 from trainers.checkpoint_commit import parse_folder_name
-from trainers.export import export
+from trainers.export import export, load_exported
 from trainers.finetune import finetune, main
+from trainers.finetune_backbone import make_encoder
+from trainers.finetune_end import answer
+from trainers.finetune_loop import beating
+from trainers.finetune_order import FinetuneOrder
 from trainers.guard import TrainingDiverged
+from trainers.heartbeat import Heartbeat
 from trainers.metrics import events_of, read_attempts, read_metrics, steps_of
 from trainers.model import build
 from trainers.stopping import STOP, RunFailed, RunStopped
+from trainers.task import load_task
+from trainers.task_data import prepare_task
+from trainers.task_model import TaskModel
 
 REDUCTION_NOISE = 1e-5
 """Relative: two workers and ZeRO sum in another order. At a rate that overfits, Adam makes more of it each step."""
@@ -170,6 +179,27 @@ def test_an_error_that_no_restart_helps_ends_a_group_at_once_with_its_reason(pla
     with pytest.raises(RunFailed, match="records: .*odd one"):
         finetune(config(place, "group", **changes), alone=False)
     assert len(events_of(read_attempts(run_of(place, "group")), "start")) == 1, "it was started anew"
+
+
+def test_answers_to_many_records_are_no_hang_each_batch_of_them_beats(place):
+    class Recording(Heartbeat):
+        def beat(self, step, phase="step"):
+            beats.append((step, phase))
+
+    beats = []
+    made = config(place, "beats")
+    backbone = load_exported(open_store(made.backbone.uri))
+    task = prepare_task(load_task(made.run.task), open_store(made.run.prepared))
+    model = TaskModel(backbone.model, task.task, made.adapt, seed=0).eval()
+    recording = Recording(made.heartbeat, run_of(place, "beats"), rank=0, attempt=1)
+    order = FinetuneOrder(made, task, 0, "digest")
+    examples = task.read("validation")
+    with beating(model.backbone, recording, 7):
+        answer(order, model, make_encoder(made, task.task, backbone), examples)
+    batches = math.ceil(len(examples) / (2 * made.engine.micro_batch_rows))
+    assert beats == [(7, "validate")] * batches and batches > 1
+    answer(order, model, make_encoder(made, task.task, backbone), examples)
+    assert len(beats) == batches, "it beats when it is over"
 
 
 def test_a_run_from_before_there_was_a_guard_is_the_same_run(place):

@@ -80,7 +80,8 @@ class FinetuneParts:
     train: Sequence[Encoded]
     order: RecordOrder
     micro_batches: int
-    class_weights_C: Tensor | None
+    class_weights: Tensor | None
+    """As `task_evaluation.class_weights` has them."""
     validate: Callable[[], TaskScore]
     on_validation: OnValidation
     metrics: MetricsWriter | None
@@ -181,12 +182,12 @@ def forward_backward(parts: FinetuneParts, step: int) -> tuple[float, int]:
     torch.manual_seed(int(np.random.SeedSequence([parts.seed, step, workers.rank]).generate_state(1)[0]))
     rows = [parts.train[index] for index in parts.order.rows(step)]
     whole = collate(task, rows, parts.encoder.pad_id)
-    weight = target_weight(task.kind, whole, parts.class_weights_C) or 1.0
-    class_weights_C = None if parts.class_weights_C is None else parts.class_weights_C.to(engine.device)
+    weight = target_weight(task.kind, whole, parts.class_weights) or 1.0
+    class_weights = None if parts.class_weights is None else parts.class_weights.to(engine.device)
     total = 0.0
     for micro in micro_batches(rows, workers.rank, workers.world_size, parts.micro_batches):
         batch = collate(task, micro or rows[:1], parts.encoder.pad_id).to(engine.device)
-        loss = engine(batch.tokens_BT, batch.mask_BT, batch.types_BT, batch.targets, class_weights_C)
+        loss = engine(batch.tokens_BT, batch.mask_BT, batch.types_BT, batch.targets, class_weights)
         # A worker that has run out of records takes part in the same collectives with a loss of weight 0.
         loss = loss / weight if micro else loss * 0.0
         engine.backward(loss)

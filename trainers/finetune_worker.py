@@ -198,7 +198,7 @@ def assemble(
         train=encoded,
         order=record_order,
         micro_batches=micro_batches,
-        class_weights_C=class_weights(task, examples) if weighted else None,
+        class_weights=class_weights(task, examples) if weighted else None,
         validate=validate,
         on_validation=on_validation,
         metrics=stack.enter_context(MetricsWriter(run, attempt)) if workers.leads else None,
