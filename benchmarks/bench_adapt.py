@@ -4,8 +4,9 @@
 
 A 4-layer decoder of width 128 with initial weights, float32, one thread in everything; speeds are ratios within one
 run, of the lower quartiles of steps and of pieces. The bare loop is the same model, batches and optimiser with nothing
-around; the bare model answers the same records from a list. Ray's start is told apart from its rate. A trial's overhead
-is the sweep's wall time less the trials' seconds of training, by their number.
+around. The bare model answers the same records from a list: encode, the model on batches of like lengths, argmax. Ray's
+start is told apart from its rate. A trial's overhead is the sweep's wall time less the trials' seconds of training, by
+their number: of one worker, which trains in the trial's process, and of two, which are a Ray Train run of their own.
 """
 
 import argparse
@@ -33,13 +34,13 @@ from trainers.finetune_config import FinetuneConfig, absolute
 from trainers.metrics import read_metrics
 from trainers.model import build
 from trainers.optimizer import build_optimizer
-from trainers.prediction import Predictor
 from trainers.prediction_rows import pieces_of, rows_of
 from trainers.shape import ModelConfig
 from trainers.task import load_task
 from trainers.task_batches import RecordOrder
 from trainers.task_data import PreparedTask, prepare_task
 from trainers.task_encoding import Encoder, collate, framed
+from trainers.task_export import load_task_model
 from trainers.task_model import TaskModel, loss_sum
 from tune.finetune_trials import FinetuneTrials
 from tune.search import search
@@ -49,6 +50,7 @@ from tune.trial_records import read_trials
 
 WARMUP_STEPS = 5
 ROWS = 16
+ANSWERED_ROWS = 64
 SHAPE = ModelConfig(
     vocab_size=512, hidden_size=128, num_layers=4, num_heads=4, intermediate_size=352, max_positions=128
 )
@@ -79,11 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"| answers, records/s | {bare:,.0f} | {system:,.0f} | {system / bare:.2f} of the bare rate, after "
             f"{start:.1f} s of start |"
         )
-        wall, trained = sweep_seconds(config, prepared, Path(folder), options.trials)
-        print(
-            f"| sweep of {options.trials} trials, s | {trained:.1f} in training | {wall:.1f} in all | "
-            f"{(wall - trained) / options.trials:.1f} s of overhead a trial |"
-        )
+        for workers in (1, 2):
+            wall, trained = sweep_seconds(config, prepared, Path(folder), options.trials, workers)
+            print(
+                f"| sweep of {options.trials} trials of {workers} workers, s | {trained:.1f} in training | "
+                f"{wall:.1f} in all | {(wall - trained) / options.trials:.1f} s of overhead a trial |"
+            )
 
 
 def put_parts(folder: Path, steps: int) -> tuple[FinetuneConfig, PreparedTask]:
@@ -153,18 +156,12 @@ def prediction_rates(folder: Path) -> tuple[float, float, float]:
     model, texts = f"file://{folder}/runs/f/seed-0/export", str(folder / "texts.jsonl")
     prediction_rows.PIECE_BYTES = 1 << 14  # so many pieces that the first one's time says little
     pieces = pieces_of(texts)
-    bare = Predictor(model, str(folder / "bare"), 64, 1)
-    rows = [list(rows_of(piece)) for piece in pieces]
-    bare.lines(rows[0])
-    seconds = []
-    for some in rows:
-        started = time.perf_counter()
-        bare.lines(some)
-        seconds.append(time.perf_counter() - started)
-    each = sorted(map(len, rows))[len(rows) // 2]
+    records = [[record for _, record in rows_of(piece)] for piece in pieces]
+    seconds = bare_seconds(model, [[record["text"] for record in some] for some in records])
+    each = sorted(map(len, records))[len(records) // 2]
     output = open_store(str(folder / "answers"))
     options = argparse.Namespace(
-        workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, rows_per_batch=64, max_new_tokens=64
+        workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, rows_per_batch=ANSWERED_ROWS, max_new_tokens=64
     )
     began = time.time()
     with ray_session(ClusterConfig(address="local")):
@@ -178,18 +175,43 @@ def prediction_rates(folder: Path) -> tuple[float, float, float]:
     return each / calm(seconds), each / calm(gaps), times[0] - began
 
 
+@torch.inference_mode()
+def bare_seconds(model_uri: str, lists: Sequence[Sequence[str]]) -> list[float]:
+    """Seconds in which the bare model labels the texts of each list; the first one warms up."""
+    model, encoder = load_task_model(open_store(model_uri))
+    tokenizer, pad = encoder.tokenizer, encoder.pad_id
+    seconds = []
+    for texts in [lists[0], *lists]:
+        started, labels = time.perf_counter(), list[int]()
+        encoded = sorted((encoding.ids for encoding in tokenizer.encode_batch(list(texts))), key=len)
+        for at in range(0, len(encoded), ANSWERED_ROWS):
+            rows = encoded[at : at + ANSWERED_ROWS]
+            lengths = torch.tensor([len(row) for row in rows])
+            longest = int(lengths.max())
+            tokens_BT = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+            mask_BT = torch.arange(longest) < lengths[:, None]
+            labels += model(tokens_BT, mask_BT, torch.zeros_like(tokens_BT)).argmax(-1).tolist()
+        seconds.append(time.perf_counter() - started)
+        assert len(labels) == len(texts)
+    return seconds[1:]
+
+
 def sweep_seconds(
-    config: FinetuneConfig, prepared: PreparedTask, folder: Path, trials: int
+    config: FinetuneConfig, prepared: PreparedTask, folder: Path, trials: int, workers: int
 ) -> tuple[float, float]:
-    """Seconds of a sweep from Ray's being up to its end, and those in which its trials trained and validated."""
-    store = open_store(str(folder / "sweep"))
+    """Seconds of a sweep from Ray's being up to its end, and those of its trials' steps."""
+    store = open_store(str(folder / f"sweep-{workers}"))
+    # Of a fraction of a CPU each: two fit on any machine, and no other work is there to be kept apart.
+    config = replace(
+        config, cluster=replace(config.cluster, num_workers=workers, cpus_per_worker=1 / workers)
+    )
     space = parse_space({"optimizer.learning_rate": {"loguniform": [1e-4, 1e-3]}}, config)
     settings = SweepRunConfig(trials=trials, best=1, seeds=1, search="random", scheduler="none")
     with ray_session(replace(config.cluster, address="local")):
         started = time.perf_counter()
         search(
             settings, FinetuneTrials(config, prepared), store, space,
-            first_seed=0, concurrent=1, console=Console(quiet=True),
+            first_seed=0, concurrent=1, measure=prepared.task, console=Console(quiet=True),
         )  # fmt: skip
         wall = time.perf_counter() - started
     trained = 0.0
