@@ -60,10 +60,12 @@ def test_a_driver_that_counted_from_an_old_listing_looks_again(run, monkeypatch,
 def test_the_lease_of_a_process_that_was_killed_is_taken_over(run, tmp_path):
     program = "import os; from cluster.storage import open_store; from trainers.lease import lease\n"
     program += f"with lease(open_store({str(tmp_path)!r})): os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": "."})
+    killed = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": "."})
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # a zombie: nobody has asked for it yet
     assert paths(run) == [FIRST]
     with lease(run):
         assert json.loads(run.read(SECOND))["pid"] == os.getpid()
+    killed.wait()
 
 
 def test_another_process_under_the_same_number_does_not_keep_a_dead_driver_alive(run):

@@ -197,7 +197,10 @@ def refuse_living(run: Store, number: int, say: Callable[[str], None], patience:
 def lives(holder: dict[str, Any]) -> bool:
     """Whether the holder's process, of this place, is still there; its number may be another process's by now."""
     try:
-        return seconds_after_boot(psutil.Process(holder["pid"])) == holder["process_started"]
+        process = psutil.Process(holder["pid"])
+        # What was killed stays there as a zombie until its parent asks for it.
+        is_dead = process.status() == psutil.STATUS_ZOMBIE
+        return not is_dead and seconds_after_boot(process) == holder["process_started"]
     except psutil.NoSuchProcess:
         return False
 
