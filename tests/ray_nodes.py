@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from cluster.session import PROJECT
+from cluster.session import NO_DASHBOARD, PROJECT
 
 RAY = str(Path(sys.executable).with_name("ray"))
 READY_SECONDS = 180.0
@@ -84,13 +84,19 @@ class RayNodes:
         }
         return os.environ | own | self._settings
 
-    def start_head(self, num_cpus: int) -> subprocess.Popen[bytes]:
-        """Start the head, and wait until it takes jobs."""
-        dashboard = {"dashboard-host": self._head.address, "dashboard-port": self.dashboard_port}
-        ports = {"port": self.port, "metrics-export-port": self.metrics_port}
-        flags = [f"--{key}={value}" for key, value in {**ports, **dashboard}.items()]
+    def start_head(self, num_cpus: int, takes_jobs: bool = True) -> subprocess.Popen[bytes]:
+        """Start the head, and wait until it takes jobs; where none are submitted it needs no dashboard, which is ten
+        processes more."""
+        options: dict[str, Any] = {"port": self.port, "metrics-export-port": self.metrics_port}
+        if takes_jobs:
+            options |= {"dashboard-host": self._head.address, "dashboard-port": self.dashboard_port}
+        else:
+            options["include-dashboard"] = "false"
+            self._settings |= NO_DASHBOARD
+        flags = [f"--{key}={value}" for key, value in options.items()]
         head = self._start("--head", *flags, cpus=num_cpus, place=self._head)
-        wait_for_port((self._head.address, self.dashboard_port), head, self._log)
+        if takes_jobs:
+            wait_for_port((self._head.address, self.dashboard_port), head, self._log)
         return head
 
     def add(self, num_cpus: int, place: Place = HERE) -> subprocess.Popen[bytes]:
@@ -165,6 +171,12 @@ def kill_node(node: subprocess.Popen[bytes]) -> None:
             except psutil.NoSuchProcess:
                 continue
     node.wait()
+
+
+def kill_raylet(node: subprocess.Popen[bytes]) -> None:
+    """kill -9 of the process that a node's others hang on; they find out themselves."""
+    [raylet] = [each for each in psutil.Process(node.pid).children(recursive=True) if each.name() == "raylet"]
+    raylet.kill()
 
 
 def spent_seconds(lines: list[str], run: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""An elastic run on nodes that drain, come and lose their power: rows and order are those of one worker alone."""
+"""An elastic run on nodes that drain, come and die, and its driver: rows and losses are those of one worker alone."""
 
 import signal
 import time
@@ -7,16 +7,15 @@ from dataclasses import asdict
 import pytest
 
 from cluster.storage import open_store
-from tests.ray_nodes import RayNodes, kill_node, spent_seconds
+from tests.ray_nodes import RayNodes, kill_raylet, spent_seconds
 from tests.small_run import (
     SmallRun,
-    expected_digests,
     put_corpus,
-    steps_by_number,
     tell_costs,
     wait_for_start,
     wait_for_step,
 )
+from tests.unbroken import assert_as_unbroken
 from trainers.goodput import goodput_of
 from trainers.metrics import read_attempts
 from trainers.stopping import STOP
@@ -34,7 +33,7 @@ CHANGES = {
 }
 
 
-def test_a_run_leaves_a_node_that_drains_grows_with_one_that_comes_and_survives_its_death(
+def test_a_run_leaves_a_node_that_drains_grows_with_one_that_comes_and_survives_that_ones_death_and_its_drivers(
     tmp_path, monkeypatch
 ):
     with RayNodes(tmp_path / "nodes.txt", DRAIN_SECONDS) as nodes:
@@ -57,19 +56,24 @@ def test_a_run_leaves_a_node_that_drains_grows_with_one_that_comes_and_survives_
         grown = wait_for_start(store, 3, driver)
         assert (grown["world_size"], grown["step"]) == (2, max_step_before(store, 3)), "a step was done twice"
         wait_for_step(store, grown["step"] + 10, driver)
-        kill_node(lost)
+        kill_raylet(lost)
         alone = wait_for_start(store, 4, driver)
         assert alone["world_size"] == 1
         wait_for_step(store, max_step_before(store, 4) + 10, driver)
         wait_for_accounts(nodes, store)
+
+        second = run.start(**CHANGES)
+        assert run.finish(second) == 2, "two drivers drive one run"
+        assert f"is being driven by process {driver.pid}" in run.output()
+        driver.kill()  # the cluster lives, with the workers that it had asked for
+        driver = run.start(**CHANGES)
+        again = wait_for_start(store, 5, driver)
+        assert (again["world_size"], again["step"]) == (1, int(again["checkpoint"].split("-")[1]))
+        wait_for_step(store, max_step_before(store, 5) + 10, driver)
         store.put(STOP, b"")
         assert run.finish(driver) == 0, run.output()
     tell_costs(store)
-    found = steps_by_number(store)
-    assert sorted(found) == list(range(1, max(found) + 1))
-    assert [found[s]["digest"] for s in sorted(found)] == expected_digests(
-        f"{run.root}/prepared", sorted(found)
-    )
+    assert_as_unbroken(store, run, **CHANGES)
 
 
 def wait_for_accounts(nodes: RayNodes, store, seconds: float = 60.0) -> None:

@@ -14,13 +14,13 @@ from cluster.storage import Store, open_store
 from tests.fault_proxy import FaultProxy
 from tests.small_run import (
     SmallRun,
-    expected_digests,
     put_corpus,
     steps_by_number,
     tell_costs,
     training_workers,
     wait_for_step,
 )
+from tests.unbroken import assert_as_unbroken
 from trainers.checkpoint_commit import RECORD
 from trainers.metrics import events_of, read_attempts
 from trainers.stopping import STOP
@@ -51,10 +51,7 @@ def end(run: SmallRun, store: Store, driver: subprocess.Popen[bytes]) -> None:
     store.put(STOP, b"")
     assert run.finish(driver) == 0, run.output()
     tell_costs(store)
-    found = steps_by_number(store)
-    assert sorted(found) == list(range(1, max(found) + 1))
-    digests = expected_digests(f"{run.root}/prepared", sorted(found))
-    assert [found[step]["digest"] for step in sorted(found)] == digests
+    assert_as_unbroken(store, run, **ENDLESS)
 
 
 def test_a_store_that_fails_cuts_corrupts_and_loses_answers_costs_no_row(proxied):

@@ -10,7 +10,8 @@ from cluster.local_s3 import LocalS3
 from cluster.storage import open_store
 from tests.hosts import Hosts
 from tests.ray_nodes import RayNodes
-from tests.small_run import SmallRun, expected_digests, put_corpus, steps_by_number, tell_costs
+from tests.small_run import SmallRun, put_corpus, steps_by_number, tell_costs
+from tests.unbroken import assert_as_unbroken
 from trainers.checkpoint import committed
 from trainers.metrics import events_of, read_attempts
 from trainers.stopping import STOP
@@ -88,7 +89,4 @@ def test_hosts_that_are_slowed_and_cut_off_are_named_and_cost_no_row(hosts, tmp_
             assert time.monotonic() < ends, nodes.job("logs", "run", place=desk)[-4000:]
             time.sleep(1)
         tell_costs(store)
-        found = steps_by_number(store)
-        assert sorted(found) == list(range(1, max(found) + 1))
-        digests = expected_digests(f"{run.root}/prepared", sorted(found))
-        assert [found[step]["digest"] for step in sorted(found)] == digests
+        assert_as_unbroken(store, run, **CHANGES)

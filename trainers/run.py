@@ -21,6 +21,8 @@ from ray.train import (
     TrainingFailedError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 
 from cluster.session import ClusterConfig, draining_nodes, fitting_workers, worker_resources
 from cluster.storage import Store
@@ -30,7 +32,7 @@ from trainers.clock import RunClock
 from trainers.config import PretrainConfig, run_store
 from trainers.live_metrics import DriverLog, LiveGoodput
 from trainers.run_folder import is_finished
-from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP, raise_final, stop_on_signal
+from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP, RunFailed, raise_final, stop_on_signal
 from trainers.worker import Task, work
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,9 @@ RENDEZVOUS_TIMEOUT_SECONDS = 300
 # at the nodes every 20 s, may not know one that joined 5 s before: an elastic group would start with fewer workers
 # than fit.
 NODES_KNOWN_SECONDS = 15.0
+CLAIM_SECONDS = 30
+"""How long what a killed driver's elastic run had claimed counts as taken. A living one renews its claim every 20 s.
+Ray (2.60) has 180 s, and no setting."""
 
 
 def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
@@ -93,7 +98,10 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
                 raise_final(store)
                 # Ray Train restarts workers that die, but no group whose processes did not find each other.
                 if not isinstance(error, ControllerError) or failures_left == 0:
-                    raise
+                    raise RunFailed(
+                        f"it failed more often than run.max_failures={config.run.max_failures} allows; the same "
+                        f"command goes on from the newest checkpoint. The last failure: {error}"
+                    ) from error
                 failures_left -= 1
                 tell("group_failure", attempt=latest_attempt(store), error=str(error))
                 print(f"the workers did not come together, trying again: {error}", flush=True)
@@ -159,6 +167,7 @@ def trainer(
             name=uuid.uuid4().hex[:12],
             storage_path=run.child("ray").uri.removeprefix("file://"),
             failure_config=FailureConfig(max_failures=max_failures),
+            callbacks=[ShortClaim()],  # type: ignore[list-item]  # which Ray hands on as it is
             logging_config=LoggingConfig(log_level="WARNING"),  # what it says at each start, the run says too
             worker_runtime_env={} if use_gpu else {"env_vars": CPU_ONLY | CPU_ALLOCATOR},  # type: ignore[call-arg]
         ),
@@ -178,6 +187,13 @@ def lacks_nodes(cluster: ClusterConfig) -> bool:
     except RayError as error:
         logger.warning("cannot look at the nodes: %s", error)
         return False
+
+
+class ShortClaim(ControllerCallback):
+    """Where the claim is made, in Ray Train's controller: each one after the first lasts for `CLAIM_SECONDS`."""
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = CLAIM_SECONDS
 
 
 class NodeWatch:
