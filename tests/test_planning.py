@@ -118,7 +118,7 @@ def test_an_empty_split_is_named_before_a_worker_needs_it(missing, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--order.weights", "{books: 1}"), "books"),
+        (("--order.lanes", "4096", "--batch.rows_per_step", "4096"), "for 4096 lanes"),
         (("--model.vocab_size", "3"), "model.vocab_size=3"),
     ],
 )
