@@ -34,7 +34,7 @@ class LocalS3:
 
     def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
         self.folder, self.address = folder.absolute(), address
-        self.port = _free_ports(address)
+        self.port = _free_ports()
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://{address}:{self.port}",
             "AWS_ACCESS_KEY_ID": "localkey",
@@ -128,16 +128,17 @@ def _weed() -> str:
     return found
 
 
-def _free_ports(address: str) -> int:
-    """The first of as many ports in a row as there are roles, free here and 10,000 above. All lie above those that
-    Ray gives its workers and below 32,768, from where Linux gives ports to clients: such a one was taken between here
-    and the server's start."""
+def _free_ports() -> int:
+    """The first of as many ports in a row as there are roles, free here and 10,000 above, on every address of this
+    machine: the server refuses one that is taken on another address than its own. All lie above those that Ray gives
+    its workers and below 32,768, from where Linux gives ports to clients: such a one was taken between here and the
+    server's start."""
     while True:
         first = random.randrange(20_000, 32_768 - 10_000 - len(_ROLES))
         wanted = [first + offset + above for offset in range(len(_ROLES)) for above in (0, 10_000)]
         with contextlib.ExitStack() as sockets, contextlib.suppress(OSError):
             for port in wanted:
-                sockets.enter_context(socket.socket()).bind((address, port))
+                sockets.enter_context(socket.socket()).bind(("", port))
             return first
 
 

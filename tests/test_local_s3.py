@@ -9,6 +9,7 @@ from urllib.parse import urlparse
 import psutil
 import pytest
 
+from cluster import local_s3
 from cluster.local_s3 import LocalS3
 
 PROJECT = Path(__file__).parents[1]
@@ -99,3 +100,12 @@ def test_a_server_that_cannot_start_leaves_the_aws_variables_as_they_were(
         with pytest.raises(RuntimeError, match="did not start"), server:
             pass
     assert os.environ["AWS_ENDPOINT_URL"] == "http://before:1"
+
+
+def test_ports_that_are_taken_on_another_address_are_left_alone(tmp_path, monkeypatch):
+    free = LocalS3(tmp_path).port
+    with socket.socket() as other:
+        other.bind(("127.0.0.2", 0))
+        drawn = iter((other.getsockname()[1], free))
+        monkeypatch.setattr(local_s3.random, "randrange", lambda *_: next(drawn))
+        assert LocalS3(tmp_path).port == free
