@@ -41,6 +41,8 @@ class Hosts:
             _run(f"ip link set {self._name} up")
             for host in self._numbers:
                 self._add(host)
+            self.slow(0, megabits=1_000)  # a kernel that cannot is found out here
+            _run(f"tc qdisc delete dev {self._link(0)} root")
         except OSError:
             self.__exit__()
             raise

@@ -1,5 +1,6 @@
 """A pretraining run small enough for a test, through the entry that users call, on real text."""
 
+import contextlib
 import json
 import math
 import os
@@ -153,11 +154,12 @@ def tell_costs(store: Store) -> None:
 
 def training_workers(driver_pid: int) -> list[psutil.Process]:
     """The processes of Ray Train's workers under a driver."""
-    return [
-        child
-        for child in psutil.Process(driver_pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process(driver_pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile, or is a zombie
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def kill_tree(pid: int) -> None:
