@@ -86,9 +86,9 @@ pretrain-zh: $(SETUP)  ## the same on Chinese text, and a model that also contin
 
 # What needs a cluster waits much: a second process, whose output comes at the end, meanwhile runs all that needs none,
 # and of the rest the files named here, so that both take about as long. With ARGS, one process runs what they name.
-SECOND := $(patsubst %,tests/test_%.py,adapt_job clock continuing engine model_under_zero plan_states secrets \
+SECOND := $(patsubst %,tests/test_%.py,adapt_job clock continuing engine hosts model_under_zero plan_states secrets \
   session storage stream sweep sweep_pretraining trials)
-test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (under 25 minutes on 2 cores)
+test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (25 to 40 minutes on 2 cores)
 ifneq ($(ARGS),)
 	@$(PY) -m pytest $(ARGS)
 else
