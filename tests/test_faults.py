@@ -11,6 +11,7 @@ import pytest
 
 from cluster.local_s3 import LocalS3
 from cluster.storage import Store, open_store
+from data.manifest import read_manifest
 from tests.fault_proxy import FaultProxy
 from tests.small_run import (
     SmallRun,
@@ -18,6 +19,7 @@ from tests.small_run import (
     steps_by_number,
     tell_costs,
     training_workers,
+    wait_for_start,
     wait_for_step,
 )
 from tests.unbroken import assert_as_unbroken
@@ -72,9 +74,8 @@ def test_a_store_that_fails_cuts_corrupts_and_loses_answers_costs_no_row(proxied
     assert len(events_of(read_attempts(store), "start")) == 1, "the workers were started anew"
 
 
-def test_kill_9_of_a_worker_while_it_uploads_a_checkpoint_and_at_random_moments_costs_no_row(proxied):
+def test_kill_9_of_a_worker_in_an_upload_in_a_validation_and_at_a_random_moment_costs_no_row(proxied):
     run, store, proxy = proxied
-    # Validation takes most of the time, so that some of the random moments fall into it.
     driver = run.start(
         **ENDLESS, checkpoint__every_steps=30, validation__every_steps=10, validation__max_rows=0
     )
@@ -82,17 +83,27 @@ def test_kill_9_of_a_worker_while_it_uploads_a_checkpoint_and_at_random_moments_
     proxy.break_next("slow", times=10_000, method="PUT", target="checkpoints/")
     kill(driver, lambda: uncommitted(store))
     proxy.clear()
+    wait_for_start(store, 2, driver)
+    # Only a validation reads these shards: a worker is in one once it hangs there.
+    for shard in read_manifest(open_store(f"{run.root}/prepared")).shards:
+        if shard.split == "validation":
+            proxy.break_next("hang", times=2, method="GET", target=shard.path)
+    until(driver, lambda: "hang" in proxy.broken)
+    kill(driver, lambda: read_attempts(store)[-1]["step"] % 10 == 0)  # its last steps are on storage too
+    proxy.clear()
+    wait_for_start(store, 3, driver)
     seed = time.time_ns()
-    print(f"moments and workers by random.seed({seed})")
+    print(f"moment and worker by random.seed({seed})")
     random.seed(seed)
-    for moment in [random.uniform(0.0, 2.0) for _ in range(2)]:
-        starts = len(events_of(read_attempts(store), "start"))
-        until(driver, lambda: len(events_of(read_attempts(store), "start")) > starts)  # noqa: B023
-        time.sleep(moment)
-        kill(driver, lambda: True)
+    time.sleep(random.uniform(0.0, 2.0))
+    kill(driver, lambda: True)
+    wait_for_start(store, 4, driver)
     wait_for_step(store, max(steps_by_number(store)) + 20, driver)
     end(run, store, driver)
-    assert len(events_of(read_attempts(store), "start")) == 4
+    starts = events_of(read_attempts(store), "start")
+    last = [each for each in read_attempts(store) if each["attempt"] == starts[1]["attempt"]][-1]
+    assert last["step"] % 10 == 0 and "validation" not in last, "the second kill was not in a validation"
+    assert len(starts) == 4
 
 
 def test_a_full_disk_costs_no_row_once_there_is_room_again(tmp_path):
