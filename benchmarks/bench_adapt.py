@@ -1,6 +1,6 @@
 """What adapting costs over the bare model: a fine-tuning step, answers through Ray Data, a trial of Ray Tune.
 
-    python benchmarks/bench_adapt.py [--steps 30] [--records 12000] [--trials 3]
+    python benchmarks/bench_adapt.py [--steps 30] [--records 40000] [--trials 3]
 
 A 4-layer decoder of width 128 with initial weights, float32, one thread in everything; speeds are ratios within one
 run, of the lower quartiles of steps and of pieces. The bare loop is the same model, batches and optimiser with nothing
@@ -10,10 +10,13 @@ their number: of one worker, which trains in the trial's process, and of two, wh
 """
 
 import argparse
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from rich.console import Console
 from task_files import put_lines, put_task, sentences, small_tokenizer
 
 from cluster.config import from_dict
+from cluster.hardware import CPU_ALLOCATOR
 from cluster.session import ClusterConfig, ray_session
 from cluster.storage import open_store
 from trainers.export import export, load_exported
@@ -61,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=30, help="of fine-tuning")
-    parser.add_argument("--records", type=int, default=12_000, help="to be answered")
+    parser.add_argument("--records", type=int, default=40_000, help="to be answered")
     parser.add_argument("--trials", type=int, default=3, help="of the sweep")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -154,10 +158,13 @@ def prediction_rates(folder: Path) -> tuple[float, float, float]:
     from trainers.predict import answer
 
     model, texts = f"file://{folder}/runs/f/seed-0/export", str(folder / "texts.jsonl")
-    prediction_rows.PIECE_BYTES = 1 << 14  # so many pieces that the first one's time says little
+    prediction_rows.PIECE_BYTES = 1 << 17  # each is one part, of 2,600 records: a job has parts of 4,096
     pieces = pieces_of(texts)
     records = [[record for _, record in rows_of(piece)] for piece in pieces]
-    seconds = bare_seconds(model, [[record["text"] for record in some] for some in records])
+    lists = [[record["text"] for record in some] for some in records]
+    os.environ.update(CPU_ALLOCATOR)  # the bare model's process starts with it, as the job's do
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        seconds = process.submit(bare_seconds, model, lists).result()
     each = sorted(map(len, records))[len(records) // 2]
     output = open_store(str(folder / "answers"))
     options = argparse.Namespace(
@@ -178,6 +185,7 @@ def prediction_rates(folder: Path) -> tuple[float, float, float]:
 @torch.inference_mode()
 def bare_seconds(model_uri: str, lists: Sequence[Sequence[str]]) -> list[float]:
     """Seconds in which the bare model labels the texts of each list; the first one warms up."""
+    torch.set_num_threads(1)
     model, encoder = load_task_model(open_store(model_uri))
     tokenizer, pad = encoder.tokenizer, encoder.pad_id
     seconds = []

@@ -30,6 +30,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.bare import BareLoop
 from cluster.config import load_config
+from cluster.hardware import CPU_ALLOCATOR
 from cluster.session import PROJECT
 from cluster.storage import open_store
 from tests.small_run import put_corpus
@@ -37,7 +38,6 @@ from trainers.causal import causal_lm
 from trainers.config import PretrainConfig
 from trainers.metrics import read_metrics, steps_of
 from trainers.model import build
-from trainers.run import CPU_ALLOCATOR
 
 WARMUP_STEPS = 10
 SAMPLE = PROJECT / "trainers" / "configs" / "sample.yaml"

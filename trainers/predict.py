@@ -21,6 +21,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.config import ConfigError, from_dict, run_entry
+from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import ClusterConfig, ray_session, shortages
 from cluster.storage import Store, open_store
 from trainers.lease import RunTakenError, lease
@@ -162,7 +163,7 @@ def answer(left: Sequence[Piece], model_uri: str, output_uri: str, options: argp
     ray.data.DataContext.get_current().target_max_block_size = 1
     threads = max(1, round(options.cpus_per_worker))
     settings = (model_uri, output_uri, options.rows_per_batch, threads, options.max_new_tokens)
-    hidden = {} if options.gpus_per_worker else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+    variables = {} if options.gpus_per_worker else CPU_ONLY | CPU_ALLOCATOR
     items = [asdict(piece) | {"name": piece.name} for piece in left]
     parts = ray.data.from_items(items, override_num_blocks=len(items)).flat_map(
         PieceAnswers,  # type: ignore[arg-type]
@@ -170,7 +171,7 @@ def answer(left: Sequence[Piece], model_uri: str, output_uri: str, options: argp
         compute=ray.data.ActorPoolStrategy(size=min(options.workers, len(left))),
         num_cpus=options.cpus_per_worker,
         num_gpus=options.gpus_per_worker or None,
-        runtime_env=hidden,
+        runtime_env={"env_vars": variables},
     )
     started, ended, counts = time.monotonic(), 0, Counts()
     for row in parts.iter_rows():

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,8 +27,9 @@ from trainers.task_records import Example, example_of
 PART_ROWS = 4_096
 """Records of a file of answers, and all that a worker holds: at most this much is done again."""
 ENCODED_ROWS = 512
-"""Records that are tokenized together; among them batches are made of like lengths."""
+"""Records that are tokenized together, which bounds what their tokens take."""
 FINISHED = "finished/"
+as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ class Predictor:
                 break
             path = f"{piece.name}-{number:05d}.jsonl"
             if path in there:
-                total += counts_of(self._output.read(path))
+                total += counts_of(map(json.loads, self._output.read(path).splitlines()))
                 continue
             lines = self.lines(part)
-            content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+            content = "".join(as_json(line) + "\n" for line in lines).encode()
             self._output.put(path, content)
-            counts = counts_of(content)
+            counts = counts_of(lines)
             total += counts
             yield counts
         self._output.put(f"{FINISHED}{piece.name}", json.dumps(asdict(total)).encode())
@@ -106,6 +107,8 @@ class Predictor:
                 lines[-1]["error"] = str(error)
             else:
                 examples.append((len(lines) - 1, example))
+        # Lines are found by their numbers: like lengths come together, so that little of a batch is padding.
+        examples.sort(key=lambda numbered: len(numbered[1].content))
         for start in range(0, len(examples), ENCODED_ROWS):
             self._answer(examples[start : start + ENCODED_ROWS], lines)
         return lines
@@ -133,11 +136,11 @@ class Predictor:
                 lines[at]["truncated"] = True
 
 
-def counts_of(lines: bytes) -> Counts:
+def counts_of(lines: Iterable[dict[str, Any]]) -> Counts:
     """The counts of a part, from its lines."""
-    found = [json.loads(line) for line in lines.split(b"\n") if line]
-    refused = sum("error" in line for line in found)
-    return Counts(len(found) - refused, refused, sum(line.get("truncated", False) for line in found))
+    return sum(
+        (Counts("error" not in line, "error" in line, "truncated" in line) for line in lines), Counts()
+    )
 
 
 def listing_digest(store: Store) -> str:

@@ -24,6 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 
+from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import ClusterConfig, draining_nodes, fitting_workers, worker_resources
 from cluster.storage import Store
 from cluster.store import StorageError
@@ -36,15 +37,6 @@ from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP, RunFailed
 from trainers.worker import Task, work
 
 logger = logging.getLogger(__name__)
-
-# For workers on CPUs. By default glibc returns each large activation to the kernel, and the kernel zeroes its pages
-# at the next allocation: a fourth of a step. Here freed memory stays with the process, in huge pages where it can.
-CPU_ALLOCATOR = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0x1000000000:glibc.malloc.hugetlb=1"
-}
-
-# Ray leaves the devices of a node visible to workers that asked for none.
-CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 POLL_SECONDS = 5.0
 GROW_AGAIN_SECONDS = (60.0, 600.0)

@@ -174,7 +174,7 @@ def example_of(task: TaskConfig, row: Mapping[str, Any], place: str, labelled: b
 def _refuse_half_character(column: str, value: Any) -> None:
     """JSON can spell half a surrogate pair; no tokenizer, and no file of UTF-8, takes one."""
     try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
         raise ValueError(f"{column} holds {half}, half a character, which is not UTF-8; remove it") from None
