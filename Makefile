@@ -84,21 +84,8 @@ pretrain-zh: $(SETUP)  ## the same on Chinese text, and a model that also contin
 	    --second 它看起来很舒服。 --second 太阳从东方升起。 \
 	  && $(PY) trainers/generate.py --model $(RUNS)/$(ZH)-mixed/export --prompt 人工智能是 --max-new-tokens 60'
 
-# What needs a cluster waits much: a second process, whose output comes at the end, meanwhile runs all that needs none,
-# and of the rest the files named here, so that both take about as long. With ARGS, one process runs what they name.
-SECOND := $(patsubst %,tests/test_%.py,adapt_job clock continuing engine hosts model_under_zero plan_states secrets \
-  session storage stream sweep sweep_pretraining trials)
-test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server (25 to 40 minutes on 2 cores)
-ifneq ($(ARGS),)
-	@$(PY) -m pytest $(ARGS)
-else
-	@log=$$(mktemp); { $(PY) -m pytest -m "not cluster"; others=$$?; \
-	    $(PY) -m pytest -m cluster $(SECOND) && exit $$others; } > $$log 2>&1 & others=$$!; \
-	  trap 'kill $$others; rm -f $$log' INT TERM; \
-	  $(PY) -m pytest -m cluster $(addprefix --ignore=,$(SECOND)); cluster=$$?; \
-	  wait $$others; others=$$?; cat $$log; rm -f $$log; \
-	  test $$cluster -eq 0 && test $$others -eq 0
-endif
+test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server, in two processes (25 to 40 minutes on 2 cores)
+	@$(PY) -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 test-fast: $(SETUP)  ## the tests that need no cluster and about a second each at most (about a minute on 2 cores)
 	@$(PY) -m pytest -q -n 2 --dist loadfile -m "not cluster and not slow" $(ARGS)

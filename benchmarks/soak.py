@@ -33,12 +33,12 @@ from cluster.storage import open_store
 from tests.fault_proxy import FaultProxy
 from tests.small_run import (
     SmallRun,
-    expected_digests,
     kill_tree,
     put_corpus,
     steps_by_number,
     training_workers,
 )
+from tests.unbroken import expected_digests
 from trainers.goodput import goodput_line, goodput_of
 from trainers.metrics import Record, events_of, read_attempts, steps_of
 from trainers.stopping import STOP
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(soak.run.output()[-4000:])
         attempts = read_attempts(soak.store)
         print_faults(suffered, attempts)
-        print_outcome(attempts, f"{soak.run.root}/prepared", steps_by_number(soak.store))
+        print_outcome(attempts, soak.run, steps_by_number(soak.store))
 
 
 @dataclass(frozen=True)
@@ -197,12 +197,12 @@ def print_faults(suffered: list[Suffered], attempts: list[Record]) -> None:
     print()
 
 
-def print_outcome(attempts: list[Record], prepared: str, history: dict[int, Record]) -> None:
+def print_outcome(attempts: list[Record], run: SmallRun, history: dict[int, Record]) -> None:
     """Rows and seconds; exits 1 if a step's rows are not those of the order."""
     steps = sorted(history)
     wrong = [
         step
-        for step, digest in zip(steps, expected_digests(prepared, steps), strict=True)
+        for step, digest in zip(steps, expected_digests(run, steps, **SETTINGS), strict=True)
         if history[step]["digest"] != digest
     ]
     repeated = len(steps_of(attempts)) - len(steps)

@@ -1,7 +1,6 @@
 """What tests of fine-tuning share: a small backbone and task in a folder, and runs on them, here or as a command."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from task_files import put_backbone, put_lines, put_task, sentences
 from cluster.config import from_dict
 from cluster.session import PROJECT
 from cluster.storage import Store, open_store
-from tests.small_run import STARTED
+from tests.small_run import start_command
 from trainers.finetune_config import FinetuneConfig
 from trainers.metrics import read_metrics, steps_of
 from trainers.task_evaluation import answers_to
@@ -68,17 +67,8 @@ def command(place: Path, name: str, changes: dict[str, Any]) -> list[str]:
 
 
 def start(place: Path, name: str, changes: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """Start the command in a process group of its own; what it prints goes to NAME.txt."""
-    with open(place / f"{name}.txt", "ab") as log:
-        driver = subprocess.Popen(
-            command(place, name, changes),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        )
-    STARTED.append(driver)
-    return driver
+    """Start the command; what it prints goes to NAME.txt."""
+    return start_command(command(place, name, changes), place / f"{name}.txt")
 
 
 def run_of(place: Path, name: str, seed: int = 0) -> Store:

@@ -8,21 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import numpy as np
 import psutil
 
 from cluster.session import PROJECT
-from cluster.storage import Store, open_store
-from data.manifest import read_manifest
-from data.order import Order, OrderConfig
-from data.shards import read_fragment
-from trainers.metrics import events_of, read_attempts, read_metrics, steps_of
+from cluster.storage import Store
+from trainers.metrics import FOLDER, events_of, parse, read_attempts, read_metrics, segment_attempt, steps_of
 
 STEPS = 200  # some seconds: time enough to kill something in the middle
 SETTINGS = {
@@ -64,6 +59,21 @@ STARTED: list[subprocess.Popen[bytes]] = []
 """Drivers of all runs; tests/conftest.py ends those that a failed test leaves behind."""
 
 
+def start_command(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a driver in a process group of its own, from a folder that is not the project's: the log's."""
+    with open(log, "ab") as file:
+        driver = subprocess.Popen(
+            command,
+            cwd=log.parent,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        )
+    STARTED.append(driver)
+    return driver
+
+
 class SmallRun:
     """One run under `root`, a URI that also holds its corpus; started as often as wanted."""
 
@@ -82,18 +92,8 @@ class SmallRun:
         return [sys.executable, str(PROJECT / "trainers" / "pretrain.py"), *arguments]
 
     def start(self, **changes: Any) -> subprocess.Popen[bytes]:
-        """Start the entry in a process group of its own, from a folder that is not the project's."""
-        with open(self._log, "ab") as log:
-            driver = subprocess.Popen(
-                self.command(**changes),
-                cwd=self._log.parent,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-                env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-            )
-        STARTED.append(driver)
-        return driver
+        """Start the entry."""
+        return start_command(self.command(**changes), self._log)
 
     def finish(self, process: subprocess.Popen[bytes], seconds: float = 240.0) -> int:
         """Wait for the end; the exit status."""
@@ -113,10 +113,22 @@ def steps_by_number(store: Store) -> dict[int, dict[str, Any]]:
     return {record["step"]: record for record in steps_of(read_metrics(store))}
 
 
+def reached(store: Store) -> int:
+    """The last step that the metrics show. Of the newest segment alone: who waits asks often, and runs get long."""
+    segments = segments_of(store)
+    return max(record["step"] for record in parse(store.read(max(segments)[1]))) if segments else 0
+
+
+def segments_of(store: Store) -> list[tuple[int, str]]:
+    """Attempt and path of each segment of the metrics."""
+    paths = [info.path for info in store.list(f"{FOLDER}/")]
+    return [(attempt, path) for path in paths if (attempt := segment_attempt(path)) is not None]
+
+
 def wait_for_step(store: Store, step: int, process: subprocess.Popen[bytes], seconds: float = 300.0) -> None:
     """Return once the metrics show that step."""
     ends = time.monotonic() + seconds
-    while max(steps_by_number(store), default=0) < step:
+    while reached(store) < step:
         assert process.poll() is None, "the run ended before the step was reached"
         assert time.monotonic() < ends, f"step {step} was not reached in {seconds} s"
         time.sleep(0.2)
@@ -127,10 +139,13 @@ def wait_for_start(
 ) -> dict[str, Any]:
     """The event of the run's n-th start of workers."""
     ends = time.monotonic() + seconds
-    while len(starts := events_of(read_attempts(store), "start")) < number:
+    starts: list[dict[str, Any]] = []
+    while len(starts) < number:
         assert process.poll() is None, "the run ended before"
         assert time.monotonic() < ends, f"start {number} did not come in {seconds} s"
         time.sleep(0.2)
+        if len({attempt for attempt, _ in segments_of(store)}) >= number:
+            starts = events_of(read_attempts(store), "start")
     return starts[number - 1]
 
 
@@ -170,23 +185,3 @@ def kill_tree(pid: int) -> None:
             os.kill(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-
-
-def expected_digests(prepared: str, steps: Collection[int]) -> list[str]:
-    """What the order says that the rows of these steps are, read from the token shards one by one: no stream."""
-    from data.stream import StepRows  # it imports Ray, which reads its settings then
-
-    store = open_store(prepared)
-    manifest = read_manifest(store)
-    seq_len = SETTINGS["batch.seq_len"]
-    config = OrderConfig(lanes=SETTINGS["order.lanes"], window_steps=SETTINGS["order.window_steps"])
-    order = Order(manifest, config, seq_len=seq_len, rows_per_step=SETTINGS["batch.rows_per_step"])
-    read = cache(lambda fragment: read_fragment(store, manifest, fragment))
-    found = []
-    for step in steps:
-        rows = order.step_rows(step - 1)  # records count finished steps
-        begins = zip(rows.fragment.tolist(), rows.start.tolist(), strict=True)
-        tokens = np.stack([read(fragment)[start : start + seq_len + 1] for fragment, start in begins])
-        ones = np.ones(len(rows), np.float32)
-        found.append(f"{StepRows(step - 1, tokens, ones.astype(np.int8), ones, rows).digest:016x}")
-    return found

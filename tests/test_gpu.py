@@ -18,12 +18,12 @@ from cluster.storage import open_store
 from tests.small_run import (
     STEPS,
     SmallRun,
-    expected_digests,
     put_corpus,
     steps_by_number,
     training_workers,
     wait_for_step,
 )
+from tests.unbroken import expected_digests
 from trainers.causal import causal_lm
 from trainers.engine import Engine
 from trainers.engine_config import EngineConfig
@@ -119,7 +119,7 @@ def test_a_run_on_a_gpu_loses_no_row_when_its_worker_dies_and_its_model_speaks(t
 
     steps = steps_by_number(store)
     digests = [steps[step]["digest"] for step in range(1, STEPS + 1)]
-    assert digests == expected_digests(f"{tmp_path}/prepared", range(1, STEPS + 1))
+    assert digests == expected_digests(run, range(1, STEPS + 1), **gpu)
     starts = events_of(read_attempts(store), "start")
     assert len(starts) == 3
     assert all("NVIDIA" in start["device"] for start in starts)

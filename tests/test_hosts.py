@@ -10,7 +10,7 @@ from cluster.local_s3 import LocalS3
 from cluster.storage import open_store
 from tests.hosts import Hosts
 from tests.ray_nodes import RayNodes
-from tests.small_run import SmallRun, put_corpus, steps_by_number, tell_costs
+from tests.small_run import SmallRun, put_corpus, reached, tell_costs
 from tests.unbroken import assert_as_unbroken
 from trainers.checkpoint import committed
 from trainers.metrics import events_of, read_attempts
@@ -63,7 +63,7 @@ def test_hosts_that_are_slowed_and_cut_off_are_named_and_cost_no_row(hosts, tmp_
             while True:
                 starts = events_of(read_attempts(store), "start")
                 sizes = [start["world_size"] for start in starts]
-                if max(steps_by_number(store), default=0) >= step and sizes[-1:] == [world_size]:
+                if reached(store) >= step and sizes[-1:] == [world_size]:
                     return
                 assert time.monotonic() < ends, f"{sizes}: {nodes.job('logs', 'run', place=desk)[-4000:]}"
                 time.sleep(0.5)
@@ -71,21 +71,19 @@ def test_hosts_that_are_slowed_and_cut_off_are_named_and_cost_no_row(hosts, tmp_
         nodes.submit("run", "--no-wait", entrypoint=entrypoint, place=desk)
         reach(10, world_size=3)
         hosts.slow(SECOND, megabits=20)
-        reach(max(steps_by_number(store)) + 20, world_size=3)
+        reach(reached(store) + 20, world_size=3)
         looks = ["python", "cluster/preflight.py", "--bandwidth_bytes", str(1 << 20)]
         found = nodes.submit("preflight", entrypoint=looks, place=desk, check=False)
         slow = {line.partition("/")[0] for line in found.splitlines() if "GB/s to others, which" in line}
         assert slow == {f"FAULT {hosts.place(SECOND).address}"}, found
         hosts.cut(SECOND)
-        reach(max(steps_by_number(store)) + 20, world_size=2)
+        reach(reached(store) + 20, world_size=2)
         store.put(STOP, b"")
         # The run saves and ends its workers. Its driver ended 3 to 9 s later in five runs, and not within 180 s in one
         # on a busy machine, of which no stack is known; so it is not waited for. Whoever stops a job sets the bound,
         # RAY_JOB_STOP_WAIT_TIME_S, after which Ray kills the driver: all is saved by then.
         ends = time.monotonic() + 60
-        while not committed(store) or not committed(store)[0].startswith(
-            f"step-{max(steps_by_number(store)):08d}-"
-        ):
+        while not committed(store) or not committed(store)[0].startswith(f"step-{reached(store):08d}-"):
             assert time.monotonic() < ends, nodes.job("logs", "run", place=desk)[-4000:]
             time.sleep(1)
         tell_costs(store)

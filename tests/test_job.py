@@ -7,7 +7,7 @@ import pytest
 
 from cluster.storage import open_store
 from tests.ray_nodes import RayNodes, kill_node
-from tests.small_run import SmallRun, put_corpus, steps_by_number, tell_costs
+from tests.small_run import SmallRun, put_corpus, reached, tell_costs
 from tests.unbroken import assert_as_unbroken
 from trainers.metrics import events_of, read_attempts
 
@@ -30,7 +30,7 @@ def test_a_submitted_job_goes_on_after_a_stop_and_after_kill_9_of_the_head(tmp_p
         nodes.submit("first", "--no-wait", entrypoint=entrypoint)
         wait_for_step(nodes, store, 10, "first")
         nodes.job("stop", "first")
-        stopped_at = max(steps_by_number(store))
+        stopped_at = reached(store)
         assert stopped_at < CHANGES["run__steps"]
         assert "was stopped" in nodes.job("status", "first")
 
@@ -46,13 +46,13 @@ def test_a_submitted_job_goes_on_after_a_stop_and_after_kill_9_of_the_head(tmp_p
     assert len(starts) == 3 and starts[2]["step"] > stopped_at, (
         "the killed head's checkpoints were not gone on from"
     )
-    assert max(steps_by_number(store)) == CHANGES["run__steps"]
+    assert reached(store) == CHANGES["run__steps"]
     assert_as_unbroken(store, run, **CHANGES)
     assert store.exists("test.json")
 
 
 def wait_for_step(nodes: RayNodes, store, step: int, name: str, seconds: float = 300.0) -> None:
     ends = time.monotonic() + seconds
-    while max(steps_by_number(store), default=0) < step:
+    while reached(store) < step:
         assert time.monotonic() < ends, nodes.job("logs", name)
         time.sleep(0.1)

@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -20,7 +19,7 @@ from task_files import BACKBONES, put_backbone, put_lines, sentences
 from cluster.config import ConfigError, run_entry
 from cluster.session import PROJECT
 from cluster.storage import open_store
-from tests.small_run import STARTED, kill_tree
+from tests.small_run import kill_tree, start_command
 from trainers import predict, prediction, prediction_rows
 from trainers.export import load_exported
 from trainers.lease import lease
@@ -233,18 +232,8 @@ def options_of(folder, source, output, **changes):
 
 
 def start(options, log):
-    """The command, in a process group of its own."""
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items()]
-    with open(log, "ab") as file:
-        job = subprocess.Popen(
-            [sys.executable, str(PROJECT / "trainers" / "predict.py"), *flags],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        )
-    STARTED.append(job)
-    return job
+    return start_command([sys.executable, str(PROJECT / "trainers" / "predict.py"), *flags], log)
 
 
 @pytest.mark.cluster

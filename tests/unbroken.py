@@ -4,9 +4,9 @@ One process, no Ray, no stream, no ZeRO: token shards are read row by row, and t
 of torch would train it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -46,20 +46,33 @@ def assert_as_unbroken(store: Store, run: SmallRun, **changes) -> None:
 
 def expected(run: SmallRun, num_steps: int, **changes) -> tuple[list[str], list[float]]:
     """The digest of each step's rows, and its loss."""
+    config, manifest = trained_on(run, changes)
+    rows = list(expected_rows(config, manifest, range(num_steps)))
+    return digests_of(rows), expected_losses(config, manifest, rows)
+
+
+def expected_digests(run: SmallRun, steps: Iterable[int], **changes) -> list[str]:
+    """The digest of the rows of each of these steps, numbered as records are: by finished steps."""
+    return digests_of(expected_rows(*trained_on(run, changes), (step - 1 for step in steps)))
+
+
+def digests_of(rows: Iterable["StepRows"]) -> list[str]:
+    return [f"{each.digest:016x}" for each in rows]
+
+
+def trained_on(run: SmallRun, changes: Mapping[str, Any]) -> tuple[PretrainConfig, Manifest]:
     config = load_config(PretrainConfig, run.command(**changes)[2:], description="").config
-    manifest = read_manifest(open_store(config.corpus.prepared))
-    rows = list(expected_rows(config, manifest, num_steps))
-    return [f"{each.digest:016x}" for each in rows], expected_losses(config, manifest, rows)
+    return config, read_manifest(open_store(config.corpus.prepared))
 
 
-def expected_rows(config: PretrainConfig, manifest: Manifest, num_steps: int) -> Iterator["StepRows"]:
+def expected_rows(config: PretrainConfig, manifest: Manifest, steps: Iterable[int]) -> Iterator["StepRows"]:
     """All rows of each step."""
     from data.stream import StepRows  # it imports Ray, which reads its settings then
 
     store, seq_len = open_store(config.corpus.prepared), config.batch.seq_len
     order = Order(manifest, config.order, seq_len=seq_len, rows_per_step=config.batch.rows_per_step)
     read = cache(lambda fragment: read_fragment(store, manifest, fragment))
-    for step in range(num_steps):
+    for step in steps:
         rows = order.step_rows(step)
         begins = zip(rows.fragment.tolist(), rows.start.tolist(), strict=True)
         tokens = np.stack([read(fragment)[start : start + seq_len + 1] for fragment, start in begins])
