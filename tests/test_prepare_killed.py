@@ -1,9 +1,7 @@
 """A driver of data/prepare.py killed in the middle of its work: what is done stays done."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ from data.corpus import CorpusConfig
 from data.manifest import read_manifest
 from data.prepare import prepare
 from data.tokens import TokenizerConfig, train_tokenizer
-from tests.small_run import STARTED
+from tests.small_run import start_command
 from tests.test_prepare import one_by_one
 from trainers.planning import resources_here
 
@@ -56,13 +54,7 @@ def test_after_kill_9_of_the_driver_the_same_command_finishes_and_does_no_finish
     def records(kind: str) -> dict[str, str]:
         return {info.path: info.version for info in store.list(f"pieces/{kind}")}
 
-    def start() -> subprocess.Popen[bytes]:
-        with open(tmp_path / "log", "ab") as log:
-            environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
-            STARTED.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment))
-        return STARTED[-1]
-
-    driver = start()
+    driver = start_command(command, tmp_path / "log")
     ends = time.monotonic() + 300
     while len(records("tokens-")) < 2:
         assert driver.poll() is None and time.monotonic() < ends, (tmp_path / "log").read_text()[-4_000:]
@@ -77,7 +69,7 @@ def test_after_kill_9_of_the_driver_the_same_command_finishes_and_does_no_finish
     assert 2 <= sum("tokens-" in path for path in done) < NUM_SHARDS
     assert sum("survey-" in path for path in done) == NUM_SHARDS
 
-    assert start().wait(300) == 0, (tmp_path / "log").read_text()[-4_000:]
+    assert start_command(command, tmp_path / "log").wait(300) == 0, (tmp_path / "log").read_text()[-4_000:]
     assert done.items() <= records("").items()
     assert len(records("tokens-")) == NUM_SHARDS
     afresh = CorpusConfig(

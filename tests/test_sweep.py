@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,6 +14,7 @@ from task_files import put_backbone, put_lines, put_task, sentences
 from cluster.config import ConfigError, load_config
 from cluster.session import PROJECT
 from cluster.storage import open_store
+from tests.small_run import start_command
 from trainers import finetune
 from trainers.checkpoint import committed, latest_attempt
 from trainers.finetune_config import FinetuneConfig
@@ -53,12 +53,7 @@ def place(tmp_path_factory):
 
 def start(place, *more):
     command = [sys.executable, str(PROJECT / "tune" / "sweep.py"), "--config", str(place / "sweep.yaml")]
-    command += more
-    log = open(place / "log", "ab")  # noqa: SIM115  (the process has it)
-    return subprocess.Popen(
-        command, stdout=log, stderr=log, cwd=place, process_group=0,
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-    )  # fmt: skip
+    return start_command([*command, *more], place / "log")
 
 
 def stopped_when(place, condition, stop):
