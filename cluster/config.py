@@ -8,6 +8,7 @@ import copy
 import difflib
 import functools
 import json
+import os
 import re
 import sys
 import types
@@ -144,6 +145,11 @@ def run_entry(main: Callable[[], object]) -> None:
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:  # who read what is printed has read enough, as `head` does
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # else Python's own flush fails at its end
+        raise SystemExit(1) from None
 
 
 # --- from the command line and YAML to values by dotted name ---

@@ -87,7 +87,7 @@ def help_text(cls: type, description: str, flags: Mapping[str, str]) -> str:
     lines = [description, ""] + [entry(name, text) for name, text in flags.items()]
     for key in _walk(cls):
         if is_dataclass(key.hint):
-            lines += ["", f"{key.name}: {key.doc}"]
+            lines += ["", textwrap.fill(f"{key.name}: {key.doc}", width)]
         else:
             default = "must be given" if key.default is MISSING else f"default {shown(key.default)}"
             lines.append(entry(f"{key.name} {type_name(key.hint)}", f"({default})  {key.doc}"))
@@ -100,12 +100,19 @@ def _walk(cls: type, at: str = "", base: Any = MISSING) -> Iterator[Key]:
     below: list[Key] = []
     for field, hint, default in declared(cls, base):
         section = section_class(hint)
-        key = Key(at + field, section or hint, default, docs.get(field, ""))
+        doc = docs.get(field) or (_purpose(section) if section else "")
+        key = Key(at + field, section or hint, default, doc)
         if section:
             below += [key, *_walk(section, f"{key.name}.", MISSING if default is None else default)]
         else:
             yield key
     yield from below
+
+
+def _purpose(cls: type) -> str:
+    """The first paragraph of a section's docstring; a dataclass that has none says its signature there."""
+    doc = inspect.getdoc(cls) or ""
+    return "" if doc.startswith(f"{cls.__name__}(") else " ".join(doc.partition("\n\n")[0].split())
 
 
 @functools.cache

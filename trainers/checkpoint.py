@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """How often a run is saved, and which checkpoints are kept."""
+
     every_steps: int = 500
     """Steps between two checkpoints."""
     keep_last: int = 2

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
+    """Which steps are refused, for what they would do to the weights, and when a run gives up."""
+
     window_steps: int = 128
     """Accepted steps whose median is what loss and gradient norm are compared with."""
     warmup_steps: int = 64

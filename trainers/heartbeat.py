@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HeartbeatConfig:
+    """When a worker without progress is taken for hung, and ended."""
+
     timeout_seconds: float = 600.0
     """Longest time without a beat before a worker is taken for hung."""
     phase_timeout_seconds: dict[str, float] = field(
