@@ -4,35 +4,31 @@ A section is a frozen dataclass beside the code that it configures, with a docst
 have `problems(at)`, which yields a line for each value that cannot be right; `at` is its dotted name.
 """
 
-import copy
-import difflib
 import functools
 import json
 import os
 import re
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pydantic
 import yaml
 
 from cluster.keys import (
-    Key,
     choices,
     declared,
     help_text,
     keys_of,
     members,
+    nearest,
     section_class,
     sections_of,
     shown,
     type_name,
 )
+from cluster.layers import ConfigDumper, flatten, read_arguments
 
 C = TypeVar("C")
 
@@ -59,26 +55,6 @@ class Loaded(Generic[C]):
     flags: frozenset[str]
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice: the parser would take the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for twice in {name for name in names if names.count(name) > 1 and name != "<<"}:
-            raise yaml.MarkedYAMLError(problem=f"key {twice} stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back as the same value."""
-
-
-for _yaml_class in (_Loader, _Dumper):  # YAML 1.1, which PyYAML speaks, takes 1e-3 for text: it wants 1.0e-3.
-    _yaml_class.add_implicit_resolver(  # type: ignore[attr-defined]
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-
 def load_config(
     cls: type[C], argv: Sequence[str], *, description: str, extra_flags: Mapping[str, str] | None = None
 ) -> Loaded[C]:
@@ -98,7 +74,7 @@ def load_config(
         print(help_text(cls, description, help_of))
         raise SystemExit(0)
     problems: list[str] = []
-    flags, values = _read_arguments(cls, argv, help_of, problems)
+    flags, values = read_arguments(cls, argv, help_of, problems)
     config = _fill(cls, values, problems)
     if "print-config" in flags:
         print(to_yaml(config), end="")
@@ -108,7 +84,7 @@ def load_config(
 
 def from_dict(cls: type[C], mapping: Mapping[str, Any]) -> C:
     """The configuration with the values of nested `mapping` over its defaults. Raises `ConfigError`."""
-    return _fill(cls, dict(_flatten(mapping, sections_of(cls))), [])
+    return _fill(cls, dict(flatten(mapping, sections_of(cls))), [])
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -126,16 +102,7 @@ def to_yaml(config: Any) -> str:
             section[last] |= dict.fromkeys(
                 key.default.keys() - section[last].keys()
             )  # null: not even by default
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def nearest(word: str, candidates: Sequence[str]) -> str | None:
-    """The candidate spelled most like `word`, a dotted one also by its last part; None if none is like it."""
-    if found := difflib.get_close_matches(word, candidates, n=1):
-        return found[0]
-    by_last_part = {name.rpartition(".")[2]: name for name in reversed(candidates)}
-    found = difflib.get_close_matches(word.rpartition(".")[2], list(by_last_part), n=1)
-    return by_last_part[found[0]] if found else None
+    return yaml.dump(content, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
 
 
 def run_entry(main: Callable[[], object]) -> None:
@@ -150,118 +117,6 @@ def run_entry(main: Callable[[], object]) -> None:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # else Python's own flush fails at its end
         raise SystemExit(1) from None
-
-
-# --- from the command line and YAML to values by dotted name ---
-
-
-def _read_arguments(
-    cls: type, argv: Sequence[str], help_of: Mapping[str, str], problems: list[str]
-) -> tuple[set[str], dict[str, Any]]:
-    """The flags given, and the values, merged in their order of precedence."""
-    values: dict[str, Any] = {}
-    assigned: list[tuple[str, str]] = []
-    flags: set[str] = set()
-    known = keys_of(cls)
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        name, has_value, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            problems.append(f"{argument} is not expected: values are given as --section.key value")
-        elif not has_value and name.replace("_", "-") in help_of:
-            flags.add(name.replace("_", "-"))
-        elif name == "config" and not has_value and not rest:
-            problems.append("--config needs the path of a YAML file")
-        elif not has_value and (not rest or rest[0].startswith("--")):
-            assigned.append((name, "true"))  # as in --checkpoint.verify; any type but bool refuses it
-        else:
-            value = value if has_value else rest.pop(0)
-            if name == "config":
-                for key, content in _read_yaml(cls, Path(value), problems).items():
-                    _lay_over(values, known, key, content)
-            else:
-                assigned.append((name, value))
-    for name, text in assigned:
-        _assign(values, known, name, text)
-    return flags, values
-
-
-def _read_yaml(cls: type, path: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        alike = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
-        remedy = f"; nearest: {path.parent / alike}" if alike else ""
-        problems.append(f"--config {path}: {error.strerror}{remedy}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"--config {path}: not YAML: {' '.join(str(error).split())}")
-    else:
-        if isinstance(content, dict):
-            return dict(_flatten(content, sections_of(cls)))
-        if content is not None:
-            problems.append(f"--config {path}: holds a {type(content).__name__}, not sections with keys")
-    return {}
-
-
-def _flatten(mapping: Mapping[Any, Any], sections: set[str], at: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in mapping.items():
-        name = at + str(key).replace("-", "_")
-        if name in sections and isinstance(value, Mapping):
-            yield from _flatten(value, sections, f"{name}.")
-        elif name not in sections or value is not None:  # a section with nothing under it keeps its defaults
-            yield name, value
-
-
-def _lay_over(values: dict[str, Any], known: Mapping[str, Key], name: str, value: Any) -> None:
-    """Set one value of a later layer; of a mapping its entries, the others stay, and null takes one away."""
-    key = known.get(name)
-    if key and typing.get_origin(key.hint) is dict and isinstance(value, dict):
-        before = values.get(name, key.default)
-        before = before if isinstance(before, dict) else {}
-        value = {
-            each: content
-            for each, content in {**before, **value}.items()
-            if content is not None or each not in before
-        }
-    values[name] = value
-
-
-def _assign(values: dict[str, Any], known: Mapping[str, Key], name: str, text: str) -> None:
-    """Set one value of the command line; what follows the name of a dict leads into it."""
-    parts = name.split(".")
-    candidates = (".".join(parts[:count]).replace("-", "_") for count in range(1, len(parts) + 1))
-    key = next((known[candidate] for candidate in candidates if candidate in known), None)
-    inside = parts[key.name.count(".") + 1 :] if key else []
-    if key is None or (inside and typing.get_origin(key.hint) is not dict):
-        values[name.replace("-", "_")] = text  # an unknown key, named with all the others
-    elif not inside:
-        _lay_over(values, known, key.name, _parse(text, key.hint))
-    elif len(inside) == 1:
-        _lay_over(values, known, key.name, {inside[0]: _parse(text, typing.get_args(key.hint)[1])})
-    else:
-        current = values.get(key.name, key.default)
-        values[key.name] = content = copy.deepcopy(current) if isinstance(current, dict) else {}
-        for part in inside[:-1]:
-            if not isinstance(content.get(part), dict):
-                content[part] = {}
-            content = content[part]
-        content[inside[-1]] = _parse(text, typing.get_args(key.hint)[1])
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """YAML, except where the field takes text as it stands."""
-    if text in (listed := choices(hint)):
-        return listed[text]
-    if set(members(hint)) <= {str, types.NoneType} and text != "null":
-        return text
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        return text  # no type but text takes it, so the type's error names it
-
-
-# --- from values to a configuration, and its problems ---
 
 
 def _fill(cls: type[C], values: Mapping[str, Any], problems: list[str]) -> C:

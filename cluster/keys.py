@@ -1,6 +1,7 @@
 """What a configuration class declares: its keys with dotted name, type, default and docstring, and help."""
 
 import ast
+import difflib
 import functools
 import inspect
 import json
@@ -8,7 +9,7 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
@@ -75,6 +76,15 @@ def shown(value: Any) -> str:
     """A value in a message: JSON, cut to 60 characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def nearest(word: str, candidates: Sequence[str]) -> str | None:
+    """The candidate spelled most like `word`, a dotted one also by its last part; None if none is like it."""
+    if found := difflib.get_close_matches(word, candidates, n=1):
+        return found[0]
+    by_last_part = {name.rpartition(".")[2]: name for name in reversed(candidates)}
+    found = difflib.get_close_matches(word.rpartition(".")[2], list(by_last_part), n=1)
+    return by_last_part[found[0]] if found else None
 
 
 def help_text(cls: type, description: str, flags: Mapping[str, str]) -> str:

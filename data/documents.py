@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.config import nearest
+from cluster.keys import nearest
 from cluster.storage import StorageError, Store, open_store
 from data.clean import content_hash, normalise
 from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.config import ConfigError, from_dict, load_config, nearest, run_entry, to_dict, to_yaml
+from cluster.config import ConfigError, from_dict, load_config, run_entry, to_dict, to_yaml
+from cluster.keys import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from tokenizers import Tokenizer
 
-from cluster.config import ConfigError, nearest
+from cluster.config import ConfigError
+from cluster.keys import nearest
 from cluster.storage import open_store
 from data.tokens import fix_tokenizer, special_ids
 from trainers.export import Exported, load_exported

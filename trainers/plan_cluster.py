@@ -20,9 +20,10 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import load_config, nearest, run_entry
+from cluster.config import load_config, run_entry
 from cluster.fleet import GPUS, Gpu
 from cluster.hardware import Peak, estimate_energy
+from cluster.keys import nearest
 from data.corpus import CorpusConfig
 from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.config import PretrainConfig

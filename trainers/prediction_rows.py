@@ -17,7 +17,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.config import ConfigError, nearest
+from cluster.config import ConfigError
+from cluster.keys import nearest
 from cluster.storage import Store, open_store
 from trainers.delimited import csv_rows
 from trainers.task import TaskConfig

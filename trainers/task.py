@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Literal
 
-from cluster.config import load_config, nearest
+from cluster.config import load_config
+from cluster.keys import nearest
 from cluster.storage import open_store
 
 Kind = Literal[

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.config import ConfigError, nearest
+from cluster.config import ConfigError
+from cluster.keys import nearest
 from cluster.storage import Store, open_store
 from data.clean import normalise
 from trainers.delimited import csv_rows

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import optuna
 
-from cluster.config import ConfigError, from_dict, nearest, to_dict
-from cluster.keys import keys_of
+from cluster.config import ConfigError, from_dict, to_dict
+from cluster.keys import keys_of, nearest
 from trainers.config import PretrainConfig
 from trainers.finetune_config import FinetuneConfig
 
