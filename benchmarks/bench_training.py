@@ -2,12 +2,14 @@
 
     python benchmarks/bench_training.py [--steps 60] [--workers 1 2]
     python benchmarks/bench_training.py --config trainers/configs/gpt2-124m.yaml --rows 64 --workers 1 --raw URI
+    python benchmarks/bench_training.py --workers 2 --idle-ray 7
 
 Same model, precision, threads, compilation and batch (those of a preset), AdamW in both. The bare loop knows nothing
 but a forward and backward pass and an optimiser: no data to read, no ZeRO, no checkpoint, no metrics. Two workers of it
 are torch's DistributedDataParallel, over gloo or, where the preset asks for GPUs, NCCL. The system is the real entry,
 Ray and all, on a small corpus; its rate is that of its own step records. The first steps, in which both compile, count
-for neither.
+for neither. `--idle-ray` also runs the bare loop beside a Ray that does nothing but hold so many actors, as many as Ray
+Train and Ray Data have of their own in a run: what is lost then is no doing of the system's.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +34,7 @@ import torch.multiprocessing as mp
 from benchmarks.bare import BareLoop
 from cluster.config import load_config
 from cluster.hardware import CPU_ALLOCATOR
-from cluster.session import PROJECT
+from cluster.session import PROJECT, ClusterConfig, ray_session
 from cluster.storage import open_store
 from tests.small_run import put_corpus
 from trainers.causal import causal_lm
@@ -51,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--config", type=Path, default=SAMPLE, help="preset")
     parser.add_argument("--rows", type=int, help="rows of a step, instead of the preset's")
+    parser.add_argument("--idle-ray", type=int, default=0, metavar="N", help="see above; 0: not")
     parser.add_argument("--raw", help="corpus that the system trains on, instead of a small one")
     arguments = parser.parse_args(argv)
     preset = Preset(arguments.config, arguments.rows)
@@ -62,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         bare = bare_rate(preset, workers, threads, arguments.steps)
         system = system_rate(preset, workers, threads, arguments.steps, arguments.raw)
         print(f"| {workers} | {threads} | {bare:,.0f} | {system:,.0f} | {system / bare:.2f} |", flush=True)
+        if arguments.idle_ray:
+            with idle_ray(arguments.idle_ray):
+                beside = bare_rate(preset, workers, threads, arguments.steps)
+            print(
+                f"the bare loop beside {arguments.idle_ray} idle actors: {beside:,.0f}, {beside / bare:.3f}"
+            )
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,24 @@ def system_rate(preset: Preset, workers: int, threads: int, steps: int, raw: str
             raise SystemExit(log.read_text(errors="replace")[-4000:])
         records = steps_of(read_metrics(open_store(f"{folder}/system")))[WARMUP_STEPS:]
         return sum(r["tokens"] for r in records) / sum(r["step_seconds"] for r in records)
+
+
+class Idle:
+    """An actor without work."""
+
+    def is_up(self) -> bool:
+        return True
+
+
+@contextmanager
+def idle_ray(num_actors: int) -> Iterator[None]:
+    """A local Ray with idle actors, for the length of a with-block."""
+    with ray_session(ClusterConfig(address="local")):
+        import ray  # here: the session sets what Ray reads when imported
+
+        actors = [ray.remote(num_cpus=0)(Idle).remote() for _ in range(num_actors)]
+        ray.get([actor.is_up.remote() for actor in actors])
+        yield
 
 
 def bare_rate(preset: Preset, workers: int, threads: int, steps: int) -> float:

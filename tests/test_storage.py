@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import numpy as np
 import pyarrow as pa
@@ -387,6 +389,54 @@ def test_a_role_whose_keys_do_not_come_at_once_is_asked_again(
     assert asked.exists()
 
 
+def test_a_service_accounts_token_is_exchanged_for_keys(
+    s3: LocalS3, s3_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[dict[str, list[str]]] = []
+    keys = {
+        "AccessKeyId": s3.environment["AWS_ACCESS_KEY_ID"],
+        "SecretAccessKey": s3.environment["AWS_SECRET_ACCESS_KEY"],
+        "SessionToken": "",  # the S3 server has no sessions
+        "Expiration": "2100-01-01T00:00:00Z",
+    }
+    found = "".join(f"<{name}>{value}</{name}>" for name, value in keys.items())
+    call = "AssumeRoleWithWebIdentity"
+    answer = (
+        f"<{call}Response><{call}Result><Credentials>{found}</Credentials></{call}Result></{call}Response>"
+    )
+
+    class SecurityTokenService(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode()))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+    (tmp_path / "token").write_text("signed by the cluster")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    # What EKS puts into a pod of such an account.
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/pretraining")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    with serving(SecurityTokenService) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", url)
+        open_store(s3_uri, SOON).put("x", b"1")
+    assert asked[0]["Action"] == [call]
+    assert asked[0]["RoleArn"] == ["arn:aws:iam::123456789012:role/pretraining"]
+    assert asked[0]["WebIdentityToken"] == ["signed by the cluster"]
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of an HTTP server for the length of a with-block."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, ThreadPoolExecutor(1) as thread:
+        thread.submit(server.serve_forever, 0.05)
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
 @pytest.mark.slow
 def test_a_store_that_throttles_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = b"<Error><Code>Throttling</Code><Message>Rate exceeded</Message></Error>"
@@ -400,15 +450,11 @@ def test_a_store_that_throttles_is_asked_again(monkeypatch: pytest.MonkeyPatch) 
             self.end_headers()
             self.wfile.write(body)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Throttling) as server, ThreadPoolExecutor(1) as thread:
-        thread.submit(server.serve_forever, 0.05)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    with serving(Throttling) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        try:
-            assert open_store("s3://bucket/x", SOON).read("y") == b"content"
-        finally:
-            server.shutdown()
+        assert open_store("s3://bucket/x", SOON).read("y") == b"content"
 
 
 def test_the_patience_with_a_store_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
