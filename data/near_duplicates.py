@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 
 SHINGLE = 5
 """Characters of a shingle: a word in English, a phrase in Chinese."""
@@ -37,6 +36,8 @@ def group_near_duplicates(texts: Sequence[str], similarity: float) -> np.ndarray
 
 def near_pairs(texts: Sequence[str], similarity: float) -> list[tuple[str, str]]:
     """Pairs of different texts at least so alike."""
+    from datasketch import MinHash, MinHashLSH  # here: it brings scipy, half a second of a worker's start
+
     hashes = MinHash.bulk(
         [shingles(text) for text in texts], num_perm=PERMUTATIONS, hashfunc=zlib.crc32, seed=1
     )

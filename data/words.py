@@ -3,7 +3,6 @@
 from typing import Literal
 
 import numpy as np
-import rjieba
 
 from data.vocabulary import Vocabulary, character_begins, is_han
 
@@ -54,6 +53,8 @@ class Words:
         return begins
 
     def _segments(self, tokens: np.ndarray) -> np.ndarray:
+        import rjieba  # here: with it comes its dictionary, of no use to most
+
         text, token_begins = self._vocabulary.read(tokens)
         characters = character_begins(text)
         lengths = np.array([len(word) for word in rjieba.cut(text)], np.int64)
