@@ -84,7 +84,7 @@ pretrain-zh: $(SETUP)  ## the same on Chinese text, and a model that also contin
 	    --second 它看起来很舒服。 --second 太阳从东方升起。 \
 	  && $(PY) trainers/generate.py --model $(RUNS)/$(ZH)-mixed/export --prompt 人工智能是 --max-new-tokens 60'
 
-test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server, in two processes (25 to 40 minutes on 2 cores)
+test: $(SETUP)  ## every test, on a real Ray cluster and a real S3 server, in two processes (30 to 45 minutes on 2 cores)
 	@$(PY) -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 test-fast: $(SETUP)  ## the tests that need no cluster and about a second each at most (about a minute on 2 cores)
