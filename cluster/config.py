@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import pydantic
 import yaml
@@ -71,15 +71,22 @@ def load_config(
         **(extra_flags or {}),
     }
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, description, help_of))
-        raise SystemExit(0)
+        _show(help_text(cls, description, help_of))
     problems: list[str] = []
     flags, values = read_arguments(cls, argv, help_of, problems)
     config = _fill(cls, values, problems)
     if "print-config" in flags:
-        print(to_yaml(config), end="")
-        raise SystemExit(0)
+        _show(to_yaml(config).removesuffix("\n"))
     return Loaded(config, frozenset(flags))
+
+
+def _show(text: str) -> NoReturn:
+    """Print what was asked for, and end. Who reads only its beginning, as `head` does, has read enough."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+    raise SystemExit(0)
 
 
 def from_dict(cls: type[C], mapping: Mapping[str, Any]) -> C:
@@ -112,11 +119,6 @@ def run_entry(main: Callable[[], object]) -> None:
     except ConfigError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    except BrokenPipeError:  # who read what is printed has read enough, as `head` does
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # else Python's own flush fails at its end
-        raise SystemExit(1) from None
 
 
 def _fill(cls: type[C], values: Mapping[str, Any], problems: list[str]) -> C:

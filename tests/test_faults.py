@@ -24,7 +24,7 @@ from tests.small_run import (
 )
 from tests.unbroken import assert_as_unbroken
 from trainers.checkpoint_commit import RECORD
-from trainers.metrics import events_of, read_attempts
+from trainers.metrics import events_of, read_attempts, steps_of, validations_of
 from trainers.stopping import STOP
 
 pytestmark = pytest.mark.cluster
@@ -83,13 +83,13 @@ def test_kill_9_of_a_worker_in_an_upload_in_a_validation_and_at_a_random_moment_
     proxy.break_next("slow", times=10_000, method="PUT", target="checkpoints/")
     kill(driver, lambda: uncommitted(store))
     proxy.clear()
-    wait_for_start(store, 2, driver)
+    second = wait_for_start(store, 2, driver)["attempt"]
     # Only a validation reads these shards: a worker is in one once it hangs there.
     for shard in read_manifest(open_store(f"{run.root}/prepared")).shards:
         if shard.split == "validation":
             proxy.break_next("hang", times=2, method="GET", target=shard.path)
     until(driver, lambda: "hang" in proxy.broken)
-    kill(driver, lambda: read_attempts(store)[-1]["step"] % 10 == 0)  # its last steps are on storage too
+    kill(driver, lambda: ends_in_a_validation(store, second))  # once its last steps are on storage too
     proxy.clear()
     wait_for_start(store, 3, driver)
     seed = time.time_ns()
@@ -100,10 +100,8 @@ def test_kill_9_of_a_worker_in_an_upload_in_a_validation_and_at_a_random_moment_
     wait_for_start(store, 4, driver)
     wait_for_step(store, max(steps_by_number(store)) + 20, driver)
     end(run, store, driver)
-    starts = events_of(read_attempts(store), "start")
-    last = [each for each in read_attempts(store) if each["attempt"] == starts[1]["attempt"]][-1]
-    assert last["step"] % 10 == 0 and "validation" not in last, "the second kill was not in a validation"
-    assert len(starts) == 4
+    assert ends_in_a_validation(store, second), "it went on before it was killed"
+    assert len(events_of(read_attempts(store), "start")) == 4
 
 
 def test_a_full_disk_costs_no_row_once_there_is_room_again(tmp_path):
@@ -128,6 +126,13 @@ def test_a_full_disk_costs_no_row_once_there_is_room_again(tmp_path):
         end(run, store, driver)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def ends_in_a_validation(store: Store, attempt: int) -> bool:
+    """Whether an attempt's last step on record is one that is validated, and its validation is not there."""
+    records = [record for record in read_attempts(store) if record["attempt"] == attempt]
+    last = max((record["step"] for record in steps_of(records)), default=1)
+    return last % 10 == 0 and last not in [record["step"] for record in validations_of(records)]
 
 
 def uncommitted(store) -> bool:
