@@ -30,8 +30,9 @@ from task_files import put_lines, put_task, sentences, small_tokenizer
 
 from cluster.config import from_dict
 from cluster.hardware import CPU_ALLOCATOR
-from cluster.session import ClusterConfig, ray_session
+from cluster.session import ray_session
 from cluster.storage import open_store
+from cluster.workers import ClusterConfig
 from trainers.export import export, load_exported
 from trainers.finetune import finetune
 from trainers.finetune_config import FinetuneConfig, absolute

@@ -24,8 +24,9 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import psutil
 
 from cluster.local_s3 import BUCKETS, LocalS3
-from cluster.session import ClusterConfig, ray_session
+from cluster.session import ray_session
 from cluster.storage import open_store
+from cluster.workers import ClusterConfig
 from data.manifest import Manifest
 from data.order import Order, OrderConfig
 from data.window import plan_read, unpack

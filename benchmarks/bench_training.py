@@ -34,8 +34,9 @@ import torch.multiprocessing as mp
 from benchmarks.bare import BareLoop
 from cluster.config import load_config
 from cluster.hardware import CPU_ALLOCATOR
-from cluster.session import PROJECT, ClusterConfig, ray_session
+from cluster.session import PROJECT, ray_session
 from cluster.storage import open_store
+from cluster.workers import ClusterConfig
 from tests.small_run import put_corpus
 from trainers.causal import causal_lm
 from trainers.config import PretrainConfig

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.node_facts import Finding, NodeFacts, delete_tokens, put_tokens
-from cluster.session import Resources, staying_nodes
+from cluster.session import staying_nodes
 from cluster.storage import open_store
 from cluster.witness import Witness
+from cluster.workers import Resources
 
 SESSION_FOLDER = "/tmp/ray"
 """Where Ray keeps logs and spills, unless it was told otherwise."""

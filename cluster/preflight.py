@@ -19,7 +19,8 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 from cluster.config import load_config, run_entry
 from cluster.node_facts import PROBE_BYTES, Finding, Limits, NodeFacts, judge, rounds, slow_nodes, transports
 from cluster.nodes import Node, last_line, look_at, staying, witnesses
-from cluster.session import ClusterConfig, ray_session, shortages
+from cluster.session import ray_session
+from cluster.workers import ClusterConfig, shortages
 
 QUICK_BYTES = 1 << 16
 ENOUGH_TO_START = Limits(

@@ -36,8 +36,9 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.config import ConfigError, load_config, run_entry
-from cluster.session import ClusterConfig, ray_session
+from cluster.session import ray_session
 from cluster.storage import StorageError, Store, open_store
+from cluster.workers import ClusterConfig
 from data.assemble import (
     assemble,
     existing_manifest,

@@ -15,7 +15,7 @@ from typing import Any
 
 from cluster.config import ConfigError, load_config
 from cluster.preflight import PreflightConfig
-from cluster.session import ClusterConfig
+from cluster.workers import ClusterConfig
 from k8s.manifests import Object, Render, groups, name_of, of_kind
 from trainers import evaluate
 from trainers.config import PretrainConfig

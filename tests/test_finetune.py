@@ -16,8 +16,8 @@ import yaml
 from task_files import BACKBONES, put_backbone, put_lines, put_task, sentences, small_tokenizer
 
 from cluster.config import ConfigError
-from cluster.session import ClusterConfig
 from cluster.storage import open_store
+from cluster.workers import ClusterConfig
 from tests.small_finetune import (
     SHORT,
     answers_again,

@@ -143,7 +143,8 @@ main(["--cluster.address", cluster.address, *sys.argv[1:]])
 BUSY = """
 import os, ray, time
 from cluster.preflight import problems_of_nodes
-from cluster.session import ClusterConfig, ray_session
+from cluster.session import ray_session
+from cluster.workers import ClusterConfig
 
 class Training:
     def steps(self):
@@ -164,7 +165,8 @@ import ray, time
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.nodes import witnesses
 from cluster.preflight import PreflightConfig, judge_network, measure_network
-from cluster.session import ClusterConfig, ray_session
+from cluster.session import ray_session
+from cluster.workers import ClusterConfig
 from cluster.witness import Witness
 
 class Deaf(Witness):
@@ -190,7 +192,8 @@ from ray._raylet import GcsClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import nodes
 from cluster.preflight import problems_of_nodes
-from cluster.session import ClusterConfig, draining_nodes, ray_session
+from cluster.session import draining_nodes, ray_session
+from cluster.workers import ClusterConfig
 from cluster.witness import Witness
 
 class Dying(Witness):

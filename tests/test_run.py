@@ -1,6 +1,6 @@
 """How many workers an elastic run may have on the nodes that are there."""
 
-from cluster.session import ClusterConfig
+from cluster.workers import ClusterConfig
 from trainers.run import workers_on
 
 

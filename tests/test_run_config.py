@@ -10,8 +10,9 @@ import transformers
 import yaml
 
 from cluster.config import ConfigError, load_config, to_dict, to_yaml
-from cluster.session import PROJECT, ClusterConfig, joined_resources, shortages
+from cluster.session import PROJECT, joined_resources
 from cluster.storage import open_store
+from cluster.workers import ClusterConfig, shortages
 from data.tokens import TokenizerConfig, train_tokenizer
 from trainers.config import BatchConfig, PretrainConfig, absolute, changed_keys, run_store
 from trainers.finetune_config import FinetuneConfig

@@ -17,14 +17,16 @@ from hypothesis import strategies as st
 
 from cluster import session
 from cluster.config import ConfigError
-from cluster.session import PROJECT, ClusterConfig, fitting_workers, ray_session, shortages
+from cluster.session import PROJECT, ray_session
+from cluster.workers import ClusterConfig, fitting_workers, shortages
 from tests.ray_nodes import RayNodes
 
 ASK = """
-import json, time
+import json, os, time
 import ray
 from ray.util.state import get_actor
-from cluster.session import ClusterConfig, ray_session
+from cluster.session import ray_session
+from cluster.workers import ClusterConfig
 
 @ray.remote
 def ask():
@@ -33,21 +35,24 @@ def ask():
         get_actor("0" * 32, timeout=10)
     except Exception as caught:
         error = [each.__name__ for each in type(caught).__mro__]
-    return {"error": error, "seconds": time.monotonic() - began}
+    seconds = time.monotonic() - began
+    return {"error": error, "seconds": seconds, "policy": os.sched_getscheduler(0)}
 
 with ray_session(ClusterConfig(address="local")):
-    print(json.dumps(ray.get(ask.remote())))
+    print(json.dumps({**ray.get(ask.remote()), "driver's": os.sched_getscheduler(0)}))
 """
 
 
 @pytest.mark.cluster
-def test_who_asks_the_dashboard_that_a_local_session_lacks_is_refused_at_once() -> None:
-    """Ray Train's watcher of its controller asks once a second, and each end of a worker group waits for it."""
+def test_a_local_session_refuses_at_once_who_asks_its_dashboard_and_interrupts_no_training() -> None:
+    """It has no dashboard: Ray Train's watcher of its controller asks once a second, and each end of a worker group
+    waits for it."""
     command = [sys.executable, "-c", ASK]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
     answer = json.loads(result.stdout.splitlines()[-1])
     assert "RayStateApiException" in answer["error"], "the only error that the watcher takes"
     assert answer["seconds"] < 10, "it looked for the dashboard's address"
+    assert (answer["policy"], answer["driver's"]) == (os.SCHED_BATCH, os.SCHED_OTHER)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,8 @@ def test_a_head_that_is_not_there_is_one_line_within_the_time_that_a_starting_on
 JOIN = """
 import sys
 from cluster.config import run_entry
-from cluster.session import ClusterConfig, ray_session
+from cluster.session import ray_session
+from cluster.workers import ClusterConfig
 
 def main():
     with ray_session(ClusterConfig(address=sys.argv[1])):

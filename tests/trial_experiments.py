@@ -12,8 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cluster.session import ClusterConfig
 from cluster.storage import RetryPolicy, S3Store, Store
+from cluster.workers import ClusterConfig
 from tune.experiment import Report, Score
 from tune.search_space import Point
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from cluster.config import to_dict
 from cluster.hardware import EnergyConfig
-from cluster.session import ClusterConfig
 from cluster.storage import Store, open_store
+from cluster.workers import ClusterConfig
 from data.corpus import CorpusConfig
 from data.framing import Framing, framing_of
 from data.manifest import Manifest

@@ -115,7 +115,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         self._count(self.num_steps)
-        # DeepSpeed does not even try the update where it finds the gradient not finite.
+        # Some stages do not even try the update where they find the gradient not finite.
         self._accept, self._grad_norm, self._accepted = accept, math.inf, None
         self._engine.step()
         self._micro = 0

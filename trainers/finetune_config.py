@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from cluster.session import ClusterConfig
 from cluster.storage import Store, open_store
+from cluster.workers import ClusterConfig
 from trainers.checkpoint import CheckpointConfig
 from trainers.engine_config import EngineConfig
 from trainers.guard import GuardConfig

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from cluster.config import ConfigError
-from cluster.session import ClusterConfig, ray_session, shortages
+from cluster.session import ray_session
 from cluster.storage import Store
+from cluster.workers import ClusterConfig, shortages
 from trainers.finetune_backbone import make_encoder, read_facts
 from trainers.finetune_loop import OnValidation
 from trainers.finetune_order import FinetuneOrder, encode_all, scale_of, training_records

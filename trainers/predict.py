@@ -22,8 +22,9 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 from cluster.config import ConfigError, from_dict, run_entry
 from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
-from cluster.session import ClusterConfig, ray_session, shortages
+from cluster.session import ray_session
 from cluster.storage import Store, open_store
+from cluster.workers import ClusterConfig, shortages
 from trainers.lease import RunTakenError, lease
 from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
 from trainers.prediction_rows import Piece, column_problems, pieces_of

@@ -19,8 +19,9 @@ try:
 
     from cluster.config import ConfigError, load_config, run_entry
     from cluster.preflight import problems_of_nodes
-    from cluster.session import Resources, ray_session, shortages
+    from cluster.session import ray_session
     from cluster.storage import open_store
+    from cluster.workers import Resources, shortages
     from data.manifest import Manifest, read_manifest
     from data.prepare import EXPECTED, corpus_table, prepare
     from data.progress import progress_line

@@ -25,9 +25,10 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 
 from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
-from cluster.session import ClusterConfig, draining_nodes, fitting_workers, worker_resources
+from cluster.session import draining_nodes
 from cluster.storage import Store
 from cluster.store import StorageError
+from cluster.workers import ClusterConfig, fitting_workers, worker_resources
 from trainers.checkpoint import latest_attempt, latest_world_size
 from trainers.clock import RunClock
 from trainers.config import PretrainConfig, run_store

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.config import ConfigError
-from cluster.session import ClusterConfig
+from cluster.workers import ClusterConfig
 from trainers.finetune_config import FinetuneConfig
 from tune.proposals import Search
 from tune.search_space import SearchSpace
