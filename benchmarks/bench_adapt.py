@@ -3,7 +3,7 @@
     python benchmarks/bench_adapt.py [--steps 30] [--records 40000] [--trials 3]
 
 A 4-layer decoder of width 128 with initial weights, float32, one thread in everything; speeds are ratios within one
-run, of the lower quartiles of steps and of pieces. The bare loop is the same model, batches and optimiser with nothing
+run, of the lower quartiles of steps and of parts. The bare loop is the same model, batches and optimiser with nothing
 around. The bare model answers the same records from a list: encode, the model on batches of like lengths, argmax. Ray's
 start is told apart from its rate. A trial's overhead is the sweep's wall time less the trials' seconds of training, by
 their number: of one worker, which trains in the trial's process, and of two, which are a Ray Train run of their own.
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -39,6 +40,7 @@ from trainers.finetune_config import FinetuneConfig, absolute
 from trainers.metrics import read_metrics
 from trainers.model import build
 from trainers.optimizer import build_optimizer
+from trainers.prediction import PART_ROWS
 from trainers.prediction_rows import pieces_of, rows_of
 from trainers.shape import ModelConfig
 from trainers.task import load_task
@@ -155,32 +157,33 @@ def bare_step(config: FinetuneConfig, prepared: PreparedTask) -> float:
 
 def prediction_rates(folder: Path) -> tuple[float, float, float]:
     """Records/s of the bare model and through Ray Data, and the seconds from Ray's start to its first answer."""
-    from trainers import prediction_rows
     from trainers.predict import answer
 
     model, texts = f"file://{folder}/runs/f/seed-0/export", str(folder / "texts.jsonl")
-    prediction_rows.PIECE_BYTES = 1 << 17  # each is one part, of 2,600 records: a job has parts of 4,096
-    pieces = pieces_of(texts)
-    records = [[record for _, record in rows_of(piece)] for piece in pieces]
-    lists = [[record["text"] for record in some] for some in records]
+    (piece,) = pieces_of(texts)  # one model answers it part by part, as each piece of a job
+    everything: list[Any] = [record for _, record in rows_of(piece)]
+    lists = [
+        [record["text"] for record in everything[at : at + PART_ROWS]]
+        for at in range(0, len(everything) - PART_ROWS + 1, PART_ROWS)
+    ]
     os.environ.update(CPU_ALLOCATOR)  # the bare model's process starts with it, as the job's do
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         seconds = process.submit(bare_seconds, model, lists).result()
-    each = sorted(map(len, records))[len(records) // 2]
     output = open_store(str(folder / "answers"))
     options = argparse.Namespace(
         workers=1, cpus_per_worker=1.0, gpus_per_worker=0.0, rows_per_batch=ANSWERED_ROWS, max_new_tokens=64
     )
     began = time.time()
     with ray_session(ClusterConfig(address="local")):
-        answer(pieces, model, output.uri, options)
+        answer([piece], model, output.uri, options)
     times = sorted(
         (folder / "answers" / info.path).stat().st_mtime
         for info in output.list()
         if info.path.endswith(".jsonl")
     )
     gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
-    return each / calm(seconds), each / calm(gaps), times[0] - began
+    gaps = gaps[: len(lists) - 1]  # the last part has fewer records
+    return PART_ROWS / calm(seconds), PART_ROWS / calm(gaps), times[0] - began
 
 
 @torch.inference_mode()

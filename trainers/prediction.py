@@ -26,8 +26,8 @@ from trainers.task_records import Example, example_of
 
 PART_ROWS = 4_096
 """Records of a file of answers, and all that a worker holds: at most this much is done again."""
-ENCODED_ROWS = 512
-"""Records that are tokenized together, which bounds what their tokens take."""
+ENCODED_CHARACTERS = 1 << 20
+"""Of the records that are tokenized together, about, which bounds what their tokens take."""
 FINISHED = "finished/"
 as_json = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -102,15 +102,18 @@ class Predictor:
                 if isinstance(row, str):
                     raise ValueError(row)
                 example = example_of(self._encoder.task, row, place, labelled=False)
-                f"{example.id}{example.content}".encode()  # half a surrogate pair is no text for a tokenizer
             except ValueError as error:
                 lines[-1]["error"] = str(error)
             else:
                 examples.append((len(lines) - 1, example))
         # Lines are found by their numbers: like lengths come together, so that little of a batch is padding.
         examples.sort(key=lambda numbered: len(numbered[1].content))
-        for start in range(0, len(examples), ENCODED_ROWS):
-            self._answer(examples[start : start + ENCODED_ROWS], lines)
+        ends = itertools.accumulate(len(example.content) for _, example in examples)
+        groups = itertools.groupby(
+            zip(ends, examples, strict=True), lambda ended: ended[0] // ENCODED_CHARACTERS
+        )
+        for _, group in groups:
+            self._answer([numbered for _, numbered in group], lines)
         return lines
 
     @torch.inference_mode()

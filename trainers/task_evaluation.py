@@ -15,7 +15,7 @@ from trainers.task_batches import by_length
 from trainers.task_encoding import Encoded, Encoder, collate
 from trainers.task_labels import labels_in
 from trainers.task_metrics import Answer, measure, read_scores
-from trainers.task_model import TaskModel, loss_sum, target_weight
+from trainers.task_model import TaskModel, likelihoods, loss_sum, target_weight
 from trainers.task_records import Example
 
 
@@ -55,7 +55,8 @@ def answers_to(
             scores = model(batch.tokens_BT, batch.mask_BT, batch.types_BT)
             if batch.targets is not None:
                 losses += float(loss_sum(encoder.task.kind, scores, batch.targets, batch.mask_BT, None))
-            for row, of_row in zip(rows, scores.float().cpu().numpy(), strict=True):
+            likely = likelihoods(encoder.task, scores.float()).cpu().numpy()
+            for row, of_row in zip(rows, likely, strict=True):
                 whole = of_row[: len(encoded[row].ids)] if of_row.ndim == 2 else of_row
                 found[row] = read_scores(
                     encoder.task, examples[row], encoded[row], whole, encoder.scale, encoder.causal

@@ -42,7 +42,7 @@ def read_scores(
     scale: tuple[float, float],
     causal: bool,
 ) -> Answer:
-    """The answer in one row of scores ([C], [], [T, C] or [T, 2], without padding)."""
+    """The answer in one row of `trainers.task_model.likelihoods` ([C], [], [T, C] or [T, 2], without padding)."""
     if task.kind == "regression":
         return Answer(float(scores) * scale[1] + scale[0], math.nan)
     if task.kind == "question_answering":
@@ -50,12 +50,10 @@ def read_scores(
     if task.kind == "token_classification":
         return _tags(task, example, encoded, scores, causal)
     if task.multi_label:
-        probabilities = 1 / (1 + np.exp(-scores))
-        chosen = [label for label, p in zip(task.labels, probabilities, strict=True) if p > 0.5]
-        return Answer(chosen, float(np.maximum(probabilities, 1 - probabilities).min()))
-    probabilities = _softmax(scores)
-    best = int(probabilities.argmax())
-    return Answer(task.labels[best], float(probabilities[best]))
+        chosen = [label for label, p in zip(task.labels, scores, strict=True) if p > 0.5]
+        return Answer(chosen, float(np.maximum(scores, 1 - scores).min()))
+    best = int(scores.argmax())
+    return Answer(task.labels[best], float(scores[best]))
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
@@ -63,9 +61,10 @@ def _softmax(scores: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
-def _tags(task: TaskConfig, example: Example, encoded: Encoded, scores: np.ndarray, causal: bool) -> Answer:
+def _tags(
+    task: TaskConfig, example: Example, encoded: Encoded, probabilities: np.ndarray, causal: bool
+) -> Answer:
     """One tag a word; a word that was cut off gets the outside tag, or the first label."""
-    probabilities = _softmax(scores)
     outside = "O" if "O" in task.labels else task.labels[0]
     positions = word_positions(example.words, encoded.spans, causal)
     tags = [outside if p is None else task.labels[int(probabilities[p].argmax())] for p in positions]

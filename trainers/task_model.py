@@ -180,6 +180,14 @@ def attention_for(tokens_BT: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def likelihoods(task: TaskConfig, scores: Tensor) -> Tensor:
+    """Scores of labels or tags as probabilities: of several labels, of having each. Others as they are: numbers, and
+    the ends of an answer, which only its reader knows to lie in the context."""
+    if task.kind in ("regression", "question_answering"):
+        return scores
+    return scores.sigmoid() if task.multi_label else scores.softmax(-1)
+
+
 def loss_sum(
     kind: str, scores: Tensor, targets: Tensor, mask_BT: Tensor, class_weights: Tensor | None
 ) -> Tensor:

@@ -155,7 +155,8 @@ def example_of(task: TaskConfig, row: Mapping[str, Any], place: str, labelled: b
     """Check one record. Raises ValueError with what is wrong."""
     columns = task.columns
     for column in (*needed_columns(task).values(), columns.id, *([columns.label] if labelled else [])):
-        _refuse_half_character(column, row.get(column))
+        if (value := row.get(column)) is not None:
+            _refuse_half_character(column, value)
     words: Any = []
     if columns.messages:
         row = dict(row) | _chat(task, row.get(columns.messages), labelled)
