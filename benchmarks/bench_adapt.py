@@ -68,9 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=30, help="of fine-tuning")
-    parser.add_argument("--records", type=int, default=40_000, help="to be answered")
+    parser.add_argument(
+        "--records", type=int, default=40_000, help="to be answered; 12,288 to 65,536: parts of one piece"
+    )
     parser.add_argument("--trials", type=int, default=3, help="of the sweep")
     options = parser.parse_args(argv)
+    if not 3 * PART_ROWS <= options.records <= 16 * PART_ROWS:
+        parser.error(f"--records {options.records} is not between {3 * PART_ROWS} and {16 * PART_ROWS}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         config, prepared = put_parts(Path(folder), options.steps)

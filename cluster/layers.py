@@ -55,6 +55,10 @@ def read_arguments(
         elif name == "config" and not has_value and not rest:
             problems.append("--config needs the path of a YAML file")
         elif not has_value and (not rest or rest[0].startswith("--")):
+            asked = known.get(name.replace("-", "_"))
+            if asked and bool not in members(asked.hint):
+                problems.append(f"--{name} needs a value")
+                continue
             assigned.append((name, "true"))  # as in --checkpoint.verify; any type but bool refuses it
         else:
             value = value if has_value else rest.pop(0)
@@ -137,6 +141,8 @@ def _parse(text: str, hint: Any) -> Any:
     if set(members(hint)) <= {str, types.NoneType} and text != "null":
         return text
     try:
-        return yaml.load(text, Loader=ConfigLoader)
+        value = yaml.load(text, Loader=ConfigLoader)
     except yaml.YAMLError:
         return text  # no type but text takes it, so the type's error names it
+    one_of_many = typing.get_origin(hint) is tuple and value is not None and not isinstance(value, list)
+    return [value] if one_of_many else value

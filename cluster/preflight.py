@@ -48,6 +48,12 @@ class PreflightConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     limits: Limits = field(default_factory=Limits)
 
+    def problems(self, at: str) -> Iterator[str]:
+        if self.bandwidth_bytes < 0:
+            yield f"bandwidth_bytes={self.bandwidth_bytes} must not be negative; 0 measures no network"
+        if self.pair_seconds <= 0:
+            yield f"pair_seconds={self.pair_seconds:g} must be positive"
+
 
 @dataclass(frozen=True)
 class Network:

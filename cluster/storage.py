@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import botocore.exceptions as aws
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
+from cluster.config import ConfigError
 from cluster.google_store import GoogleStore
 from cluster.local_store import LocalStore
 from cluster.remote_store import Failure, RemoteStore
@@ -35,7 +37,7 @@ from cluster.store import (
     checked_path,
 )
 
-__all__ = ["ObjectInfo", "RetryPolicy", "StorageError", "Store", "open_store"]
+__all__ = ["ObjectInfo", "RetryPolicy", "StorageError", "Store", "open_parent", "open_store"]
 
 T = TypeVar("T")
 
@@ -49,13 +51,15 @@ MULTIPART = TransferConfig(
 
 
 def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
-    """The store at `uri`, which may be empty. Connects at first use; can be pickled. Raises `ValueError`.
+    """The store at `uri`, which may be empty. Connects at first use; can be pickled. Raises `ConfigError`.
 
     Without a policy a store that is away is waited for as long as STORE_PATIENCE_SECONDS says: 120 unless it is set,
     and 540 in a session's workers (cluster/session.py). More is of use only below `heartbeat.timeout_seconds`.
     """
     policy = policy or RetryPolicy(give_up_seconds=_patience())
     scheme, separator, rest = uri.partition("://")
+    if not separator and re.match(r"(s3|gs|file):/", uri):
+        raise ConfigError([f"{uri} has one slash too few: {uri.replace(':/', '://', 1)}"])
     if not separator or (scheme == "file" and rest.startswith("/")):
         return LocalStore(f"file://{Path(rest or uri).expanduser().absolute()}", policy)
     bucket = rest.partition("/")[0]
@@ -65,12 +69,18 @@ def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
     if scheme == "gs" and bucket and not {"@", ":"} & set(bucket):
         return GoogleStore(f"gs://{rest.strip('/')}", policy)
     if {"@", ":"} & set(bucket):  # whoever wrote it there meant a key: it is not shown
-        raise ValueError(
-            f"a {scheme}:// URI holds credentials: give them by the AWS variables or a role instead"
+        raise ConfigError(
+            [f"a {scheme}:// URI holds credentials: give them by the AWS variables or a role instead"]
         )
-    raise ValueError(
-        f"{uri} is not a location: use a path, file:///PATH, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
+    raise ConfigError(
+        [f"{uri} is not a location: use a path, file:///PATH, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"]
     )
+
+
+def open_parent(uri: str) -> tuple[Store, str]:
+    """The store that holds the file at `uri`, and the file's name there. Raises `ConfigError`."""
+    parent, slash, name = uri.rstrip("/").rpartition("/")
+    return open_store(parent + slash), name
 
 
 def _patience() -> float:
@@ -80,7 +90,7 @@ def _patience() -> float:
     except ValueError:
         seconds = -1
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{PATIENCE}={text} is no number of seconds: set it to 120, say, or not at all")
+        raise ConfigError([f"{PATIENCE}={text} is no number of seconds: set it to 120, say, or not at all"])
     return seconds
 
 

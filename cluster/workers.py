@@ -43,6 +43,10 @@ class ClusterConfig:
             )
         if self.cpus_per_worker <= 0:
             yield f"{at}.cpus_per_worker={self.cpus_per_worker} must be positive; on shared cores, try 0.75"
+        if self.threads_per_worker < 0:
+            yield f"{at}.threads_per_worker={self.threads_per_worker} must not be negative; 0 takes its CPUs"
+        if self.object_store_bytes < 0:
+            yield f"{at}.object_store_bytes={self.object_store_bytes} must not be negative; 0 takes a tenth"
         if self.join_seconds < 0:
             yield f"{at}.join_seconds={self.join_seconds:g} must not be negative; 0 waits for no node"
         if self.gpus_per_worker not in (0, 1):

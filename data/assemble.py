@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import to_dict
-from cluster.storage import Store, open_store
+from cluster.storage import Store, open_parent, open_store
 from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards
 from data.dedup import DOCUMENTS_PER_RANGE, Duplicates, HashFile
 from data.manifest import (
@@ -236,9 +236,9 @@ def given_tokenizer(config: CorpusConfig) -> FixedTokenizer | None:
     path = config.tokenizer.path
     if not path:
         return None
-    folder, _, name = path.rpartition("/")
     try:
-        serialised = open_store(folder or ".").read(name).decode()
+        folder, name = open_parent(path)
+        serialised = folder.read(name).decode()
     except (FileNotFoundError, UnicodeDecodeError) as absent:
         remedy = "give the URI of a tokenizer.json, or leave it empty to train one"
         raise CorpusError(f"corpus.tokenizer.path={path}: {absent}; {remedy}") from absent

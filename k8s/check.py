@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def problems(folder: Path, values: str = "values") -> list[str]:
-    return problems_of(rendered(folder, tool("kubectl")), str(folder), values)
+    """What is wrong with a folder: its manifests, or why it has none."""
+    try:
+        return problems_of(rendered(folder, tool("kubectl")), str(folder), values)
+    except ValueError as not_rendered:
+        return [str(not_rendered)]
 
 
 def problems_of(text: str, name: str, values: str = "values") -> list[str]:

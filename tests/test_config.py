@@ -80,6 +80,14 @@ def test_defaults_stand_where_nothing_is_given() -> None:
     assert load() == Job()
 
 
+def test_one_value_stands_for_a_list_of_one() -> None:
+    assert load("--rate.milestones", "5").rate.milestones == (5,)
+
+
+def test_a_key_at_the_end_without_its_value_is_told_so() -> None:
+    assert problems_of("--name", "x", "--steps") == ["--steps needs a value"]
+
+
 def test_the_command_line_wins_over_a_later_file_over_an_earlier_over_defaults(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("steps: 20\nname: a\nshape: {num_heads: 3}\n")
     (tmp_path / "b.yaml").write_text("name: b\nshape: {num_heads: 4, hidden_size: 100}\nrate:\n")
@@ -174,10 +182,11 @@ def test_no_line_speaks_of_a_default_in_place_of_a_wrong_value() -> None:
     [
         (["--steps", "1.5"], "steps=1.5", "int"),
         (["--steps", "true"], "steps=true", "int"),
-        (["--steps"], "steps=true", "int"),
+        (["--steps"], "--steps", "needs a value"),
         (["--is_quick", "1"], "is_quick=1", "bool"),
         (["--shape.precision", "fp23"], "shape.precision", "nearest: fp32"),
         (["--rate.milestones", "[1, x]"], "rate.milestones", "tuple[int, ...]"),
+        (["--rate.milestones", "x"], "rate.milestones", "tuple[int, ...]"),
         (["--shape", "3"], "shape", "section"),
         (["--name.first", "x"], "name.first", "--help"),
         (["--peak", "3"], "peak", "nearest: rate.peak"),

@@ -101,6 +101,8 @@ PAIR = [
     *(Case(2, s, offload="optimizer", micro_batches=2) for s in (1, 2, 3)),
     Case(2, 3, offload="optimizer+parameters"),
     *(Case(2, s, poison=2, precision=precision) for s in STAGES for precision in ("fp32", "bf16")),
+    *(Case(2, s, poison=2, precision="bf16", micro_batches=2) for s in STAGES),
+    *(Case(2, s, poison=2, precision="bf16", offload="optimizer") for s in (1, 2, 3)),
     *(Case(2, s, refuse=2) for s in STAGES),
     *(Case(2, s, start=Case(1, 3 - s, micro_batches=4).name) for s in STAGES),
     *(Case(2, s, start=Case(1, 3 - s, precision="bf16").name, precision="bf16") for s in STAGES),

@@ -120,7 +120,11 @@ def test_broken_records_are_answered_with_their_errors_and_the_others_all_the_sa
         assert len(errors) == refused and any("UTF-8" in e or "utf-8" in e for e in errors)
 
 
-def test_answers_are_the_models_own(model, tmp_path):
+@pytest.mark.parametrize("characters", [1, 60, prediction.ENCODED_CHARACTERS])
+def test_answers_are_the_models_own_however_many_records_are_tokenized_together(
+    characters, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prediction, "ENCODED_CHARACTERS", characters)  # 1: each record alone
     folder, made, encoder = model
     uri = put_lines(tmp_path / "r.jsonl", [*records(30), {"id": "none", "text": ""}])
     predictor = Predictor(folder, str(tmp_path / "out"), rows_per_batch=7, threads=1)

@@ -12,7 +12,7 @@ import yaml
 from cluster.config import ConfigError, load_config, to_dict, to_yaml
 from cluster.session import PROJECT, joined_resources
 from cluster.storage import open_store
-from cluster.workers import ClusterConfig, shortages
+from cluster.workers import ClusterConfig
 from data.tokens import TokenizerConfig, train_tokenizer
 from trainers.config import BatchConfig, PretrainConfig, absolute, changed_keys, run_store
 from trainers.finetune_config import FinetuneConfig
@@ -21,6 +21,7 @@ from trainers.planning import resources_here
 from trainers.pretrain import main
 from trainers.run_folder import CONFIG, check_unchanged
 from trainers.shape import count_parameters
+from trainers.verdict import claim_test_split
 from tune.label_efficiency import CurveConfig
 from tune.sweep_config import SweepConfig
 
@@ -164,19 +165,15 @@ def test_a_changed_configuration_is_refused_by_the_run_that_has_another(tmp_path
         check_unchanged(run, load("--batch.seq_len", "512"))
 
 
-def test_workers_that_leave_no_cpu_for_reads_are_refused_with_what_fits():
-    cluster = ClusterConfig(num_workers=2, cpus_per_worker=1.0)
-    (problem,) = shortages(cluster, [{"CPU": 2.0}], read_cpus=0.25)
-    assert "cluster.cpus_per_worker=0.87" in problem
-    fitting = replace(cluster, cpus_per_worker=0.87)
-    assert not list(shortages(fitting, [{"CPU": 2.0}], read_cpus=0.25))
-
-
-def test_more_gpus_than_the_cluster_has_are_refused():
-    cluster = ClusterConfig(num_workers=3, gpus_per_worker=1.0)
-    (line,) = shortages(cluster, [{"CPU": 8.0, "GPU": 2.0}])
-    assert "cluster.gpus_per_worker=1 = 3 GPUs, but the cluster has 2" in line
-    assert not list(shortages(cluster, [{"CPU": 3.0, "GPU": 3.0}]))
+def test_once_the_test_split_is_opened_nothing_may_lead_to_another_choice(tmp_path):
+    run = open_store(str(tmp_path))
+    run.put(CONFIG, to_yaml(load()).encode())
+    check_unchanged(run, load("--run.steps", "7"))
+    claim_test_split(run, "step-00000001")
+    check_unchanged(run, load("--run.prompts", '["a"]'))
+    for change in (["--run.steps", "7"], ["--validation.patience", "1"]):
+        with pytest.raises(ConfigError, match=change[0].removeprefix("--")):
+            check_unchanged(run, load(*change))
 
 
 def test_a_driver_waits_for_the_nodes_of_a_cluster_that_just_starts(monkeypatch, capsys):

@@ -1,24 +1,20 @@
-"""What fits on a session's nodes, and what a session is like, in a process of its own: only one fits into a process."""
+"""What a session is like, in a process of its own: only one fits into a process."""
 
 import json
 import os
-import re
 import secrets
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cluster import session
 from cluster.config import ConfigError
 from cluster.session import PROJECT, ray_session
-from cluster.workers import ClusterConfig, fitting_workers, shortages
+from cluster.workers import ClusterConfig
 from tests.ray_nodes import RayNodes
 
 ASK = """
@@ -35,24 +31,54 @@ def ask():
         get_actor("0" * 32, timeout=10)
     except Exception as caught:
         error = [each.__name__ for each in type(caught).__mro__]
-    seconds = time.monotonic() - began
-    return {"error": error, "seconds": seconds, "policy": os.sched_getscheduler(0)}
+    policies = getattr(os, "sched_getscheduler", lambda pid: None)
+    return {"error": error, "seconds": time.monotonic() - began, "policy": policies(0)}
 
 with ray_session(ClusterConfig(address="local")):
-    print(json.dumps({**ray.get(ask.remote()), "driver's": os.sched_getscheduler(0)}))
+    print(json.dumps(ray.get(ask.remote())))
 """
 
 
-@pytest.mark.cluster
-def test_a_local_session_refuses_at_once_who_asks_its_dashboard_and_interrupts_no_training() -> None:
-    """It has no dashboard: Ray Train's watcher of its controller asks once a second, and each end of a worker group
-    waits for it."""
+@pytest.fixture(scope="module")
+def answer() -> dict[str, Any]:
+    """What a task of a local session finds."""
     command = [sys.executable, "-c", ASK]
     result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
-    answer = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.cluster
+def test_who_asks_the_dashboard_that_a_local_session_lacks_is_refused_at_once(answer: dict[str, Any]) -> None:
+    """Ray Train's watcher of its controller asks once a second, and each end of a worker group waits for it."""
     assert "RayStateApiException" in answer["error"], "the only error that the watcher takes"
     assert answer["seconds"] < 10, "it looked for the dashboard's address"
-    assert (answer["policy"], answer["driver's"]) == (os.SCHED_BATCH, os.SCHED_OTHER)
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux has it")
+def test_processes_of_a_local_session_are_of_the_batch_class(answer: dict[str, Any]) -> None:
+    assert answer["policy"] == os.SCHED_BATCH
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_who_starts_them_is_scheduled_as_before_also_where_the_kernel_refuses(
+    refuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies = [0]
+
+    def set_scheduler(pid: int, policy: int, parameters: object) -> None:
+        if refuses:
+            raise OSError(22, "Invalid argument")  # as gVisor answers
+        policies.append(policy)
+
+    monkeypatch.setattr(os, "SCHED_OTHER", 0, raising=False)
+    monkeypatch.setattr(os, "SCHED_BATCH", 3, raising=False)
+    monkeypatch.setattr(os, "sched_param", lambda priority: None, raising=False)
+    monkeypatch.setattr(os, "sched_getscheduler", lambda pid: policies[-1], raising=False)
+    monkeypatch.setattr(os, "sched_setscheduler", set_scheduler, raising=False)
+    with session.giving_way():
+        inside = policies[-1]
+    assert (inside, policies[-1]) == (0 if refuses else 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -114,52 +140,3 @@ def test_a_token_that_is_wrong_or_missing_is_one_line_that_says_where_to_give_it
         (line,) = [line for line in error.splitlines() if line.startswith("cluster.address=")]
         assert "RAY_AUTH_TOKEN" in line and tokens["wrong"] not in line
         assert "Traceback" not in error
-
-
-@pytest.mark.parametrize(
-    ("cluster", "nodes", "fitting"),
-    [
-        (ClusterConfig(num_workers=2, cpus_per_worker=8), [{"CPU": 4.0}] * 4, 0),
-        (ClusterConfig(num_workers=4, cpus_per_worker=3), [{"CPU": 4.0}] * 3, 3),
-        (
-            ClusterConfig(num_workers=8, cpus_per_worker=8, gpus_per_worker=1),
-            [{"CPU": 32.0, "GPU": 8.0}, {"CPU": 96.0}],
-            4,
-        ),
-    ],
-)
-def test_workers_that_fit_into_the_sum_of_the_nodes_and_on_no_node_are_refused_with_what_fits(
-    cluster: ClusterConfig, nodes: list[dict[str, float]], fitting: int
-) -> None:
-    (line,) = shortages(cluster, nodes)
-    assert f"{fitting} fit, for a worker lies on one node" in line
-    found = re.search(r"at most cluster\.cpus_per_worker=(\S+) fits", line)
-    assert found and not list(shortages(replace(cluster, cpus_per_worker=float(found[1])), nodes))
-
-
-def placements(workers: int, num_nodes: int):
-    """Every way to lay workers on nodes, as how many each gets."""
-    return (each for each in product(range(workers + 1), repeat=num_nodes) if sum(each) == workers)
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=3),
-    st.integers(1, 4),
-    st.sampled_from([0.5, 1.0, 2.0]),
-    st.sampled_from([0.0, 1.0]),
-    st.sampled_from([0.0, 0.25]),
-)
-def test_workers_fit_where_there_is_a_way_to_lay_them_on_the_nodes_with_room_to_read_and_nowhere_else(
-    sizes: list[tuple[int, int]], workers: int, cpus: float, gpus: float, read_cpus: float
-) -> None:
-    nodes = [{"CPU": float(cpu), "GPU": float(gpu)} for cpu, gpu in sizes]
-
-    def holds(each: tuple[int, ...]) -> bool:
-        left = [node["CPU"] - n * cpus for node, n in zip(nodes, each, strict=True)]
-        enough = all(n * gpus <= node["GPU"] for node, n in zip(nodes, each, strict=True))
-        return enough and min(left) >= 0 and max(left) >= read_cpus
-
-    config = ClusterConfig(num_workers=workers, cpus_per_worker=cpus, gpus_per_worker=gpus)
-    fits = any(map(holds, placements(workers, len(nodes))))
-    assert (fitting_workers(config, nodes, read_cpus) >= workers) == fits
-    assert bool(list(shortages(config, nodes, read_cpus))) != fits

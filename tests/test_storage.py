@@ -22,8 +22,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cluster.config import ConfigError
 from cluster.local_s3 import LocalS3
-from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, open_store
+from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, open_parent, open_store
 from data.corpus import CorpusConfig
 from tests.fault_proxy import FaultProxy
 from tests.google_stub import GoogleStub
@@ -513,3 +514,24 @@ def test_no_path_leads_out_of_a_store(store: Store, path: str) -> None:
     for use in (store.read, store.child, lambda path: store.put(path, b"")):
         with pytest.raises(ValueError, match="path within a store"):
             use(path)
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder", "name"),
+    [
+        ("/tokenizer.json", "file:///", "tokenizer.json"),
+        ("a/b.json", f"file://{os.getcwd()}/a", "b.json"),
+        ("b.json", f"file://{os.getcwd()}", "b.json"),
+        ("file:///a/b/", "file:///a", "b"),
+        ("s3://bucket/a.json", "s3://bucket", "a.json"),
+    ],
+)
+def test_the_store_that_holds_a_file_is_that_of_its_uri(uri: str, folder: str, name: str) -> None:
+    store, found = open_parent(uri)
+    assert (store.uri, found) == (folder, name)
+
+
+@pytest.mark.parametrize("uri", ["s3:/bucket/x", "gs:/bucket"])
+def test_a_slash_too_few_is_no_folder_of_that_name(uri: str) -> None:
+    with pytest.raises(ConfigError, match=uri.replace(":/", "://")):
+        open_store(uri)

@@ -27,7 +27,7 @@ from trainers.task_records import Example, example_of
 PART_ROWS = 4_096
 """Records of a file of answers, and all that a worker holds: at most this much is done again."""
 ENCODED_CHARACTERS = 1 << 20
-"""Of the records that are tokenized together, about, which bounds what their tokens take."""
+"""Characters of the records that are tokenized together, give or take a record: bounds what their tokens take."""
 FINISHED = "finished/"
 as_json = json.JSONEncoder(ensure_ascii=False).encode
 

@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return console.print(
             *(f"not on this machine: {line}" for line in too_large), sep="\n", highlight=False
         )
+    if "dry-run" in loaded.flags:
+        too_large = []
     if problems or too_large:
         raise ConfigError([*problems, *too_large])
     with lease(run, console.print):

@@ -9,10 +9,11 @@ metric: accuracy
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from string import Formatter
 from typing import Literal
 
-from cluster.config import load_config
+from cluster.config import ConfigError, load_config
 from cluster.keys import nearest
 from cluster.storage import open_store
 
@@ -185,6 +186,8 @@ class TaskConfig:
 
 def load_task(path: str) -> TaskConfig:
     """Read a task file, with absolute URIs: workers have another working directory. Raises `ConfigError`."""
+    if not Path(path).is_file():
+        raise ConfigError([f"{path} is no task file; trainers/tasks/ has some"])
     task = load_config(TaskConfig, ["--config", path], description="").config
     files = task.data
     found = {key: getattr(files, key) for key in ("uri", *SPLITS)}

@@ -38,22 +38,22 @@ def read_scores(
     task: TaskConfig,
     example: Example,
     encoded: Encoded,
-    scores: np.ndarray,
+    likely: np.ndarray,
     scale: tuple[float, float],
     causal: bool,
 ) -> Answer:
     """The answer in one row of `trainers.task_model.likelihoods` ([C], [], [T, C] or [T, 2], without padding)."""
     if task.kind == "regression":
-        return Answer(float(scores) * scale[1] + scale[0], math.nan)
+        return Answer(float(likely) * scale[1] + scale[0], math.nan)
     if task.kind == "question_answering":
-        return _span(example, encoded, scores)
+        return _span(example, encoded, likely)
     if task.kind == "token_classification":
-        return _tags(task, example, encoded, scores, causal)
+        return _tags(task, example, encoded, likely, causal)
     if task.multi_label:
-        chosen = [label for label, p in zip(task.labels, scores, strict=True) if p > 0.5]
-        return Answer(chosen, float(np.maximum(scores, 1 - scores).min()))
-    best = int(scores.argmax())
-    return Answer(task.labels[best], float(scores[best]))
+        chosen = [label for label, p in zip(task.labels, likely, strict=True) if p > 0.5]
+        return Answer(chosen, float(np.maximum(likely, 1 - likely).min()))
+    best = int(likely.argmax())
+    return Answer(task.labels[best], float(likely[best]))
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

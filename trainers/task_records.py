@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster.config import ConfigError
 from cluster.keys import nearest
-from cluster.storage import Store, open_store
+from cluster.storage import Store, open_parent, open_store
 from data.clean import normalise
 from trainers.delimited import csv_rows
 from trainers.task import TaskConfig
@@ -74,9 +74,8 @@ def read_examples(task: TaskConfig, uri: str, *, labelled: bool = True) -> list[
 
 def find_files(uri: str) -> tuple[Store, list[str]]:
     """The store and the paths of all files of records at a URI. Raises `ConfigError` where there are none."""
-    parent, _, name = uri.rstrip("/").rpartition("/")
-    if _format(name):
-        store = open_store(parent)
+    if _format(uri.rstrip("/")):
+        store, name = open_parent(uri)
         if not store.exists(name):
             raise ConfigError([f"{uri}: no such file; correct the data.* of the task"])
         return store, [name]
