@@ -109,9 +109,11 @@ def plan_tokens(
         duplicates: Added up over `ranges`.
     """
     left_out, paths = duplicates.fingerprint.tolist(), tuple(each.path for each in ranges)
+    # One tokenizer may offer several tokens as the boundary, and its fingerprint does not say which was taken.
+    tokenizer_id = (tokenizer.fingerprint, tokenizer.boundary_id)
     return [
         TokenWork(
-            digest_of("tokens", digest, left_out[index], tokenizer.fingerprint, fragment_tokens),
+            digest_of("tokens", digest, left_out[index], *tokenizer_id, fragment_tokens),
             piece,
             index,
             paths,

@@ -352,6 +352,24 @@ def test_texts_that_the_tokenizer_itself_empties_are_set_aside_or_one_error(
         prepare(replace(config, set_aside_limit=0.001), fan_out=one_by_one)
 
 
+def test_another_boundary_of_the_same_tokenizer_makes_other_shards(
+    config: CorpusConfig, raw: Store, tmp_path: Path
+) -> None:
+    """Both stand in it as special tokens, so that its fingerprint is the same."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(path := str(tmp_path / "both.json"))
+    fingerprints = set()
+    for boundary, number in (("<s>", 1), ("</s>", 2)):
+        given = replace(config, tokenizer=TokenizerConfig(path=path, boundary=boundary))
+        manifest = prepare(given, fan_out=one_by_one)
+        fingerprints.add(manifest.tokenizer)
+        first = read_fragment(open_store(config.prepared), manifest, 0)[0]
+        assert (manifest.boundary_id, first) == (number, number)
+    assert len(fingerprints) == 1
+
+
 def test_sources_are_counted_apart_and_deduplicated_together(
     config: CorpusConfig, raw: Store, tmp_path: Path
 ) -> None:
