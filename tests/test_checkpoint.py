@@ -241,6 +241,19 @@ def test_one_flipped_byte_of_a_tensor_file_is_refused_by_name_and_the_one_before
         checkpoint_at(store, 200)
 
 
+def test_a_checkpoint_that_was_read_wrong_once_is_none_that_is_damaged(folder: Store) -> None:
+    name = save(folder, 100)
+    damaged = file_path(name, read_record(folder, name).files[-1].path)
+    flips = [1]
+
+    def read_range(path: str, start: int, length: int) -> bytes:
+        data = folder.read_range(path, start, length)
+        return bytes([data[0] ^ flips.pop()]) + data[1:] if path == damaged and flips else data
+
+    assert latest_checkpoint(Interposed(folder, read_range=read_range)).step == 100
+    assert not flips, "it was not read"
+
+
 @settings(max_examples=200, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_of_the_record_is_noticed(tmp_path_factory, place: float, bit: int) -> None:
@@ -326,7 +339,9 @@ def test_workers_share_the_verification_and_agree_on_its_outcome(folder: Store) 
         3, lambda rank, gather: latest_checkpoint(counted, rank=rank, world_size=3, gather=gather)
     )
     assert [record.step for record in found] == [100] * 3
-    assert sorted(path for path in read if name in path) == sorted(files)
+    assert sorted(path for path in read if name in path) == sorted([*files, files[1]]), (
+        "one was read once more"
+    )
 
 
 @pytest.mark.parametrize("which", ["best", "last", 100])

@@ -35,7 +35,7 @@ def test_update_equals_that_of_torch(iterations: int) -> None:
     optimizer = Muon([group])
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, ns_steps=iterations)
     wholes = [Master(p, (Piece(str(i), tuple(p.shape), 0, p.numel(), 0),)) for i, p in enumerate(ours)]
-    optimizer.attach(wholes, {})
+    optimizer.attach(wholes, {}, torch.device("cpu"))
     for _ in range(3):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape, generator=generator)

@@ -24,6 +24,7 @@ from tests.small_run import (
 from tests.unbroken import LOSS_TOLERANCE
 from trainers import evaluate
 from trainers.metrics import events_of, read_attempts, read_metrics, validations_of
+from trainers.stopping import FAILURE
 from trainers.verdict import TestSplitError, claim_test_split
 
 OUTAGE_SECONDS = 4.0
@@ -185,8 +186,11 @@ def test_an_error_that_no_restart_cures_ends_the_run_with_its_reason(unbroken, t
     store = open_store(f"{run.root}/runs/pretrain")
     # No loss is finite after the first update: every step is refused.
     changes = {"optimizer__learning_rate": 1e30, "guard__max_skipped_in_a_row": 2, "run__max_failures": -1}
+    changes["cluster__num_workers"] = 2
     assert run.finish(run.start(**changes)) == 1, run.output()
     assert "the run cannot go on: 3 steps refused, guard.max_skipped_in_a_row=2" in run.output()
+    told = store.read(FAILURE).decode()
+    assert "documents: " in told and "not resolved" not in told, "the other worker has not read them"
     assert len(store.list("attempts/")) == 1, "it was tried again"
 
 

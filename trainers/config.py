@@ -224,13 +224,18 @@ CHANGEABLE = (
 )
 
 
-def changed_keys(before: dict[str, Any], now: Any) -> list[str]:
-    """One line per key that a run cannot change under way, comparing its stored configuration with this one."""
+# What decides which checkpoint is judged, and so stays once the test split has been opened.
+ENDS_A_RUN = ("run.steps", "validation.patience")
+
+
+def changed_keys(before: dict[str, Any], now: Any, judged: bool = False) -> list[str]:
+    """One line per key that a run cannot change under way, or once it is `judged`, comparing its stored configuration
+    with this one."""
     old, new = dict(flatten(before)), dict(flatten(to_dict(now)))
     return [
         f"{key}={new.get(key)!r}, but the run was started with {old.get(key)!r}; give it back, or choose a new run.name"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE)
+        if old.get(key) != new.get(key) and (not key.startswith(CHANGEABLE) or (judged and key in ENDS_A_RUN))
     ]
 
 

@@ -73,7 +73,7 @@ class Engine:
         self._masters = masters(self._engine.optimizer, model, dist.get_rank())
         create_moments(self._masters, self._optimizer, lambda p: moments(optimizer, role_of(p.name, p.shape)))
         if isinstance(self._optimizer, Muon):
-            self._optimizer.attach(self._masters, fused_rows or {})
+            self._optimizer.attach(self._masters, fused_rows or {}, self.device)
 
     @property
     def module(self) -> nn.Module:

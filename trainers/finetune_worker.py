@@ -57,7 +57,7 @@ def work(arguments: dict[str, Any]) -> None:
     workers = Workers()
     attempt = workers.broadcast(claim_attempt(run, workers.world_size) if workers.leads else 0)
     watchdog = Heartbeat(order.config.heartbeat, run, rank=workers.rank, attempt=attempt)
-    with telling_final_errors(run), watchdog as heartbeat:
+    with telling_final_errors(run, workers), watchdog as heartbeat:
         finetune_seed(order, run, workers, attempt, heartbeat, lambda step, score: None)
 
 

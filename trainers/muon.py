@@ -176,11 +176,13 @@ class Muon(torch.optim.AdamW):
     first step. Momentum is in float32 and lies like the master weights; only updates travel, in bfloat16.
     """
 
-    def attach(self, masters: Iterable[Master], fused_rows: Mapping[str, Sequence[int]]) -> None:
-        """Take in what each master tensor holds, and the rows of each part of matrices that are several in
-        one.
+    def attach(
+        self, masters: Iterable[Master], fused_rows: Mapping[str, Sequence[int]], device: torch.device
+    ) -> None:
+        """Take in what each master tensor holds, the rows of each part of matrices that are several in one, and the
+        device that orthogonalises: with offload the masters lie in host memory, where NCCL sends nothing from.
         """
-        self._fused_rows = fused_rows
+        self._fused_rows, self._device = fused_rows, device
         self._pieces = {master.tensor: master.pieces for master in masters}
         self._exchanges: dict[Tensor, Exchange] = {}
 
@@ -202,21 +204,21 @@ class Muon(torch.optim.AdamW):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(master)
             average = state["momentum_buffer"].lerp_(master.grad, 1 - group["momentum"])
-            ahead = master.grad.lerp(average, group["momentum"]).bfloat16()
+            ahead = master.grad.lerp(average, group["momentum"]).bfloat16().to(self._device)
             parts |= {piece.name: (piece, piece.of(ahead)) for piece in self._pieces[master]}
         rank = dist.get_rank() if dist.is_initialized() else 0
 
         def update(name: str, matrix: Tensor) -> Tensor:
             return update_of(matrix, self._fused_rows.get(name, ()), group["iterations"])
 
-        exchange, device = self._exchange(group["params"]), group["params"][0].device
-        updates = update_parts(exchange, rank, parts, update, device)
+        updates = update_parts(self._exchange(group["params"]), rank, parts, update, self._device)
         for master in group["params"]:
             if group["weight_decay"]:
                 master.mul_(1 - group["lr"] * group["weight_decay"])
             for piece in self._pieces[master]:
                 for here, scale in scaled_ranges(piece, self._fused_rows.get(piece.name, ())):
-                    piece.of(master)[here].add_(updates[piece.name][here], alpha=-group["lr"] * scale)
+                    direction = updates[piece.name][here].to(master.device)
+                    piece.of(master)[here].add_(direction, alpha=-group["lr"] * scale)
 
     def _exchange(self, params: list[Tensor]) -> Exchange:
         # ZeRO 3 steps each of its sub-groups by itself; the same tensors always come together.

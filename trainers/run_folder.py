@@ -25,7 +25,7 @@ from cluster.session import PROJECT
 from cluster.storage import Store
 from data.manifest import Manifest
 from trainers.config import PretrainConfig, changed_keys
-from trainers.verdict import EXPORT, VERDICT
+from trainers.verdict import CLAIM, EXPORT, VERDICT
 
 CONFIG, MANIFEST, ENVIRONMENT, PLAN = "config.yaml", "manifest.json", "environment.json", "plan.txt"
 PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "tokenizers", "safetensors", "numpy")
@@ -49,7 +49,7 @@ def check_unchanged(run: Store, config: PretrainConfig) -> None:
         before = yaml.safe_load(run.read(CONFIG))
     except FileNotFoundError:
         return
-    if changed := changed_keys(before, config):
+    if changed := changed_keys(before, config, judged=run.exists(CLAIM)):
         raise ConfigError([f"run {run.uri}: {line}" for line in changed])
 
 

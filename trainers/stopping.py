@@ -10,11 +10,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from cluster.storage import Store
 from cluster.store import StorageError
 from trainers.background import Background
 from trainers.guard import TrainingDiverged
+from trainers.verdict import TestSplitError
+
+if TYPE_CHECKING:  # seconds to import
+    from trainers.collectives import Workers
 
 STOP = "stop"
 # What it holds where the driver put it for the nodes' sake: more workers fit, a node of theirs drains, or the driver's.
@@ -104,10 +109,21 @@ def raise_final(run: Store) -> None:
 
 
 @contextmanager
-def telling_final_errors(run: Store) -> Iterator[None]:
-    """Write down an error that every further attempt would end with; the driver raises it, and starts none."""
+def telling_final_errors(run: Store, workers: "Workers | None" = None) -> Iterator[None]:
+    """Write down an error that every further attempt would end with; the driver raises it, and starts none.
+
+    Without `workers` this process is the only one.
+    """
     try:
         yield
-    except (TrainingDiverged, ValueError) as error:
+    except (
+        TrainingDiverged
+    ) as error:  # on all workers at once, but worker 0 alone has read what was in the step
+        if workers is None or workers.leads:
+            run.put(FAILURE, str(error).encode())
+        if workers:
+            workers.broadcast(None)  # the first one that ends takes the others with it
+        raise
+    except (TestSplitError, ValueError) as error:
         run.put(FAILURE, str(error).encode())
         raise

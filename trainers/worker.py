@@ -65,7 +65,7 @@ def work(arguments: dict[str, Any]) -> None:
     if run.exists(FAILURE):
         return
     attempt = workers.broadcast(claim_attempt(run, workers.world_size) if workers.leads else 0)
-    with telling_final_errors(run), ExitStack() as stack:
+    with telling_final_errors(run, workers), ExitStack() as stack:
         heartbeat = stack.enter_context(Heartbeat(config.heartbeat, run, rank=workers.rank, attempt=attempt))
         data = open_data(task)
         heartbeat.beat(0, "restore")
