@@ -25,7 +25,7 @@ from trainers.checkpoint import (
     latest_checkpoint,
     retire,
 )
-from trainers.checkpoint_commit import CheckpointError, file_path, folder_name, read_record
+from trainers.checkpoint_commit import CheckpointError, file_path, folder_name, read_record, seal
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import HEADER_ROOM_BYTES, CheckpointWriter
 from trainers.state import StateSlice
@@ -252,6 +252,39 @@ def test_a_checkpoint_that_was_read_wrong_once_is_none_that_is_damaged(folder: S
 
     assert latest_checkpoint(Interposed(folder, read_range=read_range)).step == 100
     assert not flips, "it was not read"
+
+
+@pytest.mark.parametrize("num_flips", [1, 2])
+def test_bytes_that_come_wrong_after_the_verification_are_read_again_and_never_loaded(
+    folder: Store, num_flips: int
+) -> None:
+    record = read_record(folder, save(folder, 100))
+    ((name, kind), saved), *_ = state_at(100).items()
+    flips = [1] * num_flips
+
+    def read_range(path: str, start: int, length: int) -> bytes:
+        data = bytearray(folder.read_range(path, start, length))
+        data[-1] ^= flips.pop() if flips else 0
+        return bytes(data)
+
+    reader = CheckpointReader(Interposed(folder, read_range=read_range), record)
+    if num_flips == 1:
+        assert torch.equal(reader.load_full(name, kind), saved)
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"safetensors: bytes 0 to \d+ are not those that were saved"
+        ):
+            reader.load_full(name, kind)
+
+
+def test_a_record_of_before_there_were_checksums_of_blocks_still_loads(folder: Store) -> None:
+    name = save(folder, 100)
+    path = file_path(name, "COMMIT.json")
+    content = json.loads(folder.read(path))["content"] | {"format": 1}
+    for file in content["files"]:
+        assert file.pop("crc32")
+    folder.put(path, seal(content))
+    assert_holds(folder, latest_checkpoint(folder), state_at(100))
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,5 +1,6 @@
 """Reading a checkpoint by ranges, whatever number of workers wrote it and whatever number reads it."""
 
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,19 @@ from math import prod
 import torch
 
 from cluster.storage import Store
-from trainers.checkpoint_commit import FLOAT32_BYTES, CheckpointRecord, Extent, StoredTensor, file_path
+from trainers.checkpoint_commit import (
+    BLOCK_BYTES,
+    FLOAT32_BYTES,
+    CheckpointError,
+    CheckpointRecord,
+    Extent,
+    StoredTensor,
+    file_path,
+)
 from trainers.state import VALUE
 
-# A worker's ranges are mostly neighbours in one or two files: reading whole blocks turns thousands of small
-# requests into a few that run at the store's full rate. The cache is 128 MiB.
-BLOCK_BYTES = 8 << 20
 CACHED_BLOCKS = 16
+"""128 MiB."""
 READ_THREADS = 8
 
 
@@ -25,7 +32,7 @@ class CheckpointReader:
     def __init__(self, store: Store, record: CheckpointRecord) -> None:
         self.record = record
         self._store = store
-        self._sizes = {file.path: file.num_bytes for file in record.files}
+        self._files = {file.path: file for file in record.files}
         self._block = lru_cache(CACHED_BLOCKS)(self._read_block)
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="checkpoint-read")
 
@@ -91,9 +98,20 @@ class CheckpointReader:
                 target[first - offset : last - offset] = block[first - block_start : last - block_start]
 
     def _read_block(self, file: str, number: int) -> bytes:
-        start = number * BLOCK_BYTES
-        length = min(BLOCK_BYTES, self._sizes[file] - start)
-        return self._store.read_range(file_path(self.record.name, file), start, length)
+        """A block as the record has it; read once more where it is not, for it may have been corrupted on its way.
+
+        Raises:
+            CheckpointError: it was not, either time.
+        """
+        path, stored, start = file_path(self.record.name, file), self._files[file], number * BLOCK_BYTES
+        length = min(BLOCK_BYTES, stored.num_bytes - start)
+        for _ in range(2):
+            block = self._store.read_range(path, start, length)
+            if not stored.crc32 or zlib.crc32(block) == stored.crc32[number]:
+                return block
+        raise CheckpointError(
+            f"{path}: bytes {start:,} to {start + length:,} are not those that were saved, also when read again"
+        )
 
 
 def _start(extent: Extent) -> int:

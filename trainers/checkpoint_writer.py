@@ -5,7 +5,6 @@ workers join through the store instead: each puts its files and then its part re
 the parts, proves that they cover every tensor exactly once, and puts the commit record if there is none.
 """
 
-import hashlib
 import json
 import logging
 import threading
@@ -36,6 +35,7 @@ from trainers.checkpoint_commit import (
     file_path,
     folder_name,
     join_tensors,
+    stored_file,
 )
 from trainers.state import StateSlice
 
@@ -253,7 +253,7 @@ class CheckpointWriter:
         path = f"worker-{self._rank:05d}-{number:03d}.safetensors"
         view, placed = file.finish(path)
         self._store.put(file_path(name, path), view)
-        return StoredFile(path, view.nbytes, hashlib.sha256(view).hexdigest()), placed
+        return stored_file(path, view), placed
 
     def _commit(self, name: str, step: int, run: Mapping[str, Any]) -> None:
         sizes = self._wait_for_parts(name)
