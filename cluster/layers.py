@@ -58,8 +58,8 @@ def read_arguments(
             asked = known.get(name.replace("-", "_"))
             if asked and bool not in members(asked.hint):
                 problems.append(f"--{name} needs a value")
-                continue
-            assigned.append((name, "true"))  # as in --checkpoint.verify; any type but bool refuses it
+            else:
+                assigned.append((name, "true"))  # as in --checkpoint.verify
         else:
             value = value if has_value else rest.pop(0)
             if name == "config":

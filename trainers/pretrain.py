@@ -64,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     too_large = (
         list(shortages(config.cluster, [resources_here()], READ_CPUS)) if config.cluster.is_local else []
     )
-    if "dry-run" in loaded.flags and not problems:
+    if "dry-run" in loaded.flags:
+        if problems:
+            raise ConfigError(problems)
         console.print(plan_of(config, manifest=None), highlight=False)
         return console.print(
             *(f"not on this machine: {line}" for line in too_large), sep="\n", highlight=False
         )
-    if "dry-run" in loaded.flags:
-        too_large = []
     if problems or too_large:
         raise ConfigError([*problems, *too_large])
     with lease(run, console.print):

@@ -116,9 +116,8 @@ def telling_final_errors(run: Store, workers: "Workers | None" = None) -> Iterat
     """
     try:
         yield
-    except (
-        TrainingDiverged
-    ) as error:  # on all workers at once, but worker 0 alone has read what was in the step
+    except TrainingDiverged as error:
+        # On all workers at once, but worker 0 alone has read what was in the step.
         if workers is None or workers.leads:
             run.put(FAILURE, str(error).encode())
         if workers:
