@@ -8,9 +8,11 @@ import functools
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import pydantic
@@ -33,7 +35,11 @@ from cluster.layers import ConfigDumper, flatten, read_arguments
 C = TypeVar("C")
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """Base class of errors that a user can mend: the message names what, where and the remedy."""
+
+
+class ConfigError(UserError, ValueError):
     """The configuration cannot be used; its message has one line for each problem."""
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -112,13 +118,29 @@ def to_yaml(config: Any) -> str:
     return yaml.dump(content, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
 
 
-def run_entry(main: Callable[[], object]) -> None:
-    """Call an entry's `main`; a bad configuration is shown as its lines, without a traceback, and exits 2."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit status of a shell's command that Ctrl-C ended."""
+
+
+def run_entry(main: Callable[[], object], *expected: type[Exception]) -> None:
+    """Call an entry's `main`. What its user can mend is told without a traceback.
+
+    That is a `UserError`, what a store or a file system refuses (`OSError`), and what the entry `expected` beside them.
+    The exit status is 2 for a bad configuration, 130 after Ctrl-C, else 1.
+    """
+    command = Path(sys.argv[0]).stem
+    to_mend: tuple[type[Exception], ...] = (UserError, OSError, *expected)
     try:
         main()
+        return
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+        status, told = 2, str(error)
+    except to_mend as error:
+        status, told = 1, f"{command}: {error}"
+    except KeyboardInterrupt:
+        status, told = INTERRUPTED, f"{command}: interrupted"
+    print(told, file=sys.stderr)
+    raise SystemExit(status)
 
 
 def _fill(cls: type[C], values: Mapping[str, Any], problems: list[str]) -> C:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Literal
 
+from cluster.config import UserError
 from cluster.storage import open_store
 from data.clean import Normalization
 from data.splits import SplitConfig
@@ -28,7 +29,7 @@ SMALLEST_FRAGMENT, LARGEST_FRAGMENT = 4_096, 1_048_576
 PIECE_BYTES = 2**20
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError, ValueError):
     """The raw corpus is not what the configuration says; names the file, the key and a remedy."""
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.config import UserError
 from cluster.storage import open_store
 from data.epochs import Rows
 from data.manifest import Manifest
@@ -41,7 +42,7 @@ FrameKind = Literal["single", "next_sentence", "sentence_order"]
 Tokens = NDArray[np.unsignedinteger]
 
 
-class FramingError(ValueError):
+class FramingError(UserError, ValueError):
     """The tokenizer lacks a special token, or no pair of sentences can be made of a corpus."""
 
 

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cluster.config import UserError
 from cluster.storage import Store
 
 SPLITS = ("train", "validation", "test")
@@ -35,7 +36,7 @@ SPLITS = ("train", "validation", "test")
 FORMAT, FIRST_FORMAT = "token-manifest-2", "token-manifest-1"
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError, ValueError):
     """A manifest is missing, altered, or of a format that this code cannot read."""
 
 

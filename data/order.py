@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.config import UserError
 from data.epochs import Epochs, Rows, ranges
 from data.manifest import Manifest
 from data.mixture import LARGEST_BATCH, Mixture
@@ -38,7 +39,7 @@ WINDOW_BYTES, LARGEST_WINDOW_BYTES = 4 * 2**20, 16 * 2**20
 ORDER_VERSION = "order-1"
 
 
-class OrderError(ValueError):
+class OrderError(UserError, ValueError):
     """The order cannot be made from this manifest and configuration; one line for each problem."""
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from cluster.config import run_entry
 from cluster.storage import Store, open_store
 from data import modern_chinese, shakespeare
 
@@ -156,4 +157,4 @@ def put_missing(sample: Sample, files: Files, store: Store) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main, ValueError, subprocess.CalledProcessError)  # other packages than the pinned ones

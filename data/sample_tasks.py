@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from cluster.config import run_entry
 from cluster.storage import open_store
 from data.clean import content_hash
 
@@ -237,4 +238,4 @@ TASKS: dict[str, tuple[Callable[[Path], Path], str, Callable[[bytes], SampleTask
 }
 
 if __name__ == "__main__":
-    main()
+    run_entry(main, ValueError, subprocess.CalledProcessError)  # other packages than the pinned ones

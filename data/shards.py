@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cluster.config import UserError
 from cluster.storage import StorageError, Store, open_store
 from data.manifest import Manifest, Shard
 
 
-class ShardError(RuntimeError):
+class ShardError(UserError, RuntimeError):
     """A token shard does not hold what the manifest says.
 
     No ValueError, which ends a run for good: what a host reads damaged, another may read whole, or the same one later.

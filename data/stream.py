@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from cluster.config import UserError
 from data.epochs import Rows
 from data.framing import FramingConfig
 from data.manifest import Manifest
@@ -48,7 +49,7 @@ BURST_TASKS = 4_096
 WORKERS_PER_READER = 4
 
 
-class StreamError(RuntimeError):
+class StreamError(UserError, RuntimeError):
     """The stream broke: a read failed for good, or what came is not what the order says."""
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from cluster.config import UserError
 from cluster.storage import Store
 
 # Beside the boundary, which is token 0 of a trained tokenizer: for padding and for masked objectives.
@@ -40,7 +41,7 @@ _SPELLINGS = {
 }
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError, ValueError):
     """A tokenizer cannot be read, trained, or used for pretraining."""
 
 

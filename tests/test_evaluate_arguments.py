@@ -58,5 +58,5 @@ def test_rows_may_be_longer_than_the_models_own_where_its_positions_go_on(tmp_pa
     evaluate.main([*arguments, "128"])
     if positions == "rotary":
         return evaluate.main([*arguments, "129"])
-    with pytest.raises(SystemExit, match=re.escape("--seq-len 129 is more than the 128 positions")):
+    with pytest.raises(ValueError, match=re.escape("--seq-len 129 is more than the 128 positions")):
         evaluate.main([*arguments, "129"])

@@ -14,6 +14,7 @@ from trainers.causal import CAUSAL, Causal
 from trainers.evaluate import main
 from trainers.evaluation import Evaluation, evaluation_of, sums_over
 from trainers.objective import Term
+from trainers.verdict import TestSplitError
 
 NO_ROWS = Rows(*np.full((5, 2), -1))
 NO_LABELS = np.full(2, -1, np.int8)
@@ -85,6 +86,6 @@ def test_of_several_terms_the_causal_one_alone_has_bits_per_byte():
 @pytest.mark.parametrize(("split", "why"), [("test", "judges a run once"), ("valid", "is none of")])
 def test_no_split_but_train_and_validation_can_be_asked_for(split, why, tmp_path, capsys):
     put_token_corpus(open_store(str(tmp_path / "corpus")), {("test", "web"): 1}, fragment_tokens=1_000)
-    with pytest.raises(SystemExit, match=why):
+    with pytest.raises((TestSplitError, ValueError), match=why):
         main(["--model", str(tmp_path), "--corpus", str(tmp_path / "corpus"), "--split", split])
     assert not capsys.readouterr().out

@@ -26,6 +26,7 @@ from trainers.task import load_task
 from trainers.task_data import prepare_task
 from trainers.task_encoding import prompt_of
 from trainers.task_metrics import measure
+from trainers.verdict import TestSplitError
 
 PROMPT = {"template": "{text}\nThis is", "answers": {"good": "very fine", "bad": "bad"}, "separator": "\n\n"}
 
@@ -100,12 +101,12 @@ def test_the_command_tells_each_number_of_shots_with_an_interval(place, capsys):
 
 
 def test_the_test_split_is_refused(place):
-    with pytest.raises(SystemExit, match="test split judges a run once"):
+    with pytest.raises(TestSplitError, match="test split judges a run once"):
         evaluate.main(["--model", "m", "--task", str(place / "task.yaml"), "--split", "test"])
 
 
 def test_a_split_that_a_task_is_not_asked_on_is_refused(place):
-    with pytest.raises(SystemExit, match="--split train is for --corpus"):
+    with pytest.raises(ValueError, match="--split train is for --corpus"):
         evaluate.main(
             ["--model", str(place / "model"), "--task", str(place / "task.yaml"), "--split", "train",
              "--prepared", str(place / "prepared"), "--max-rows", "1"]

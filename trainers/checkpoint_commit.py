@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from cluster.config import UserError
 from cluster.storage import Store
 
 FOLDER = "checkpoints"
@@ -40,7 +41,7 @@ thousands of small requests into a few that run at the store's full rate."""
 VERIFY_THREADS = 8
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be used or made. The message names the file, the expected and the found."""
 
 

@@ -15,6 +15,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 from rich.console import Console
 from rich.table import Table
 
+from cluster.config import run_entry
 from cluster.storage import open_store
 from data.manifest import read_manifest
 from data.words import WordKind
@@ -74,7 +75,4 @@ def table(found: Mapping[str, Mapping[str, Evaluation]]) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:  # a missing folder, a model of another shape or tokenizer
-        sys.exit(f"compare: {error}")
+    run_entry(main, ValueError)  # a missing folder, a model of another shape or tokenizer

@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import torch
 from tokenizers import Tokenizer
 
+from cluster.config import run_entry
 from cluster.hardware import device_here
 from cluster.storage import Store, open_store
 from data.evaluation_rows import evaluation_batches
@@ -82,10 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if problems := number_problems(options):
         parser.error("; ".join(problems))
-    try:
-        found = ask(options) if options.task else {"split": options.split, **score(options).as_json()}
-    except (TestSplitError, ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"{Path(__file__).name}: {error}") from error
+    found = ask(options) if options.task else {"split": options.split, **score(options).as_json()}
     print(json.dumps(found, indent=2))
 
 
@@ -199,4 +197,4 @@ def check_tokenizer(folder: Store, corpus: Store, manifest: Manifest) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main, ValueError)  # a split, source or model that does not fit

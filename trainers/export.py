@@ -21,12 +21,11 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from cluster.config import from_dict
+from cluster.config import from_dict, run_entry
 from cluster.storage import Store, open_store
 from data.manifest import read_manifest
 from data.tokens import SpecialIds, fix_tokenizer, read_tokenizer, special_ids
 from trainers.checkpoint import checkpoint_at
-from trainers.checkpoint_commit import CheckpointError
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.formats import INDEX, PRETRAINING, WEIGHTS, checked, format_of, read_stored
 from trainers.model import Backbone, build_empty
@@ -239,7 +238,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, CheckpointError) as error:  # no such run, no such step, another model
-        sys.exit(f"export: {error}")
+    run_entry(main, ValueError)  # a model of another shape

@@ -11,6 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from cluster.config import run_entry
 from cluster.hardware import device_here
 from cluster.storage import open_store
 from trainers.export import load_exported
@@ -43,10 +44,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a missing folder, a model of another shape, a text without [MASK]
-        sys.exit(f"fill_mask: {error}")
+    run_entry(main, ValueError)  # a missing folder, a model of another shape, a text without [MASK]

@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import torch
 from torch import Tensor
 
+from cluster.config import run_entry
 from cluster.hardware import device_here
 from cluster.keys import keys_of
 from cluster.storage import open_store
@@ -231,10 +232,4 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # a missing folder, a model of another shape, a prompt that is too long
-        sys.exit(f"generate: {error}")
+    run_entry(main, ValueError)  # a missing folder, a model of another shape, a prompt that is too long

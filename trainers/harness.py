@@ -25,7 +25,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, run_entry
 from cluster.hardware import device_here
 from cluster.storage import open_store
 from trainers.evaluate import number_problems
@@ -81,18 +81,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit("harness.py: lm-eval is not installed here; `make lm-eval` brings it along")
     folder = Path(options.output).resolve()
     settings = {key: getattr(options, key) for key in ("seed", "max_rows", "rows_per_batch")}
-    try:
-        prepared = prepare_task(load_task(options.task), open_store(options.prepared))
-        source = local_copy(open_store(options.model))
-        exported = load_exported(source)
-        all_asked = [
-            ask_of(exported, prepared, FewShotConfig(shots=n, **settings))
-            for n in dict.fromkeys(options.shots)
-        ]
-        exported.model.to(device_here())
-        ours = [our_scores(exported, asked, options.rows_per_batch) for asked in all_asked]
-    except (ConfigError, ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"harness.py: {error}") from error
+    prepared = prepare_task(load_task(options.task), open_store(options.prepared))
+    source = local_copy(open_store(options.model))
+    exported = load_exported(source)
+    all_asked = [
+        ask_of(exported, prepared, FewShotConfig(shots=n, **settings)) for n in dict.fromkeys(options.shots)
+    ]
+    exported.model.to(device_here())
+    ours = [our_scores(exported, asked, options.rows_per_batch) for asked in all_asked]
     for asked in all_asked:
         put_lm_eval_task(folder, asked)
     model = source.uri.removeprefix("file://")
@@ -248,4 +244,4 @@ def table_of(all_asked: Sequence[Asked], ours: Sequence[Scores], theirs: Sequenc
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main, ValueError)  # a model or task that does not fit

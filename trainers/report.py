@@ -17,6 +17,7 @@ if __name__ == "__main__":  # run as a file: the project's root is not on the pa
 import jinja2
 import yaml
 
+from cluster.config import run_entry
 from cluster.storage import Store, open_store
 from trainers.charts import draw_charts
 from trainers.goodput import goodput_of, parts_of
@@ -242,11 +243,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--run", required=True, metavar="URI", help="the run's folder: a path, s3:// or gs://"
     )
-    try:
-        print(write_report(open_store(parser.parse_args(argv).run)))
-    except ValueError as error:
-        sys.exit(str(error))
+    print(write_report(open_store(parser.parse_args(argv).run)))
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main, ValueError)  # no run is there

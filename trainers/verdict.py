@@ -7,6 +7,7 @@ the checkpoint that it is for; another claim, or a second reading after the verd
 import json
 from typing import Any
 
+from cluster.config import UserError
 from cluster.storage import Store
 
 CLAIM = "test.claim.json"
@@ -15,7 +16,7 @@ EXPORT = "export"
 """Folder of the chosen model, as transformers loads it."""
 
 
-class TestSplitError(RuntimeError):
+class TestSplitError(UserError, RuntimeError):
     """The test split was to be read for anything but the one judgement of the chosen checkpoint."""
 
     __test__ = False  # not a test class for pytest

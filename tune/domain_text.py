@@ -16,9 +16,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster.config import ConfigError
+from cluster.config import run_entry
 from cluster.storage import open_store
-from data.corpus import CorpusError
 from data.documents import raw_texts
 from data.overlap import Runs
 from trainers.task import load_task
@@ -48,14 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="raw corpus (JSONL, Parquet, text) to be taken in too; may be given several times",
     )  # fmt: skip
     options = parser.parse_args(argv)
-    try:
-        prepared, *others = [
-            prepare_task(load_task(file), open_store(options.prepared))
-            for file in (options.task, *options.keep_out)
-        ]
-        unlabelled = [text for uri in options.unlabelled for text in raw_texts(uri)]
-    except (ConfigError, CorpusError) as error:
-        raise SystemExit(f"domain_text: {error}") from None
+    prepared, *others = [
+        prepare_task(load_task(file), open_store(options.prepared))
+        for file in (options.task, *options.keep_out)
+    ]
+    unlabelled = [text for uri in options.unlabelled for text in raw_texts(uri)]
     texts = [example.content for example in prepared.read("train")] + unlabelled
     random.Random(0).shuffle(texts)
     judging = [
@@ -89,4 +85,4 @@ def read_split(prepared: PreparedTask, split: str) -> list[Example]:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main)

@@ -5,8 +5,7 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
-INTERRUPTED = 128 + signal.SIGINT
-"""Exit status of a shell's command that Ctrl-C ended."""
+from cluster.config import INTERRUPTED
 
 
 def stopped_gently(main: Callable[[], object]) -> Callable[[], None]:
