@@ -7,6 +7,7 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,24 +19,53 @@ ABANDONED_SECONDS = 3_600.0
 _swept: set[Path] = set()  # folders that this process has looked through already
 
 
+@dataclass(frozen=True)
 class LocalStore(Store):
-    """A folder on a disk, or on a file system that all hosts mount, with rename and hard links."""
+    """A folder on a disk, or on a file system that all hosts mount, with rename and hard links.
+
+    The folder itself may be a link or lie under one. Links below it are followed only while they stay inside of the
+    folder that was opened by URI, of which `child` stores are parts; a link to a folder is refused by a listing.
+    """
+
+    root: str = field(default="", repr=False)
+    """URI of the folder that no link leads out of, if this store is a part of it."""
+
+    def child(self, path: str) -> Store:
+        return replace(self, uri=super().child(path).uri, root=self.root or self.uri)
 
     def _path(self, path: str) -> Path:
-        return Path(self.uri.removeprefix("file://")) / checked_path(path)
+        return _folder(self.uri) / checked_path(path)
+
+    def _resolved(self, path: str) -> Path:
+        """Where `path` leads, links followed. Raises `StorageError` if that is outside of the store's root."""
+        root, found = (
+            os.path.realpath(place) for place in (_folder(self.root or self.uri), self._path(path))
+        )
+        if found != root and not found.startswith(os.path.join(root, "")):
+            remedy = "put what it leads to in its place, or give that folder itself"
+            raise self._error("use", path, f"a link there leads out of {root}", remedy)
+        return Path(found)
+
+    def _target(self, path: str) -> Path:
+        """Where an object is written or removed: a link in its place is replaced or removed, not followed."""
+        folder, _, name = checked_path(path).rpartition("/")
+        return self._resolved(folder) / name
+
+    def _open(self, path: str, buffering: int = -1) -> BinaryIO:
+        return open(self._resolved(path), "rb", buffering=buffering, opener=_open_regular)
 
     def read(self, path: str) -> bytes:
-        with self._named("read", path):
-            return self._path(path).read_bytes()
+        with self._named("read", path), self._open(path) as file:
+            return file.read()
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
-        with self._named("read", path), open(self._path(path), "rb") as file:
+        with self._named("read", path), self._open(path) as file:
             file.seek(start)
             return self._whole(path, file.read(length), start, length)
 
     def open(self, path: str) -> BinaryIO:
         with self._named("open", path):
-            return open(self._path(path), "rb", buffering=READ_AHEAD_BYTES)
+            return self._open(path, READ_AHEAD_BYTES)
 
     def put(self, path: str, data: bytes | memoryview) -> None:
         with self._named("write", path), self._unfinished(path) as temporary:
@@ -59,8 +89,11 @@ class LocalStore(Store):
     @contextmanager
     def _unfinished(self, path: str) -> Iterator[Path]:
         """A file in the folder of `path` to be written and published; gone in the end, also on an error."""
-        target = self._path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = self._target(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # which would mean that the object is there
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         temporary = target.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
         try:
             if target.parent not in _swept:
@@ -73,42 +106,66 @@ class LocalStore(Store):
 
     def _publish(self, temporary: Path, path: str, give_name: Callable[[Path, Path], None]) -> None:
         """Contents reach the disk before the name, the name before we return: a power cut tears nothing."""
-        target = self._path(path)
+        target = self._target(path)
         _sync(temporary)
         give_name(temporary, target)
         _sync(target.parent)
 
     def size(self, path: str) -> int:
         with self._named("look up", path):
-            status = self._path(path).stat()
-            if not stat.S_ISREG(status.st_mode):
+            status = self._resolved(path).stat()
+            if stat.S_ISDIR(status.st_mode):
                 raise FileNotFoundError  # a folder is no object
-            return status.st_size
+            return _regular(status).st_size
 
     def delete(self, path: str) -> None:
         with self._named("delete", path):
-            self._path(path).unlink(missing_ok=True)
+            self._target(path).unlink(missing_ok=True)
 
     def scan(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        root = self._path("")
-        start = root / prefix.rpartition("/")[0]
-        with self._named("list", prefix):
-            for folder, _, names in os.walk(start, followlinks=True, onerror=_refuse):
-                for path in (Path(folder, name) for name in names if not name.startswith(_UNFINISHED)):
-                    inside = path.relative_to(root).as_posix()
-                    if not inside.startswith(prefix):
-                        continue
-                    try:
-                        status = path.stat()
-                    except FileNotFoundError:
-                        if path.is_symlink():  # and leads nowhere
-                            raise
-                        continue  # deleted while we walk
-                    yield ObjectInfo(inside, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+        start = checked_path(prefix.rpartition("/")[0])
+        folders = [f"{start}/" if start else ""]
+        while folders:
+            folder = folders.pop()
+            for entry in self._entries(folder):
+                path = folder + entry.name
+                if not path.startswith(prefix) or entry.name.startswith(_UNFINISHED):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{path}/")
+                elif status := self._listed(path, entry):
+                    yield ObjectInfo(path, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """What a folder holds; one that is absent, or goes while we walk, is empty."""
+        with (
+            self._named("list", folder),
+            suppress(FileNotFoundError),
+            os.scandir(self._resolved(folder)) as found,
+        ):
+            return list(found)
+        return []
+
+    def _listed(self, path: str, entry: os.DirEntry[str]) -> os.stat_result | None:
+        """The state of a file; None if it is gone meanwhile. Raises `StorageError` for what cannot be read as one."""
+        with self._named("list", path):
+            try:
+                if not entry.is_symlink():
+                    return _regular(entry.stat(follow_symlinks=False))
+                status = self._resolved(path).stat()
+                if stat.S_ISDIR(status.st_mode):
+                    raise self._error(
+                        "list", path, "it is a link to a folder", "put that folder in its place"
+                    )
+                return _regular(status)
+            except FileNotFoundError:
+                if not os.path.islink(entry.path):
+                    return None
+                raise self._error("list", path, "it is a link to nothing", "remove it") from None
 
     def sweep(self, prefix: str = "") -> None:
         now = self.clock()
-        for folder, _, _ in os.walk(self._path(prefix)):
+        for folder, _, _ in os.walk(self._resolved(prefix)):
             _remove_abandoned(Path(folder), now)
 
     def clock(self) -> float:
@@ -119,7 +176,10 @@ class LocalStore(Store):
 
     def problem_writing(self) -> str | None:
         """As for every store, but makes no folder: asks the nearest one that is there."""
-        root = self._path("")
+        try:
+            root = self._resolved("")
+        except StorageError as error:
+            return str(error)
         there = next(folder for folder in (root, *root.parents) if folder.exists())
         if not there.is_dir():
             return str(self._error("write", "", f"{there} is a file", "correct the URI"))
@@ -152,7 +212,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse(error: OSError) -> None:
-    """A folder that cannot be listed is an error; one that is absent, or goes while we walk, is empty."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
+def _folder(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """An opener for `open`. A FIFO does not hold it up; a link that appears meanwhile is not followed."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        _regular(os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _regular(status: os.stat_result) -> os.stat_result:
+    """`status`, if it is that of a regular file: a device has no end, a FIFO and a socket wait for others."""
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.ENXIO, "it is not a regular file")
+    return status

@@ -24,6 +24,8 @@ REMEDIES = {
     errno.ENOSPC: "free space on the disk",
     errno.EROFS: "choose a folder on a writable disk",
     errno.ENOTDIR: "a part of the path is a file: correct the URI",
+    errno.ELOOP: "links lead in a circle there: remove them",
+    errno.ENXIO: "put a regular file in its place, or take it away",
 }
 
 
