@@ -18,6 +18,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import pydantic
 import yaml
 
+from cluster.errors import ConfigError, UserError
 from cluster.keys import (
     choices,
     declared,
@@ -30,27 +31,21 @@ from cluster.keys import (
     shown,
     type_name,
 )
-from cluster.layers import ConfigDumper, flatten, read_arguments
+from cluster.layers import flatten, read_arguments
+from cluster.strict_yaml import ConfigDumper
+
+__all__ = [
+    "ConfigError",
+    "Loaded",
+    "UserError",
+    "from_dict",
+    "load_config",
+    "run_entry",
+    "to_dict",
+    "to_yaml",
+]
 
 C = TypeVar("C")
-
-
-class UserError(Exception):
-    """Base class of errors that a user can mend: the message names what, where and the remedy."""
-
-
-class ConfigError(UserError, ValueError):
-    """The configuration cannot be used; its message has one line for each problem."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__(list(problems))
-
-    @property
-    def problems(self) -> list[str]:
-        return self.args[0]
-
-    def __str__(self) -> str:
-        return "\n".join(self.problems)
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,15 @@
 """What is given over the defaults: YAML files and the command line, as values by dotted name."""
 
 import copy
-import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from cluster.errors import ConfigError
 from cluster.keys import Key, choices, keys_of, members, nearest, sections_of
-
-
-class ConfigLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice: the parser would take the last one silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for twice in {name for name in names if names.count(name) > 1 and name != "<<"}:
-            raise yaml.MarkedYAMLError(problem=f"key {twice} stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class ConfigDumper(yaml.SafeDumper):
-    """Writes what `ConfigLoader` reads back as the same value."""
-
-
-for _yaml_class in (
-    ConfigLoader,
-    ConfigDumper,
-):  # YAML 1.1, which PyYAML speaks, takes 1e-3 for text: it wants 1.0e-3.
-    _yaml_class.add_implicit_resolver(  # type: ignore[attr-defined]
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+from cluster.strict_yaml import LARGEST_BYTES, parse_yaml
 
 
 def read_arguments(
@@ -74,13 +50,14 @@ def read_arguments(
 
 def _read_yaml(cls: type, path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=ConfigLoader)
+        with path.open("rb") as file:
+            content = parse_yaml(file.read(LARGEST_BYTES + 1), f"--config {path}")
     except OSError as error:
         alike = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
         remedy = f"; nearest: {path.parent / alike}" if alike else ""
         problems.append(f"--config {path}: {error.strerror}{remedy}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"--config {path}: not YAML: {' '.join(str(error).split())}")
+    except ConfigError as error:
+        problems += error.problems
     else:
         if isinstance(content, dict):
             return dict(flatten(content, sections_of(cls)))
@@ -141,8 +118,8 @@ def _parse(text: str, hint: Any) -> Any:
     if set(members(hint)) <= {str, types.NoneType} and text != "null":
         return text
     try:
-        value = yaml.load(text, Loader=ConfigLoader)
-    except yaml.YAMLError:
+        value = parse_yaml(text, "")
+    except ConfigError:
         return text  # no type but text takes it, so the type's error names it
     one_of_many = typing.get_origin(hint) is tuple and value is not None and not isinstance(value, list)
     return [value] if one_of_many else value

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath
 
-import yaml
+from cluster.strict_yaml import parse_yaml
 
 _ENUMERATION = re.compile(r"(?:^|\s+)\d+\.\s*")
 # What a headline does not end with.
@@ -67,7 +67,7 @@ def articles(lines: str) -> Iterator[str]:
 
 def dialogues(conversations: str) -> Iterator[str]:
     """Everyday conversations in YAML, a line per turn."""
-    for turns in yaml.safe_load(conversations)["conversations"]:
+    for turns in parse_yaml(conversations, "the conversations")["conversations"]:
         yield "\n".join(str(turn).strip() for turn in turns)
 
 

@@ -48,7 +48,7 @@ def unpickles(node: ast.AST) -> bool:
     keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
     if "allow_pickle" in keywords:
         return True
-    if keywords.get("Loader") == "ConfigLoader":  # cluster/layers.py's, a SafeLoader
+    if keywords.get("Loader") == "ConfigLoader":  # cluster/strict_yaml.py's, a SafeLoader
         return False
     return called in LOADERS or (module in PICKLES and name in ("load", "loads", "Unpickler", "open"))
 

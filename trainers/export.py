@@ -16,13 +16,13 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 import safetensors.torch
 import torch
-import yaml
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from cluster.config import from_dict, run_entry
 from cluster.storage import Store, open_store
+from cluster.strict_yaml import read_yaml
 from data.manifest import read_manifest
 from data.tokens import SpecialIds, fix_tokenizer, read_tokenizer, special_ids
 from trainers.checkpoint import checkpoint_at
@@ -204,7 +204,7 @@ def export_run(run: Store, which: int | Literal["best", "last"], target: Store) 
         FileNotFoundError: `run` is not the folder of a run, or its prepared corpus is gone.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    sections = yaml.safe_load(run.read("config.yaml"))
+    sections = read_yaml(run, "config.yaml")
     corpus = open_store(sections["corpus"]["prepared"])
     manifest = read_manifest(corpus, json.loads(run.read("manifest.json"))["digest"])
     config = from_dict(ModelConfig, sections["model"])

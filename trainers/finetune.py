@@ -17,11 +17,11 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 try:
-    import yaml
     from rich.console import Console
 
     from cluster.config import ConfigError, load_config, run_entry, to_dict
     from cluster.storage import Store, open_store
+    from cluster.strict_yaml import parse_yaml, read_yaml
     from trainers.config import changed_keys
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
@@ -109,7 +109,7 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
     if not run.exists(CONFIG):
         return
     # A section that an older run has not written down had no other values.
-    changed = changed_keys(to_dict(config) | yaml.safe_load(run.read(CONFIG)), config)
+    changed = changed_keys(to_dict(config) | read_yaml(run, CONFIG), config)
     before = json.loads(run.read(ORIGIN)) if run.exists(ORIGIN) else {}
     now = origin_of(task, backbone)
     before = now | before  # an older run has not written all of them down
@@ -123,7 +123,7 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
             "run.name"
         )
     if before["prompt"] != now["prompt"]:
-        prompt = changed_keys(yaml.safe_load(before["prompt"]), task.task.prompt)
+        prompt = changed_keys(parse_yaml(before["prompt"], f"{run.uri}/{ORIGIN}"), task.task.prompt)
         changed += [f"prompt.{line}" for line in prompt]
     if before["backbone"] != now["backbone"]:
         changed.append(

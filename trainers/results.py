@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import yaml
 from rich.table import Table
 
 from cluster.config import from_dict
 from cluster.hardware import Energy, EnergyConfig, estimate_energy
 from cluster.storage import Store
+from cluster.strict_yaml import read_yaml
 from trainers.goodput import goodput_line, goodput_of
 from trainers.metrics import (
     Record,
@@ -61,9 +61,8 @@ def read_run(store: Store) -> RunFiles:
         content = text(path)
         return None if content is None else json.loads(content)
 
-    config = text("config.yaml")
     run = RunFiles(
-        config=None if config is None else yaml.safe_load(config),
+        config=read_yaml(store, "config.yaml") if store.exists("config.yaml") else None,
         manifest=parsed("manifest.json"),
         environment=parsed("environment.json"),
         plan=text("plan.txt"),

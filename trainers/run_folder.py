@@ -17,12 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cluster.config import ConfigError, to_yaml
 from cluster.hardware import this_host, worker_watts
 from cluster.session import PROJECT
 from cluster.storage import Store
+from cluster.strict_yaml import read_yaml
 from data.manifest import Manifest
 from trainers.config import PretrainConfig, changed_keys
 from trainers.verdict import CLAIM, EXPORT, VERDICT
@@ -46,7 +45,7 @@ def check_unchanged(run: Store, config: PretrainConfig) -> None:
         ConfigError: one line per key that differs and may not.
     """
     try:
-        before = yaml.safe_load(run.read(CONFIG))
+        before = read_yaml(run, CONFIG)
     except FileNotFoundError:
         return
     if changed := changed_keys(before, config, judged=run.exists(CLAIM)):

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-import yaml
-
 from cluster.config import ConfigError
 from cluster.storage import Store
+from cluster.strict_yaml import read_yaml
 from trainers.finetune import finetune
 from trainers.finetune_config import FinetuneConfig, seed_store
 from trainers.finetune_group import place_to_train
@@ -37,7 +36,7 @@ def _chooses_anew(store: Store, sweep: SweepRunConfig) -> Iterator[str]:
     if not (store.exists(JUDGED) and store.exists(CONFIG)):
         return
     judged = json.loads(store.read(JUDGED))["point"]
-    before = yaml.safe_load(store.read(CONFIG))["sweep"]
+    before = read_yaml(store, CONFIG)["sweep"]
     for key, value in asdict(sweep).items():
         if key not in CHOOSES_NOTHING and value != before.get(key, value):
             yield (

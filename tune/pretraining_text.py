@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-import yaml
-
 from cluster.storage import Store, open_store
+from cluster.strict_yaml import read_yaml
 from trainers.run_folder import CONFIG
 
 
@@ -41,7 +40,7 @@ def pretraining_text(backbone_uri: str) -> PretrainingText:
 def stored_config(run: Store) -> dict | None:
     """The configuration of a pretraining run; None where there is none."""
     try:
-        config = yaml.safe_load(run.read(CONFIG))
+        config = read_yaml(run, CONFIG)
     except FileNotFoundError:
         return None
     return config if isinstance(config, dict) and isinstance(config.get("corpus"), dict) else None

@@ -4,10 +4,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from cluster.config import ConfigError, to_dict, to_yaml
 from cluster.storage import Store
+from cluster.strict_yaml import read_yaml
 from trainers.config import flatten
 
 CONFIG, ORIGIN = "config.yaml", "origin.json"
@@ -54,7 +53,7 @@ def changes(sweep: Store, config: Any, origin: Mapping[str, str]) -> Iterator[st
             yield f"{name} is {digest} now, its trials were made with {before.get(name)}"
     if not sweep.exists(CONFIG):
         return  # the first start was cut off before its first trial
-    old, new = searched_over(yaml.safe_load(sweep.read(CONFIG))), searched_over(to_dict(config))
+    old, new = searched_over(read_yaml(sweep, CONFIG)), searched_over(to_dict(config))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE):
             yield f"{key}={new.get(key)!r}, its trials were made with {old.get(key)!r}"
