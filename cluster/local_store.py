@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -14,6 +15,7 @@ from typing import BinaryIO
 from cluster.store import READ_AHEAD_BYTES, REMEDIES, ObjectInfo, StorageError, Store, checked_path
 
 _UNFINISHED = ".unfinished-"  # files that are being written; a reader never sees them
+_TEMPORARY = re.compile(re.escape(_UNFINISHED) + "[0-9a-f]{32}")
 ABANDONED_SECONDS = 3_600.0
 """After its last byte an unfinished file is a killed writer's: a living one takes seconds from there to its name."""
 _swept: set[Path] = set()  # folders that this process has looked through already
@@ -199,6 +201,8 @@ def _remove_abandoned(folder: Path, now: float) -> None:
     """Remove what killed writers left in a folder; `now` by the clock of its file system, whatever this host's says."""
     with suppress(OSError):  # of another user, or of a file system that is read-only: it is in nobody's way
         for path in folder.glob(f"{_UNFINISHED}*"):
+            if not _TEMPORARY.fullmatch(path.name):
+                continue  # not ours
             with suppress(FileNotFoundError):  # its writer lives after all, or another one removed it
                 if path.stat().st_mtime < now - ABANDONED_SECONDS:
                     path.unlink()

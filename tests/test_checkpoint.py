@@ -592,6 +592,16 @@ def test_the_record_is_deleted_before_the_data(folder: Store) -> None:
     assert all(path.startswith(f"checkpoints/{old}/") for path in deleted)
 
 
+def test_what_others_put_into_a_checkpoint_is_not_deleted_with_it(folder: Store) -> None:
+    old = save(folder, 1)
+    theirs = [file_path(old, "notes.md"), file_path(old, "deep/COMMIT.json"), "checkpoints/why.md"]
+    for path in theirs:
+        folder.put(path, b"kept")
+    retire(folder, CheckpointConfig(keep_last=1), save(folder, 2))
+    left = [info.path for info in folder.list("checkpoints/") if old in info.path or info.path in theirs]
+    assert left == sorted(theirs)
+
+
 def test_leftovers_of_the_dead_go_and_what_may_still_be_written_stays(folder: Store) -> None:
     names = [folder_name(step, 1, attempt) for step, attempt in ((900, 1), (200, 2), (400, 2), (100, 3))]
     for name in names:

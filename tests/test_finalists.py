@@ -52,10 +52,26 @@ def test_the_progress_line_counts_each_ending_and_shows_the_best_metric_as_it_is
     assert "1 running, 2 finished, 1 stopped, 1 failed of 5; best mse 0.5200" in finished
 
 
-def test_an_ended_trial_keeps_its_metrics_and_no_checkpoint(tmp_path):
-    sweep = open_store(str(tmp_path))
-    kept = ["trials/a/trial.json", "trials/a/seed-0/metrics/1.jsonl", "trials/b/seed-0/checkpoints/step-1/x"]
-    for path in [*kept, "trials/a/seed-0/checkpoints/step-1/x", "trials/a/seed-0/best/step-1.safetensors"]:
+def test_an_ended_trial_loses_its_checkpoints_and_nothing_that_it_did_not_write(tmp_path):
+    sweep, checkpoint = open_store(str(tmp_path)), "checkpoints/step-00000001-w1-a1"
+    kept = [
+        "trials/a/trial.json",
+        "trials/a/seed-0/metrics/1.jsonl",
+        "trials/a/seed-0/best/why.md",
+        "trials/a/seed-0/checkpoints/keep/COMMIT.json",
+        f"trials/a/seed-0/{checkpoint}/notes.md",
+        f"trials/a/seed-0/export/{checkpoint}/COMMIT.json",
+        "trials/a/ray/notes.md",
+        f"trials/b/seed-0/{checkpoint}/COMMIT.json",
+    ]
+    gone = [
+        f"trials/a/seed-0/{checkpoint}/COMMIT.json",
+        f"trials/a/{checkpoint}/worker-00000-000.safetensors",
+        f"trials/a/{checkpoint}/part-00000.json",
+        "trials/a/seed-0/best/step-00000001.safetensors",
+        "trials/a/seed-0/ray/0123456789ab/.validate_storage_marker",
+    ]
+    for path in [*kept, *gone]:
         sweep.put(path, b"")
     discard_checkpoints(sweep, "a")
     assert [info.path for info in sweep.list()] == sorted(kept)

@@ -56,6 +56,17 @@ def test_what_a_killed_writer_left_goes_after_an_hour_and_not_before(how: str, t
     assert [info.path for info in store.list()] == ([again] if how == "write" else [])
 
 
+def test_a_file_of_another_name_is_nobodys_left_over(tmp_path: Path) -> None:
+    theirs = [
+        tmp_path / name for name in (".unfinished-novel.txt", ".unfinished-", f".unfinished-{'a' * 33}")
+    ]
+    for path in theirs:
+        path.write_text("kept")
+        age(path, 2 * ABANDONED_SECONDS)
+    open_store(str(tmp_path)).sweep()
+    assert all(path.exists() for path in theirs)
+
+
 @pytest.mark.slow
 def test_what_a_living_writer_has_written_is_left_alone_and_gets_its_name(tmp_path: Path) -> None:
     writer, file = start_writer(tmp_path)

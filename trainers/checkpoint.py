@@ -19,6 +19,7 @@ from trainers.checkpoint_commit import (
     CheckpointRecord,
     faults,
     file_path,
+    is_checkpoint_file,
     parse_folder_name,
     read_record,
 )
@@ -188,12 +189,12 @@ def retire(store: Store, config: CheckpointConfig, newest: str, resumed_step: in
 
 
 def _folders(store: Store) -> dict[str, set[str]]:
-    """Checkpoint folders, committed or not, and the names of the files in each."""
+    """Checkpoint folders, committed or not, and the names of those files in each that a writer wrote."""
     folders: dict[str, set[str]] = {}
     for info in store.list(f"{FOLDER}/"):
-        _, name, *file = info.path.split("/", 2)
-        if file and parse_folder_name(name):
-            folders.setdefault(name, set()).add(file[0])
+        if is_checkpoint_file(info.path):
+            _, name, file = info.path.split("/")
+            folders.setdefault(name, set()).add(file)
     return folders
 
 

@@ -27,6 +27,7 @@ from cluster.storage import Store
 
 FOLDER = "checkpoints"
 RECORD = "COMMIT.json"
+_WRITTEN = re.compile(r"COMMIT\.json|part-\d{5,}\.json|worker-\d{5,}-\d{3,}\.safetensors")
 FORMAT = 2
 READABLE = (1, FORMAT)
 """Records of format 1 have no CRC-32."""
@@ -118,6 +119,12 @@ def parse_folder_name(name: str) -> tuple[int, int, int] | None:
 def file_path(name: str, file: str) -> str:
     """Path of a checkpoint's file within the run's store."""
     return f"{FOLDER}/{name}/{file}"
+
+
+def is_checkpoint_file(path: str) -> bool:
+    """Whether a path within a run's store is one that a checkpoint's writer writes to: no other may be deleted."""
+    folder, name, file = (*path.split("/", 2), "", "")[:3]
+    return folder == FOLDER and parse_folder_name(name) is not None and bool(_WRITTEN.fullmatch(file))
 
 
 def stored_file(path: str, content: memoryview) -> StoredFile:

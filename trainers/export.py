@@ -6,8 +6,10 @@ python trainers/export.py --run runs/NAME --step best --output exports/NAME
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +29,8 @@ from data.manifest import read_manifest
 from data.tokens import SpecialIds, fix_tokenizer, read_tokenizer, special_ids
 from trainers.checkpoint import checkpoint_at
 from trainers.checkpoint_reader import CheckpointReader
-from trainers.formats import INDEX, PRETRAINING, WEIGHTS, checked, format_of, read_stored
+from trainers.export_folder import replacing
+from trainers.formats import CONFIG, INDEX, PRETRAINING, WEIGHTS, checked, format_of, read_stored
 from trainers.model import Backbone, build_empty
 from trainers.objectives import ObjectiveConfig
 from trainers.shape import ModelConfig
@@ -57,18 +60,18 @@ def export(
     *,
     objective: ObjectiveConfig | None = None,
     dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
 ) -> None:
     """Write weights, configuration and tokenizer; config.json last, so that a cut export does not load.
 
     `objective` is kept beside the shape, for whoever asks the model something. `model_state` holds the model's
-    parameters by name; one that yields them one at a time is not held as a whole. Raises ValueError if its names or
-    shapes are not those of `config`.
+    parameters by name; one that yields them one at a time, in the order of their names, is not held as a whole.
+
+    Raises:
+        ValueError: names or shapes are not those of `config`; or, without `overwrite`, another's model is there.
     """
     pairs = model_state.items() if isinstance(model_state, Mapping) else model_state
     form = format_of(config)
-    target.delete("config.json")
-    named = form.to(checked(pairs, config), config)
-    write_weights(((name, tensor.detach().to("cpu", dtype)) for name, tensor in named), target)
     ids, tokenizer = (
         replace(special_ids(tokenizer_json), boundary=boundary_id),
         Tokenizer.from_buffer(tokenizer_json),
@@ -76,17 +79,20 @@ def export(
     boundary = tokenizer.id_to_token(boundary_id)
     if boundary is None:
         raise ValueError(f"boundary_id={boundary_id} is not in the tokenizer; give the one of the manifest")
-    if config.attention == "causal":
-        target.put("tokenizer.json", tokenizer_json)
-        put_json(target, "tokenizer_config.json", tokenizer_config(config, boundary))
-        put_json(target, "generation_config.json", generation_config(boundary_id))
-    else:
-        target.put("tokenizer.json", framing(tokenizer, ids).to_str().encode())
-        put_json(target, "tokenizer_config.json", encoder_tokenizer_config(config, tokenizer, ids))
     trained: dict[str, str] = {"objective": objective.kind, "words": objective.words} if objective else {}
-    fixed = fix_tokenizer(tokenizer_json.decode(), "tokenizer.json", boundary)
-    trained["tokenizer"] = fixed.fingerprint
-    put_json(target, "config.json", form.fields(config, ids, dtype) | {PRETRAINING: trained})
+    trained["tokenizer"] = fix_tokenizer(tokenizer_json.decode(), "tokenizer.json", boundary).fingerprint
+    files = files_of(form.to(empty_parameters(config), config), dtype)
+    with replacing(target, [*set(files.values()), *index_of(files)], overwrite=overwrite):
+        named = form.to(checked(pairs, config), config)
+        write_weights(((name, tensor.detach().to("cpu", dtype)) for name, tensor in named), files, target)
+        if config.attention == "causal":
+            target.put("tokenizer.json", tokenizer_json)
+            put_json(target, "tokenizer_config.json", tokenizer_config(config, boundary))
+            put_json(target, "generation_config.json", generation_config(boundary_id))
+        else:
+            target.put("tokenizer.json", framing(tokenizer, ids).to_str().encode())
+            put_json(target, "tokenizer_config.json", encoder_tokenizer_config(config, tokenizer, ids))
+        put_json(target, CONFIG, form.fields(config, ids, dtype) | {PRETRAINING: trained})
 
 
 def load_exported(source: Store) -> Exported:
@@ -121,33 +127,50 @@ def load_exported(source: Store) -> Exported:
     return Exported(model.eval(), tokenizer, boundary_id, trained.get("objective"))
 
 
-def write_weights(named: Iterable[tuple[str, Tensor]], target: Store) -> None:
-    """Write safetensors files of at most MAX_FILE_BYTES, and their index where there are several."""
-    index: dict[str, str] = {}
-    total = 0
-    file: dict[str, Tensor] = {}
+def empty_parameters(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Names and shapes of a model's parameters, without memory, in the order of a checkpoint: by name."""
+    with torch.device("meta"):
+        yield from sorted(Backbone(config).named_parameters(), key=itemgetter(0))
 
-    def flush(name: str) -> None:
-        target.put(name, safetensors.torch.save(file, metadata={"format": "pt"}))
-        index.update(dict.fromkeys(file, name))
-        file.clear()
 
-    def held() -> int:
-        return sum(tensor.nbytes for tensor in file.values())
-
+def files_of(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, str]:
+    """The file of each tensor, named as transformers does; of MAX_FILE_BYTES at most, unless one tensor is larger."""
+    groups: list[list[str]] = [[]]
+    held = 0
     for name, tensor in named:
-        if file and held() + tensor.nbytes > MAX_FILE_BYTES:
-            flush(f"model-{len(set(index.values())) + 1:05d}.safetensors")
-        file[name] = tensor.contiguous()
+        num_bytes = tensor.numel() * dtype.itemsize
+        if groups[-1] and held + num_bytes > MAX_FILE_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += num_bytes
+    if len(groups) == 1:
+        return dict.fromkeys(groups[0], WEIGHTS)
+    return {
+        name: f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        for number, group in enumerate(groups, start=1)
+        for name in group
+    }
+
+
+def index_of(files: Mapping[str, str]) -> list[str]:
+    """The name of the index, where several files need one."""
+    return [INDEX] if len(set(files.values())) > 1 else []
+
+
+def write_weights(named: Iterable[tuple[str, Tensor]], files: Mapping[str, str], target: Store) -> None:
+    """Write each safetensors file once its tensors are there, and the index where there are several files."""
+    left, total = Counter(files.values()), 0
+    held: dict[str, dict[str, Tensor]] = {file: {} for file in left}
+    for name, tensor in named:
+        file = files[name]
+        held[file][name] = tensor.contiguous()
         total += tensor.nbytes
-    if index:
-        flush(f"model-{len(set(index.values())) + 1:05d}.safetensors")
-        put_json(target, INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-    else:
-        flush(WEIGHTS)
-    for info in target.list("model"):  # of an earlier export with other files, which would be read instead
-        if info.path not in index.values() and (info.path != INDEX or WEIGHTS in index.values()):
-            target.delete(info.path)
+        if len(held[file]) == left[file]:
+            target.put(file, safetensors.torch.save(held.pop(file), metadata={"format": "pt"}))
+    assert not held, f"tensors that were never given: {held.keys()}"
+    for index in index_of(files):
+        put_json(target, index, {"metadata": {"total_size": total}, "weight_map": dict(files)})
 
 
 def framing(tokenizer: Tokenizer, ids: SpecialIds) -> Tokenizer:
@@ -197,11 +220,14 @@ def put_json(target: Store, path: str, content: Mapping[str, Any]) -> None:
     target.put(path, json.dumps(content, indent=2).encode())
 
 
-def export_run(run: Store, which: int | Literal["best", "last"], target: Store) -> str:
+def export_run(
+    run: Store, which: int | Literal["best", "last"], target: Store, *, overwrite: bool = False
+) -> str:
     """Export a checkpoint of a run's folder; returns its name.
 
     Raises:
         FileNotFoundError: `run` is not the folder of a run, or its prepared corpus is gone.
+        ValueError: without `overwrite`, another's model is there.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     sections = read_yaml(run, "config.yaml")
@@ -213,7 +239,7 @@ def export_run(run: Store, which: int | Literal["best", "last"], target: Store) 
     tokenizer = read_tokenizer(corpus, manifest.tokenizer)
     objective = from_dict(ObjectiveConfig, sections.get("objective", {}))
     values = CheckpointReader(run, record).values()
-    export(values, config, tokenizer, manifest.boundary_id, target, objective=objective)
+    export(values, config, tokenizer, manifest.boundary_id, target, objective=objective, overwrite=overwrite)
     return record.name
 
 
@@ -227,6 +253,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--step", default="best", help="best (default), last, or the number of finished steps"
     )
     parser.add_argument("--output", required=True, metavar="URI", help="folder to write")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a model there that no export of this project wrote: config, tokenizer, model*.safetensors",
+    )
     arguments = parser.parse_args(argv)
     which = arguments.step
     if which not in ("best", "last"):
@@ -234,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--step {which} is none of best, last and a number of steps")
         which = int(which)
     target = open_store(arguments.output)
-    print(f"{export_run(open_store(arguments.run), which, target)} is exported to {target.uri}")
+    name = export_run(open_store(arguments.run), which, target, overwrite=arguments.overwrite)
+    print(f"{name} is exported to {target.uri}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ try:
     from cluster.storage import Store, open_store
     from cluster.strict_yaml import parse_yaml, read_yaml
     from trainers.config import changed_keys
+    from trainers.export_folder import foreign_problem
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
     from trainers.finetune_end import RESULT
@@ -39,6 +40,7 @@ try:
     from trainers.task_data import PreparedTask, prepare_task
     from trainers.task_metrics import seeds_interval
     from trainers.task_report import results_table, task_tables, write_task_report
+    from trainers.verdict import EXPORT
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
@@ -101,11 +103,13 @@ def check(config: FinetuneConfig, prepared: PreparedTask) -> None:
 
 def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, backbone: str) -> None:
     """Refuse to go on with, or to hand out, what was learnt under another configuration, of other records, chosen by
-    another metric, or from other weights.
+    another metric, or from other weights; or to export at the end over a model that no run wrote.
 
     Raises:
         ConfigError: one line per key that differs and may not.
     """
+    if not run.exists(RESULT) and (problem := foreign_problem(run.child(EXPORT))):
+        raise ConfigError([problem])
     if not run.exists(CONFIG):
         return
     # A section that an older run has not written down had no other values.

@@ -17,8 +17,9 @@ from cluster.hardware import device_here
 from cluster.storage import Store
 from trainers.checkpoint_commit import FOLDER as CHECKPOINTS
 from trainers.export import Exported
+from trainers.export_folder import foreign_problem
 from trainers.finetune_backbone import load_backbone, make_encoder
-from trainers.finetune_loop import Choice, Progress, beating, best_path
+from trainers.finetune_loop import Choice, Progress, beating, best_path, is_state
 from trainers.finetune_order import FinetuneOrder, origin_of
 from trainers.heartbeat import Heartbeat
 from trainers.lora import merge_lora
@@ -99,13 +100,18 @@ def conclude(order: FinetuneOrder, run: Store, chosen: Chosen, heartbeat: Heartb
                 judge(order, run, step, model, encoder)
         if order.keep_model:
             heartbeat.beat(step, "export")
-            export_task_model(model, encoder, exported.boundary_id, run.child(EXPORT))
+            target = run.child(EXPORT)
+            export_task_model(
+                model, encoder, exported.boundary_id, target, overwrite=not foreign_problem(target)
+            )
     if run.exists(VERDICT):
         result["test"] = json.loads(run.read(VERDICT))
     run.put(RESULT, json.dumps(result, indent=2).encode())
     # The run is finished: nobody goes on from them.
-    for info in [*run.list(f"{CHECKPOINTS}/"), *run.list("best/"), *run.list(CHOSEN)]:
-        run.delete(info.path)
+    for info in [*run.list(f"{CHECKPOINTS}/"), *run.list("best/")]:
+        if is_state(info.path):
+            run.delete(info.path)
+    run.delete(CHOSEN)
 
 
 def judge(order: FinetuneOrder, run: Store, step: int, model: TaskModel, encoder: Encoder) -> None:

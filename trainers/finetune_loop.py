@@ -7,6 +7,7 @@ weights stay in memory and reach the storage with the next checkpoint: a run of 
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from cluster.storage import Store
 from trainers.checkpoint import latest_checkpoint
+from trainers.checkpoint_commit import is_checkpoint_file
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.collectives import Workers
@@ -274,3 +276,8 @@ def save(parts: FinetuneParts, at: Progress) -> None:
 def best_path(step: int) -> str:
     """Where the weights of the best step lie until the run is exported."""
     return f"best/step-{step:08d}.safetensors"
+
+
+def is_state(path: str) -> bool:
+    """Whether a path within a run's store is one of those that the run goes on from, and that go once it has ended."""
+    return is_checkpoint_file(path) or bool(re.fullmatch(r"best/step-\d{8,}\.safetensors", path))

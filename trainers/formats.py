@@ -18,6 +18,9 @@ from trainers.shape import ModelConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+TASK = "task.json"
+"""Beside a fine-tuned model: what transformers' config.json has no place for."""
 OWN = "ray-pretraining"
 """`model_type` of shapes that transformers has no class for."""
 PRETRAINING = "pretraining"

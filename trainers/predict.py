@@ -25,11 +25,11 @@ from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import ray_session
 from cluster.storage import Store, open_store
 from cluster.workers import ClusterConfig, shortages
+from trainers.formats import TASK
 from trainers.lease import RunTakenError, lease
 from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
 from trainers.prediction_rows import Piece, column_problems, pieces_of
 from trainers.task import TaskConfig
-from trainers.task_export import TASK
 from trainers.task_records import find_files
 
 JOB = "predict.json"

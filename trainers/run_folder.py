@@ -24,6 +24,7 @@ from cluster.storage import Store
 from cluster.strict_yaml import read_yaml
 from data.manifest import Manifest
 from trainers.config import PretrainConfig, changed_keys
+from trainers.export_folder import foreign_problem
 from trainers.verdict import CLAIM, EXPORT, VERDICT
 
 CONFIG, MANIFEST, ENVIRONMENT, PLAN = "config.yaml", "manifest.json", "environment.json", "plan.txt"
@@ -39,11 +40,13 @@ def pinned_manifest(run: Store) -> str | None:
 
 
 def check_unchanged(run: Store, config: PretrainConfig) -> None:
-    """Refuse to go on under another configuration.
+    """Refuse to go on under another configuration, or to export at the end over a model that no run wrote.
 
     Raises:
         ConfigError: one line per key that differs and may not.
     """
+    if not run.exists(VERDICT) and (problem := foreign_problem(run.child(EXPORT))):
+        raise ConfigError([problem])
     try:
         before = read_yaml(run, CONFIG)
     except FileNotFoundError:

@@ -24,25 +24,32 @@ from data.tokens import SpecialIds, special_ids
 from trainers.export import (
     encoder_tokenizer_config,
     export,
+    files_of,
+    index_of,
     load_exported,
     put_json,
     tokenizer_config,
     write_weights,
 )
-from trainers.formats import FORMATS, OWN, Format, format_of, weight_files
+from trainers.export_folder import replacing
+from trainers.formats import CONFIG, FORMATS, OWN, PRETRAINING, TASK, Format, format_of, weight_files
 from trainers.model import build_empty
 from trainers.shape import ModelConfig
 from trainers.task import TaskConfig
 from trainers.task_encoding import Encoder, framed
 from trainers.task_model import PER_TEXT, AdaptConfig, TaskModel, natural_pooling
 
-TASK = "task.json"
 FAMILIES = {"llama": "Llama", "bert": "Bert"}
 """How transformers' classes for a `model_type` begin."""
 
 
-def export_task_model(model: TaskModel, encoder: Encoder, boundary_id: int, target: Store) -> None:
-    """Write the model; config.json, or of a generating model task.json last, so that a cut export does not load."""
+def export_task_model(
+    model: TaskModel, encoder: Encoder, boundary_id: int, target: Store, *, overwrite: bool = False
+) -> None:
+    """Write the model; config.json, or of a generating model task.json last, so that a cut export does not load.
+
+    Raises ValueError where another's model is there, without `overwrite`.
+    """
     tokenizer_json = encoder.tokenizer.to_str().encode()
     described = {
         "task": to_dict(encoder.task),
@@ -54,19 +61,19 @@ def export_task_model(model: TaskModel, encoder: Encoder, boundary_id: int, targ
     if model.kind == "generation":
         state: Iterable[tuple[str, Tensor]] = model.backbone.named_parameters()
         opening = opening_alone(encoder.tokenizer, boundary_id).to_str().encode()
-        target.delete(TASK)
-        export(state, shape, opening, boundary_id, target)
+        export(state, shape, opening, boundary_id, target, overwrite=overwrite)
         put_json(target, TASK, described)
         return
     ids = replace(special_ids(tokenizer_json), boundary=boundary_id)
     fields = task_config(model, encoder, ids)
-    target.delete("config.json")
-    named = named_parameters(model, fields["model_type"])
-    write_weights(((name, tensor.detach().cpu()) for name, tensor in named), target)
-    target.put("tokenizer.json", tokenizer_json)
-    put_json(target, "tokenizer_config.json", task_tokenizer_config(model, encoder, ids))
-    put_json(target, TASK, described)
-    put_json(target, "config.json", fields)
+    named = [(name, tensor.detach().cpu()) for name, tensor in named_parameters(model, fields["model_type"])]
+    files = files_of(named, torch.float32)
+    with replacing(target, [*set(files.values()), *index_of(files)], overwrite=overwrite):
+        write_weights(named, files, target)
+        target.put("tokenizer.json", tokenizer_json)
+        put_json(target, "tokenizer_config.json", task_tokenizer_config(model, encoder, ids))
+        put_json(target, TASK, described)
+        put_json(target, CONFIG, fields)
 
 
 def opening_alone(tokenizer: Tokenizer, boundary_id: int) -> Tokenizer:
@@ -127,6 +134,7 @@ def task_config(model: TaskModel, encoder: Encoder, ids: SpecialIds) -> dict[str
         "problem_type": problem,
         "pad_token_id": pad_beside(encoder, ids),
         "classifier_dropout": 0.0,
+        PRETRAINING: {"task": encoder.task.name},
     }
 
 

@@ -25,6 +25,7 @@ from trainers.config import PretrainConfig, evaluation_framing, model_of, run_st
 from trainers.engine import Engine
 from trainers.evaluation import Evaluation, evaluate
 from trainers.export import export
+from trainers.export_folder import foreign_problem
 from trainers.formats import read_stored
 from trainers.guard import Guard, name_documents
 from trainers.heartbeat import GIL_GRACE_SECONDS, Heartbeat
@@ -279,14 +280,15 @@ def conclude(parts: Parts, data: Data) -> None:
             record_verdict(run, {"step": best.step, "checkpoint": record.name, **found.as_json()})
     if workers.leads:
         parts.heartbeat.beat(best.step, "export")
-        tokenizer = read_tokenizer(data.corpus, data.manifest.tokenizer)
+        tokenizer, target = read_tokenizer(data.corpus, data.manifest.tokenizer), run.child(EXPORT)
         export(
             best.values(),  # one at a time: the whole need not fit into this worker
             model_of(config, data.manifest),
             tokenizer,
             data.manifest.boundary_id,
-            run.child(EXPORT),
+            target,
             objective=config.objective,
+            overwrite=not foreign_problem(target),
         )
 
 

@@ -7,14 +7,18 @@ starts what was running under its old name, where it goes on from its checkpoint
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from cluster.storage import Store
+from trainers.finetune_loop import is_state
 from tune.search_space import Point
 
 FOLDER, STARTED, OUTCOME, ERROR = "trials", "trial.json", "outcome.json", "error.txt"
+_RAY = re.compile(r"ray/[0-9a-f]{12}/.+")
+"""What Ray Train keeps of a run, in a folder that trainers/run.py names."""
 Status = Literal["finished", "stopped", "failed", "unfinished"]
 
 
@@ -71,5 +75,6 @@ def read_trials(sweep: Store) -> list[TrialRecord]:
 def discard_checkpoints(sweep: Store, name: str) -> None:
     """Remove what a trial that has ended would have gone on from: of large models it would fill the storage."""
     for info in sweep.list(f"{FOLDER}/{name}/"):
-        if {"checkpoints", "best", "ray"} & set(info.path.split("/")[2:-1]):
+        path = re.sub(r"^(seed-\d+)/", "", info.path.removeprefix(f"{FOLDER}/{name}/"))
+        if is_state(path) or _RAY.fullmatch(path):
             sweep.delete(info.path)
