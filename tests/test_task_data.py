@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from task_files import put_lines, put_task, sentences
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, from_dict
 from cluster.storage import open_store
 from trainers.task import SPLITS, TaskColumns, TaskConfig, TaskFiles, TaskPrompt, TaskSplit, load_task
 from trainers.task_data import PreparedTask, choose_budget, prepare_task
@@ -196,6 +196,29 @@ def test_a_chat_ends_with_the_answer_to_all_that_was_said_before():
         example_of(task, {"turns": ["hello"]}, "chats.jsonl:4")
     (wrong,) = TaskPrompt(turn="{who}: {content}").problems("prompt")
     assert wrong == "prompt.turn names {who}; it can name {content} and {role}"
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{content:{role}}", "formats content"),  # a role of "900000000" is the width that content gets
+        ("{role}: {content:>900000000}", "formats content"),
+        ("{role!r}: {content}", "formats role"),
+        ("{content} {role.__class__}", r"names \{role\.__class__\}"),
+        ("{content} {role[0]}", r"names \{role\[0\]\}"),
+        ("{content} {}", r"names \{\}"),
+        ("{content} {0}", r"names \{0\}"),
+        ("{content}" * 17, "fills in 17 texts"),
+        ("{role}", r"has no \{content\}"),
+        ("{content", r"expected '\}'"),
+    ],
+)
+def test_a_template_is_names_in_braces_and_nothing_more(template, named):
+    with pytest.raises(ConfigError, match=named):
+        from_dict(TaskConfig, {"name": "t", "kind": "generation", "prompt": {"turn": template}})
+    swapped = template.replace("content", "text").replace("role", "pair")
+    with pytest.raises(ConfigError, match=named.replace("content", "text").replace("role", "pair")):
+        from_dict(TaskConfig, {"name": "t", "kind": "generation", "prompt": {"template": swapped}})
 
 
 def test_a_label_that_only_validation_lacks_is_refused(tmp_path):

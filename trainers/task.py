@@ -32,6 +32,8 @@ METRICS: Mapping[str, tuple[str, ...]] = {
 """What may judge each kind; the first one is taken where a task names none."""
 
 LOWER_IS_BETTER = ("mse", "loss")
+MAX_FIELDS = 16
+"""Of a template: each time that it names a text, the prompt grows by that text."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -117,16 +119,25 @@ class TaskPrompt:
 
     def problems(self, at: str) -> Iterator[str]:
         for key, needed, other in (("template", "text", "pair"), ("turn", "content", "role")):
-            template = getattr(self, key)
-            try:
-                fields = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-            except ValueError as error:
-                yield f"{at}.{key}={template!r}: {error}; write a brace that is meant twice: {{{{"
-                continue
-            if unknown := sorted(fields - {needed, other}):
-                yield f"{at}.{key} names {{{unknown[0]}}}; it can name {{{needed}}} and {{{other}}}"
-            if needed not in fields:
-                yield f"{at}.{key}={template!r} has no {{{needed}}}: all would read the same"
+            yield from _template_problems(f"{at}.{key}", getattr(self, key), needed, other)
+
+
+def _template_problems(at: str, template: str, needed: str, other: str) -> Iterator[str]:
+    """What of a template is more than names in braces: a width in a format, as in {text:>9}, is as much memory."""
+    try:
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        yield f"{at}={template!r}: {error}; write a brace that is meant twice: {{{{"
+        return
+    names = {name for _, name, _, _ in parts}
+    if unknown := sorted(str(name) for name in names - {needed, other}):
+        yield f"{at} names {{{unknown[0]}}}; it can name {{{needed}}} and {{{other}}}"
+    if formatted := [name for _, name, spec, conversion in parts if spec or conversion]:
+        yield f"{at}={template!r} formats {formatted[0]}; write {{{formatted[0]}}} alone: it is put in as it is"
+    if len(parts) > MAX_FIELDS:
+        yield f"{at} fills in {len(parts):,} texts; it can fill in {MAX_FIELDS}"
+    if needed not in names:
+        yield f"{at}={template!r} has no {{{needed}}}: all would read the same"
 
 
 @dataclass(frozen=True, kw_only=True)
