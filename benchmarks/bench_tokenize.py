@@ -80,8 +80,8 @@ def measure(texts: list[str], folder: Path, vocab_size: int, num_bytes: int, rep
     name = piece.survey_digest(config)
     hashes = HashRange("bench", (HashFile(hashes_path(name), 0),), 0, 1)
     deduplicate(hashes, config)
-    content = json.loads(prepared.read(record_path("survey", name)))["content"]
-    work = TokenWork("bench", piece, 0, (hashes.path,), content, tokenizer.fingerprint, 65_536)
+    pinned = json.loads(prepared.read(record_path("survey", name)))["pinned"]
+    work = TokenWork("bench", piece, 0, (hashes.path,), pinned, tokenizer.fingerprint, 65_536)
     bare = Tokenizer.from_str(tokenizer.json)
     batches = in_batches(texts)
     rates: dict[str, list[float]] = {"bare": [], "tokenize": [], "survey and tokenize": []}

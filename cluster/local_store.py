@@ -136,7 +136,7 @@ class LocalStore(Store):
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(f"{path}/")
                 elif status := self._listed(path, entry):
-                    yield ObjectInfo(path, status.st_size, f"{status.st_mtime_ns}-{status.st_size}")
+                    yield ObjectInfo(path, status.st_size, _version(status))
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         """What a folder holds; one that is absent, or goes while we walk, is empty."""
@@ -206,6 +206,11 @@ def _remove_abandoned(folder: Path, now: float) -> None:
             with suppress(FileNotFoundError):  # its writer lives after all, or another one removed it
                 if path.stat().st_mtime < now - ABANDONED_SECONDS:
                     path.unlink()
+
+
+def _version(status: os.stat_result) -> str:
+    """Of a file. The number of its inode would tell no more, and changes with each mount of a bucket (FUSE)."""
+    return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ctime_ns}"
 
 
 def _sync(path: Path) -> None:

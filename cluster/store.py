@@ -52,6 +52,12 @@ class ObjectInfo:
     path: str
     num_bytes: int
     version: str
+    """The entity tag of S3, the generation of Google's, MODIFIED-SIZE-CHANGED of a file, in nanoseconds and bytes."""
+
+
+def former_version(version: str) -> str:
+    """A version as it was noted before that of a file had the time of its last change, which `cp -p` cannot set."""
+    return "-".join(version.split("-")[:2])
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def plan_groups(surveys: Sequence[Mapping[str, Any]], digests: Sequence[str]) ->
             bounds.append(piece)
             documents = survey["documents"]
     return [
-        HashGroup(digest_of("merged", digests[first:end]), tuple(digests[first:end]), first)
+        HashGroup(digest_of("merged", _pinned(surveys[first:end])), tuple(digests[first:end]), first)
         for first, end in pairwise([*bounds, len(digests)])
         if first < end
     ]
@@ -87,42 +87,85 @@ def plan_ranges(
     files = tuple(group.file for group in groups) or tuple(
         HashFile(hashes_path(digest), piece) for piece, digest in enumerate(digests)
     )
+    pinned = _pinned(surveys)
     return [
-        HashRange(digest_of("duplicates", digests, num_ranges, index), files, index, num_ranges)
+        HashRange(digest_of("duplicates", pinned, num_ranges, index), files, index, num_ranges)
         for index in range(num_ranges)
     ]
 
 
+def _pinned(surveys: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [survey["pinned"] for survey in surveys]
+
+
 def plan_tokens(
     pieces: Sequence[Piece],
-    digests: Sequence[str],
     surveys: Sequence[Mapping[str, Any]],
     ranges: Sequence[HashRange],
     duplicates: Duplicates,
     tokenizer: FixedTokenizer,
     fragment_tokens: int,
 ) -> list[TokenWork]:
-    """The second half of the work on every piece, named by all that it depends on.
+    """The second half of the work on every piece, named by all that it depends on: not by versions of files, so a
+    corpus that was copied or checked out anew is hashed again and not tokenized again.
 
     Args:
-        digests: Of the pieces' surveys, whose records are `surveys`.
         duplicates: Added up over `ranges`.
     """
     left_out, paths = duplicates.fingerprint.tolist(), tuple(each.path for each in ranges)
-    # One tokenizer may offer several tokens as the boundary, and its fingerprint does not say which was taken.
-    tokenizer_id = (tokenizer.fingerprint, tokenizer.boundary_id)
     return [
         TokenWork(
-            digest_of("tokens", digest, left_out[index], *tokenizer_id, fragment_tokens),
+            digest_of(
+                "tokens",
+                piece.source,
+                survey["shards"],
+                survey["pinned"],
+                *_encoding(left_out[index], tokenizer, fragment_tokens),
+            ),
             piece,
             index,
             paths,
-            survey["content"],
+            survey["pinned"],
             tokenizer.fingerprint,
             fragment_tokens,
         )
-        for index, (piece, digest, survey) in enumerate(zip(pieces, digests, surveys, strict=True))
+        for index, (piece, survey) in enumerate(zip(pieces, surveys, strict=True))
     ]
+
+
+def _encoding(left_out: int, tokenizer: FixedTokenizer, fragment_tokens: int) -> tuple[int, str, int, int]:
+    # One tokenizer may offer several tokens as the boundary, and its fingerprint does not say which was taken.
+    return left_out, tokenizer.fingerprint, tokenizer.boundary_id, fragment_tokens
+
+
+def adopt_former_tokens(
+    config: CorpusConfig,
+    surveys: Sequence[Mapping[str, Any]],
+    plan: Sequence[TokenWork],
+    duplicates: Duplicates,
+    tokenizer: FixedTokenizer,
+) -> None:
+    """Records of pieces that were tokenized when they were still named by their survey's name, where the texts are the
+    same: such a corpus is hashed again and not tokenized again.
+    """
+    store = open_store(config.prepared)
+    listed = {each.path for each in store.list("pieces/")}
+    left_out = duplicates.fingerprint.tolist()
+
+    def adopt(work: TokenWork, survey: Mapping[str, Any]) -> None:
+        former = work.piece.former_survey_digest(config)
+        encoding = _encoding(left_out[work.index], tokenizer, work.fragment_tokens)
+        surveyed = record_path("survey", former)
+        tokens, ours = (
+            record_path("tokens", digest) for digest in (digest_of("tokens", former, *encoding), work.digest)
+        )
+        if ours in listed or not {surveyed, tokens} <= listed:
+            return
+        if json.loads(store.read(surveyed))["content"] == survey["content"]:
+            store.put(ours, store.read(tokens))
+
+    with ThreadPoolExecutor(READING_THREADS) as pool:
+        list(pool.map(adopt, plan, surveys))
 
 
 def assemble(

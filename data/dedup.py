@@ -57,6 +57,15 @@ def write_hashes(contents: bytes, splits: bytes) -> bytes:
     return _parquet(table)
 
 
+def read_hashes(store: Store, path: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """What `write_hashes` was given, in the order of reading: contents [documents, 16] and splits [documents]."""
+    with store.open(path) as file:
+        table = pq.read_table(file)
+    order = np.argsort(table.column("ordinal").to_numpy())
+    words = np.stack([table.column(name).to_numpy()[order] for name in ("high", "low")], axis=1)
+    return words.astype(">u8").view(np.uint8), table.column("split").to_numpy()[order]
+
+
 @dataclass(frozen=True)
 class HashFile:
     """A file of `write_hashes`, or one of consecutive pieces by `merge_hashes`."""

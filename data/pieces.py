@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Store, open_store
+from cluster.store import former_version
 from data.corpus import CorpusConfig, CorpusError, RawShard
 from data.dedup import (
     HashFile,
@@ -58,8 +59,17 @@ class Piece:
 
     def survey_digest(self, config: CorpusConfig) -> str:
         """Names the first half of the work by its input: raw shards with versions, and how they are read."""
-        reading = (config.text_column, config.id_column, config.normalization, config.max_record_bytes)
-        return digest_of("survey", [asdict(shard) for shard in self.shards], reading, asdict(config.splits))
+        shards = [asdict(shard) for shard in self.shards]
+        return digest_of("pinned survey", shards, _reading(config), asdict(config.splits))
+
+    def former_survey_digest(self, config: CorpusConfig) -> str:
+        """As `survey_digest` was before a survey pinned ids and splits, and a local file's version its change time."""
+        shards = [asdict(shard) | {"version": former_version(shard.version)} for shard in self.shards]
+        return digest_of("survey", shards, _reading(config), asdict(config.splits))
+
+
+def _reading(config: CorpusConfig) -> tuple[str, str, str, int]:
+    return config.text_column, config.id_column, config.normalization, config.max_record_bytes
 
 
 def digest_of(*parts: Any) -> str:
@@ -89,10 +99,11 @@ def survey(piece: Piece, config: CorpusConfig) -> None:
     """First half: hash and deal to splits all documents, set broken records aside, put the record of that.
 
     The record: documents, bytes by split, kinds of broken records with counts, shards that cannot be read to
-    their end, how often each pattern of `splits` named a document, and `content`, a digest of all texts in order.
+    their end, how often each pattern of `splits` named a document, `pinned`, the digest of `_Pin`, and `content`, a
+    digest of all texts in order.
     """
     prepared, name = open_store(config.prepared), piece.survey_digest(config)
-    contents, splits, order = bytearray(), bytearray(), hashlib.sha256()
+    contents, splits, order, pin = bytearray(), bytearray(), hashlib.sha256(), _Pin()
     bytes_of, named, reasons = Counter[str](), Counter[str](), Counter[str]()
     torn = dict[str, str]()
     with _SetAside(prepared, f"set_aside/{name}.jsonl") as set_aside:
@@ -108,6 +119,7 @@ def survey(piece: Piece, config: CorpusConfig) -> None:
             contents += record.content
             splits.append(SPLITS.index(split))
             order.update(record.content)
+            pin.add(split, record)
             bytes_of[split] += record.num_bytes
             if pattern := matching_pattern(config.splits, shard.path, record.id):
                 named["=".join(pattern)] += 1
@@ -121,8 +133,31 @@ def survey(piece: Piece, config: CorpusConfig) -> None:
         "torn": torn,
         "named": named,
         "content": order.hexdigest(),
+        "pinned": pin.hexdigest(),
     }
     prepared.put(record_path("survey", name), json.dumps(summary).encode())
+
+
+class _Pin:
+    """Digest of all that decides what becomes of a piece's documents: id, split and text of each, in order."""
+
+    def __init__(self) -> None:
+        self._sum = hashlib.sha256()
+
+    def add(self, split: str, document: Document) -> None:
+        name = document.id.encode()
+        head = len(name).to_bytes(8, "little") + bytes([SPLITS.index(split)])
+        self._sum.update(head + name + document.content)
+
+    def hexdigest(self) -> str:
+        return self._sum.hexdigest()
+
+
+def changed_since_survey(piece: Piece, config: CorpusConfig) -> CorpusError:
+    """The error of a piece that holds other documents than were surveyed, which it is then surveyed for anew."""
+    open_store(config.prepared).delete(record_path("survey", piece.survey_digest(config)))
+    paths = ", ".join(shard.path for shard in piece.shards[:4])
+    return CorpusError(f"{paths}: changed while it was being prepared; run the same command again")
 
 
 class _SetAside:
@@ -154,7 +189,7 @@ class HashGroup:
     """Consecutive pieces whose hashes are merged into one file."""
 
     digest: str
-    """Names the result: the pieces' surveys."""
+    """Names the result: the pieces' documents."""
     surveys: tuple[str, ...]
     first_piece: int
 
@@ -176,7 +211,7 @@ class HashRange:
     """One range of all content hashes, in which duplicates are looked for."""
 
     digest: str
-    """Names the result: all surveys, and the range."""
+    """Names the result: the documents of all pieces, and the range."""
     files: tuple[HashFile, ...]
     """The hashes of all pieces, in the corpus's order."""
     index: int
@@ -202,14 +237,14 @@ class TokenWork:
     """What the second half of the work on a piece needs to know."""
 
     digest: str
-    """Names the result: survey, duplicates, tokenizer, fragment size."""
+    """Names the result: documents, duplicates, tokenizer, fragment size."""
     piece: Piece
     index: int
     """The piece's place in the corpus, as in the files of duplicates."""
     duplicates: tuple[str, ...]
     """Paths of those files."""
-    content: str
-    """Digest of all texts, from the survey."""
+    pinned: str
+    """Digest of all documents, from the survey."""
     tokenizer: str
     """Fingerprint."""
     fragment_tokens: int
@@ -222,13 +257,13 @@ def tokenize(work: TokenWork, config: CorpusConfig) -> None:
     `SPLITS`, "set_aside": documents of which the tokenizer's own normaliser leaves nothing}.
 
     Raises:
-        CorpusError: the texts are not those of the survey: a raw shard was changed while it was being
+        CorpusError: texts, ids or splits are not those of the survey: a raw shard was changed while it was being
             prepared.
     """
     prepared = open_store(config.prepared)
     left_out = frozenset(duplicates_of(prepared, list(work.duplicates), work.index).tolist())
     tokenizer, encoder = _tokenizer(config.prepared, work.tokenizer, config.tokenizer.boundary)
-    texts = hashlib.sha256()
+    pin = _Pin()
     with ExitStack() as stack:
         set_aside = stack.enter_context(_SetAside(prepared, f"set_aside/{work.digest}.jsonl"))
         writers = {
@@ -243,16 +278,15 @@ def tokenize(work: TokenWork, config: CorpusConfig) -> None:
             )
             for split in SPLITS
         }
-        for batch in _batches(_kept_documents(work.piece, config, left_out, texts)):
+        for batch in _batches(_kept_documents(work.piece, config, left_out, pin)):
             tokens = encoder.encode([document.text for _, _, document in batch])
             for (shard, split, document), ids in zip(batch, tokens, strict=True):
                 if len(ids) > 1:
                     writers[split].add(document.id, ids, document.num_bytes)
                 else:  # the boundary alone
                     set_aside.add(shard, Broken(document.line, EMPTIED, document.text[:KEPT_BYTES]))
-        if texts.hexdigest() != work.content:
-            paths = ", ".join(shard.path for shard in work.piece.shards[:4])
-            raise CorpusError(f"{paths}: changed while it was being prepared; run the same command again")
+        if pin.hexdigest() != work.pinned:
+            raise changed_since_survey(work.piece, config)
         written = [shard for split in SPLITS for shard in writers[split].finish()]
     shards = [{"shard": asdict(each.shard), "fragments": each.fragments} for each in written]
     record = {"shards": shards, "set_aside": set_aside.num_records}
@@ -267,17 +301,18 @@ def _tokenizer(prepared: str, fingerprint: str, boundary: str) -> tuple[FixedTok
 
 
 def _kept_documents(
-    piece: Piece, config: CorpusConfig, left_out: frozenset[int], texts: "hashlib._Hash"
+    piece: Piece, config: CorpusConfig, left_out: frozenset[int], pin: _Pin
 ) -> Iterator[tuple[RawShard, str, Document]]:
-    """Documents that stay, with their shards and splits; all hashes, also of those left out, go into `texts`."""
+    """Documents that stay, with their shards and splits; all, also those left out, go into `pin`."""
     ordinal = -1
     for shard, record in read_piece(piece, config):
         if isinstance(record, Broken):
             continue
         ordinal += 1
-        texts.update(record.content)
+        split = split_of(config.splits, shard.path, record.id, record.content)
+        pin.add(split, record)
         if ordinal not in left_out:
-            yield shard, split_of(config.splits, shard.path, record.id, record.content), record
+            yield shard, split, record
 
 
 def _batches(

@@ -40,6 +40,7 @@ from cluster.session import ray_session
 from cluster.storage import StorageError, Store, open_store
 from cluster.workers import ClusterConfig
 from data.assemble import (
+    adopt_former_tokens,
     assemble,
     existing_manifest,
     finished,
@@ -142,7 +143,8 @@ def prepare(
     duplicates = add_up(found, len(pieces))
     tokenizer = _fix_tokenizer(config, store, given, pieces, surveys)
     fragment_tokens = fragment_tokens_for(config, shards)
-    plan = plan_tokens(pieces, digests, surveys, ranges, duplicates, tokenizer, fragment_tokens)
+    plan = plan_tokens(pieces, surveys, ranges, duplicates, tokenizer, fragment_tokens)
+    adopt_former_tokens(config, surveys, plan, duplicates, tokenizer)
     _forget_lost_shards(store, [each.digest for each in plan])
     tokens = passes.run("tokens", tokenize, plan, [each.digest for each in plan], sizes)
     manifest = assemble(config, tokenizer, pieces, surveys, duplicates, tokens)

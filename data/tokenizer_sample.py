@@ -6,9 +6,12 @@ Which text that is depends on names of raw shards and content of documents, not 
 import hashlib
 from collections.abc import Iterator, Sequence
 
+from cluster.storage import open_store
 from data.corpus import CorpusConfig
+from data.dedup import read_hashes
 from data.documents import Document
-from data.pieces import Piece, read_piece
+from data.manifest import SPLITS
+from data.pieces import Piece, changed_since_survey, hashes_path, read_piece
 from data.splits import keyed_points, split_of
 
 # Enough to see all of a corpus whose shards differ; reading more takes longer than training.
@@ -25,6 +28,9 @@ def sample_texts(pieces: Sequence[Piece], train_bytes: Sequence[int], config: Co
     Args:
         pieces: The whole corpus.
         train_bytes: Bytes of each piece's train split.
+
+    Raises:
+        CorpusError: a piece's documents are not those of its survey.
     """
     by_hash = sorted(range(len(pieces)), key=lambda index: hashlib.sha256(_name(pieces[index])).digest())
     chosen = sorted([index for index in by_hash if train_bytes[index]][:SAMPLED_PIECES])
@@ -39,10 +45,17 @@ def _of_piece(
 ) -> Iterator[str]:
     stretch = min(train_bytes, STRETCH * share)
     passed = taken = 0
+    contents, splits = read_hashes(open_store(config.prepared), hashes_path(piece.survey_digest(config)))
+    ordinal = -1
     for shard, record in read_piece(piece, config):
         if not isinstance(record, Document):
             continue
-        if split_of(config.splits, shard.path, record.id, record.content) != "train":
+        ordinal += 1
+        split = split_of(config.splits, shard.path, record.id, record.content)
+        surveyed = ordinal < len(splits) and (contents[ordinal].tobytes(), SPLITS[splits[ordinal]])
+        if surveyed != (record.content, split):  # the tokenizer outlives the attempt that trains it
+            raise changed_since_survey(piece, config)
+        if split != "train":
             continue
         passed += record.num_bytes
         point = keyed_points(int.from_bytes(record.content[:8], "little"), SAMPLE_KEY)

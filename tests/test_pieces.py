@@ -56,6 +56,7 @@ def test_what_a_survey_does_not_read_changes_its_name_in_nothing(changed):
 def test_the_names_of_finished_pieces_never_change():
     # A change here prepares every corpus anew that was ever prepared: raise FORMAT if that is meant.
     assert PIECE.survey_digest(CONFIG) == SURVEY
+    assert PIECE.former_survey_digest(CONFIG) == FORMER_SURVEY
     assert digest_of("tokens", "a", 1) == TOKENS
 
 
@@ -102,4 +103,4 @@ def test_a_record_holds_a_bounded_number_of_reasons_that_count_every_broken_reco
     assert record["reasons"][OTHER_REASONS] == 3 * (150 - REASONS_COUNTED)
 
 
-SURVEY, TOKENS = "1f59bafeac1627b7", "642eb5dfb4a2132b"
+SURVEY, FORMER_SURVEY, TOKENS = "03f56e5421fd106d", "1f59bafeac1627b7", "642eb5dfb4a2132b"

@@ -19,6 +19,7 @@ from task_files import BACKBONES, put_backbone, put_lines, sentences
 from cluster.config import ConfigError, run_entry
 from cluster.session import PROJECT
 from cluster.storage import open_store
+from cluster.store import former_version
 from tests.small_run import kill_tree, start_command
 from trainers import predict, prediction, prediction_rows
 from trainers.export import load_exported
@@ -342,6 +343,15 @@ def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_pat
         pin(str(other))
     with pytest.raises(ConfigError, match="max_new_tokens is 8 now"):
         pin(max_new_tokens=8)
+    job = json.loads(output.read(predict.JOB))
+    job["input"] = {path: former_version(version) for path, version in job["input"].items()}
+    output.put(predict.JOB, json.dumps(job).encode())
+    pin()  # begun by a version that noted less of a file
+    (source / "a.jsonl").chmod(
+        0o600
+    )  # as any replacement by a file of equal size and time, which this could hide
+    with pytest.raises(ConfigError, match=r"1 input files have changed or gone since, the first: a.jsonl"):
+        pin()
     put_lines(source / "a.jsonl", records(4))
     with pytest.raises(ConfigError, match="1 input files have changed or gone since, the first: a.jsonl"):
         pin()

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from cluster.session import PROJECT
 from cluster.storage import Store, open_store
 from data.corpus import CorpusConfig, CorpusError, group_shards, list_raw_shards
 from data.manifest import SPLITS, Manifest, read_manifest
-from data.pieces import Piece
+from data.pieces import Piece, digest_of, record_path
 from data.prepare import existing_manifest, prepare
 from data.shards import read_fragment, read_fragment_documents
 from data.splits import SplitConfig
@@ -187,6 +189,93 @@ def test_a_shard_changed_between_the_passes_stops_the_run(config: CorpusConfig, 
     with pytest.raises(CorpusError, match=r"b\.jsonl: changed while it was being prepared"):
         prepare(config, fan_out=meddling)
     assert prepare(config, fan_out=one_by_one).digest == prepared_afresh(config, "fresh").digest
+
+
+def swap_ids(raw: Store, path: str, first: str, second: str) -> None:
+    """Each of two documents gets the other's id; their texts stay where they are."""
+    swapped = {first: second, second: first}
+    records = [json.loads(line) for line in raw.read(path).splitlines()]
+    lines = [json.dumps(record | {"id": swapped.get(record["id"], record["id"])}) for record in records]
+    raw.put(path, ("\n".join(lines) + "\n").encode())
+
+
+@pytest.mark.parametrize("tokenizer", ["given", "trained"])
+def test_ids_that_are_swapped_after_the_survey_stop_the_run_and_no_test_text_is_trained_on(
+    config: CorpusConfig, raw: Store, tokenizer: str
+) -> None:
+    config = replace(config, splits=SplitConfig(validation=0.1, test_documents=("doc/7",)))
+    if tokenizer == "trained":  # on texts of the train split, before any piece is tokenized
+        config = replace(config, tokenizer=TokenizerConfig(vocab_size=300))
+
+    def swapping(
+        function: Callable[[Any, CorpusConfig], None], work: Sequence[Any], config: CorpusConfig
+    ) -> Iterator[int]:
+        yield from one_by_one(function, work, config)
+        if function.__name__ == "deduplicate":
+            swap_ids(raw, "a.jsonl", "doc/7", "doc/8")
+
+    with pytest.raises(CorpusError, match=r"a\.jsonl: changed while it was being prepared"):
+        prepare(config, fan_out=swapping)
+    manifest = prepare(config, fan_out=one_by_one)
+    assert manifest.digest == prepared_afresh(config, "fresh").digest
+    assert set(documents(config, manifest, "test")) == {"doc/7"}
+
+
+def put_in_place(raw: Store, path: str, content: bytes) -> None:
+    """As `cp -p` of a file of equal size and time: into the same inode, with the time that was there."""
+    file = Path(raw.uri.removeprefix("file://")) / path
+    before = file.stat()
+    assert before.st_size == len(content)
+    with file.open("r+b") as there:
+        there.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_shard_replaced_by_one_of_equal_size_and_time_is_noticed(config: CorpusConfig, raw: Store) -> None:
+    before = prepare(config, fan_out=one_by_one)
+    put_in_place(raw, "b.jsonl", raw.read("b.jsonl").replace(b"doc/1", b"DOC/1"))
+    assert existing_manifest(config) is None
+    work = _Counting()
+    after = prepare(config, fan_out=work)
+    assert work.tokenized() == ["b.jsonl"] and after.digest != before.digest
+    assert after.digest == prepared_afresh(config, "fresh").digest
+
+
+def test_a_copy_of_a_corpus_is_hashed_and_not_tokenized_again(
+    config: CorpusConfig, raw: Store, tmp_path: Path
+) -> None:
+    before = prepare(config, fan_out=one_by_one)
+    shutil.copytree(
+        tmp_path / "raw", tmp_path / "copy", copy_function=shutil.copy
+    )  # other times, as a checkout's
+    work = _Counting()
+    after = prepare(replace(config, uri=str(tmp_path / "copy")), fan_out=work)
+    assert [name for name, _ in work.done] == ["survey"] * 4 and after.digest == before.digest
+
+
+def test_what_was_tokenized_before_surveys_pinned_ids_is_hashed_and_not_tokenized_again(
+    config: CorpusConfig, raw: Store
+) -> None:
+    work, store = _Counting(), open_store(config.prepared)
+    before = prepare(config, fan_out=work)
+    tokenizer = load_tokenizer(store, before.tokenizer, BOUNDARY)
+    for each in [each for name, each in work.done if name == "tokenize"]:  # as that version left them
+        former, survey = each.piece.former_survey_digest(config), each.piece.survey_digest(config)
+        encoding = (0, tokenizer.fingerprint, tokenizer.boundary_id, each.fragment_tokens)
+        for kind, ours, theirs in (
+            ("survey", survey, former),
+            ("tokens", each.digest, digest_of("tokens", former, *encoding)),
+        ):
+            record = json.loads(store.read(record_path(kind, ours)))
+            record.pop("pinned", None)
+            store.put(record_path(kind, theirs), json.dumps(record).encode())
+            store.delete(record_path(kind, ours))
+    put_in_place(raw, "b.jsonl", raw.read("b.jsonl").replace(b"nobler", b"NOBLER"))
+    work = _Counting()
+    after = prepare(config, fan_out=work)
+    assert [name for name, _ in work.done if name == "survey"] == ["survey"] * 4
+    assert work.tokenized() == ["b.jsonl"]
+    assert after.digest == prepared_afresh(config, "fresh").digest
 
 
 def test_a_deleted_token_shard_is_made_again(config: CorpusConfig) -> None:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from cluster.config import ConfigError
 from cluster.local_s3 import LocalS3
 from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, open_parent, open_store
+from cluster.store import former_version
 from data.corpus import CorpusConfig
 from tests.fault_proxy import FaultProxy
 from tests.google_stub import GoogleStub
@@ -150,6 +151,19 @@ def test_a_version_changes_with_the_content(store: Store) -> None:
     assert store.list()[0].version == before
     store.put("x", b"two")
     assert store.list()[0].version != before
+
+
+def test_a_file_replaced_by_one_of_equal_size_and_time_has_another_version(tmp_path: Path) -> None:
+    store, file = open_store(str(tmp_path)), tmp_path / "x"
+    file.write_bytes(b"one")
+    before, there = store.list()[0].version, file.stat()
+    while (
+        file.stat().st_ctime_ns == there.st_ctime_ns
+    ):  # the file system's clock ticks some 250 times a second
+        file.write_bytes(b"two")
+    os.utime(file, ns=(there.st_atime_ns, there.st_mtime_ns))
+    after = store.list()[0].version
+    assert after != before and former_version(after) == former_version(before)
 
 
 def test_a_store_tells_the_time(store: Store) -> None:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from cluster.config import ConfigError
 from cluster.keys import nearest
 from cluster.storage import open_store
+from cluster.store import former_version
 from data.tokens import fix_tokenizer, special_ids
 from trainers.export import Exported, load_exported
 from trainers.finetune_config import FinetuneConfig
@@ -95,7 +96,7 @@ def load_backbone(config: FinetuneConfig, seed: int) -> Exported:
 
 def backbone_digest(config: FinetuneConfig) -> str:
     """Names what lies behind `backbone.uri` now: 24 hexadecimal digits of path, size and version of each file that is
-    read of it.
+    read of it; without the time of a file's last change, so that a model may be put back or copied with its times.
 
     Raises:
         ConfigError: there is no backbone.
@@ -105,7 +106,7 @@ def backbone_digest(config: FinetuneConfig) -> str:
         read = {"config.json", "tokenizer.json", *weight_files(source)}
     except FileNotFoundError as error:
         raise ConfigError([f"backbone.uri={config.backbone.uri} holds no exported model: {error}"]) from None
-    infos = sorted((i.path, i.num_bytes, i.version) for i in source.list() if i.path in read)
+    infos = sorted((i.path, i.num_bytes, former_version(i.version)) for i in source.list() if i.path in read)
     return hashlib.blake2b(json.dumps(infos).encode(), digest_size=12).hexdigest()
 
 

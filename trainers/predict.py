@@ -24,6 +24,7 @@ from cluster.config import ConfigError, from_dict, run_entry
 from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import ray_session
 from cluster.storage import Store, open_store
+from cluster.store import former_version
 from cluster.workers import ClusterConfig, shortages
 from trainers.formats import TASK
 from trainers.lease import RunTakenError, lease
@@ -146,7 +147,12 @@ def pin(output: Store, model: Store, options: argparse.Namespace) -> None:
         for key in ("model", "max_new_tokens")
         if job[key] != before[key]
     ]
-    changed = [path for path, version in before["input"].items() if versions.get(path) != version]
+    changed = [
+        path
+        for path, version in before["input"].items()
+        # As noted now, or by a job that was begun when a file's version did not have the time of its last change.
+        if version not in (now := versions.get(path, ""), former_version(now))
+    ]
     if changed:
         problems.append(
             f"{len(changed):,} input files have changed or gone since, the first: {sorted(changed)[0]}"

@@ -17,6 +17,7 @@ import torch
 
 from cluster.hardware import device_here
 from cluster.storage import Store, open_store
+from cluster.store import former_version
 from trainers.local_copy import local_copy
 from trainers.prediction_rows import Piece, Row, rows_of
 from trainers.task_encoding import Encoded
@@ -147,6 +148,7 @@ def counts_of(lines: Iterable[dict[str, Any]]) -> Counts:
 
 
 def listing_digest(store: Store) -> str:
-    """Names what a folder holds: 24 hexadecimal digits of path, size and version of each of its files."""
-    infos = [(info.path, info.num_bytes, info.version) for info in store.list()]
+    """Names what a folder holds: 24 hexadecimal digits of path, size and version of each of its files; without the time
+    of a file's last change, so that a model may be put back or copied with its times."""
+    infos = [(info.path, info.num_bytes, former_version(info.version)) for info in store.list()]
     return hashlib.blake2b(json.dumps(infos).encode(), digest_size=12).hexdigest()
