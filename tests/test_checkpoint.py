@@ -25,7 +25,8 @@ from trainers.checkpoint import (
     latest_checkpoint,
     retire,
 )
-from trainers.checkpoint_commit import CheckpointError, file_path, folder_name, read_record, seal
+from trainers.checkpoint_commit import file_path, folder_name, read_record, seal
+from trainers.checkpoint_layout import CheckpointError
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import HEADER_ROOM_BYTES, CheckpointWriter
 from trainers.state import StateSlice

@@ -7,6 +7,7 @@ checkpoints, whatever stands in them. All functions take the run's store, which 
 
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,6 @@ from cluster.storage import Store
 from trainers.checkpoint_commit import (
     FOLDER,
     RECORD,
-    CheckpointError,
     CheckpointRecord,
     faults,
     file_path,
@@ -23,6 +23,7 @@ from trainers.checkpoint_commit import (
     parse_folder_name,
     read_record,
 )
+from trainers.checkpoint_layout import CheckpointError
 
 BEST = "best.json"
 ATTEMPTS = "attempts"
@@ -83,13 +84,20 @@ def claim_attempt(store: Store, world_size: int = 1) -> int:
 
 def latest_attempt(store: Store) -> int:
     """The number claimed last; 0 if none was."""
-    return max((int(info.path.rpartition("/")[2]) for info in store.list(f"{ATTEMPTS}/")), default=0)
+    names = (info.path.removeprefix(f"{ATTEMPTS}/") for info in store.list(f"{ATTEMPTS}/"))
+    return max((int(name) for name in names if re.fullmatch("[0-9]{5,9}", name)), default=0)
 
 
 def latest_world_size(store: Store) -> int:
     """Workers of the newest start; 0 before the first."""
     attempt = latest_attempt(store)
-    return int(store.read(f"{ATTEMPTS}/{attempt:05d}") or 1) if attempt else 0
+    path = f"{ATTEMPTS}/{attempt:05d}"
+    size = (store.read(path) or b"1") if attempt else b"0"
+    if not re.fullmatch(rb"[0-9]{1,9}", size):
+        raise CheckpointError(
+            f"{store.uri}/{path} is damaged: it holds no number of workers; write theirs there"
+        )
+    return int(size)
 
 
 def committed(store: Store) -> list[str]:
@@ -99,15 +107,21 @@ def committed(store: Store) -> list[str]:
 
 
 def latest_checkpoint(
-    store: Store, *, rank: int = 0, world_size: int = 1, gather: Gather = alone
+    store: Store,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather = alone,
+    sections: Collection[str] = (),
 ) -> CheckpointRecord | None:
     """The newest committed checkpoint whose every file has the recorded size and hash; None if there is none.
 
-    A damaged one is refused with a warning that names the file, and the one before is taken. With several
-    workers, all take what worker 0 sees, each verifies every `world_size`-th file, and all learn the outcome.
+    A damaged one is refused with a warning that names the file, and the one before is taken; so is one whose trainer's
+    state lacks one of `sections`, objects that the trainer goes on from. With several workers, all take what worker 0
+    sees, each verifies every `world_size`-th file, and all learn the outcome.
     """
     for name in gather(committed(store))[0]:
-        record, found = _examine(store, name, rank, world_size, gather)
+        record, found = _examine(store, name, rank, world_size, gather, sections)
         if record is not None and not found:
             return record
         if rank == 0:
@@ -206,13 +220,17 @@ def _age(name: str) -> tuple[int, int]:
 
 
 def _examine(
-    store: Store, name: str, rank: int, world_size: int, gather: Gather
+    store: Store, name: str, rank: int, world_size: int, gather: Gather, sections: Collection[str] = ()
 ) -> tuple[CheckpointRecord | None, list[str]]:
     """The record, if it is good, and all that any worker finds wrong with its share of the checkpoint."""
     record, found = None, []
     try:
         record = read_record(store, name)
-        found = faults(store, name, record.files[rank::world_size])
+        found = [
+            f"{file_path(name, RECORD)} is malformed: 'run' has no object {section!r}"
+            for section in sections
+            if not isinstance(record.run.get(section), dict)
+        ] or faults(store, record, record.files[rank::world_size])
     except (CheckpointError, FileNotFoundError) as error:
         found = [str(error)]
     return record, [fault for of_worker in gather(found) for fault in of_worker]

@@ -8,32 +8,49 @@
 The folder's name holds step, world size and attempt, so that no two writers ever share one. The record holds
 all that a reader needs: each file's size and SHA-256, where each range of each tensor lies, and the trainer's
 own state as JSON. It carries a hash of itself, so that a damaged record is told from a good one before
-anything in it is believed. SHA-256 tells whether a checkpoint may be taken; what is then read of it, a range at a time,
-is held against CRC-32 of its blocks.
+anything in it is believed; whoever can write a record can write that hash too, so its keys, types, names and the
+layout of its tensors are checked as well. SHA-256 tells whether a checkpoint may be taken; what is then read of it, a
+range at a time, is held against CRC-32 of its blocks.
 """
 
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from math import prod
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
-from cluster.config import UserError
+from pydantic import Field, TypeAdapter, ValidationError
+
 from cluster.storage import Store
+from trainers.checkpoint_layout import (
+    STRICT,
+    CheckpointError,
+    Count,
+    Extent,
+    PlacedRange,
+    Shape,
+    StoredFile,
+    StoredTensor,
+    by_file,
+    check_layout,
+    header_fault,
+)
+
+Sealed = TypeVar("Sealed")
 
 FOLDER = "checkpoints"
 RECORD = "COMMIT.json"
 _WRITTEN = re.compile(r"COMMIT\.json|part-\d{5,}\.json|worker-\d{5,}-\d{3,}\.safetensors")
 FORMAT = 2
-READABLE = (1, FORMAT)
-"""Records of format 1 have no CRC-32."""
-FLOAT32_BYTES = 4
+UNCHECKED_BLOCKS = 1
+"""The format of records without CRC-32."""
+RECORD_BYTES = 256 << 20
+"""At most, of a record and of a part: 7B on 512 workers at stage 3 has 25 MB."""
 # Bounds the memory of verification; S3 reaches its full rate for one request from about this size.
-READ_BYTES = 16 << 20
+READ_BYTES = 16 << 20  # whole blocks
 BLOCK_BYTES = 8 << 20
 """What a reader fetches at a time. A worker's ranges are mostly neighbours in one or two files: whole blocks turn
 thousands of small requests into a few that run at the store's full rate."""
@@ -42,49 +59,13 @@ thousands of small requests into a few that run at the store's full rate."""
 VERIFY_THREADS = 8
 
 
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint cannot be used or made. The message names the file, the expected and the found."""
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    path: str
-    """Within the checkpoint's folder."""
-    num_bytes: int
-    sha256: str
-    crc32: tuple[int, ...] = ()
-    """Of each block of `BLOCK_BYTES`; none in records of format 1."""
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Where elements [start, stop) of a flattened tensor lie."""
-
-    start: int
-    stop: int
-    file: str
-    """Path of the file within the checkpoint's folder."""
-    offset: int
-    """Of element `start`, in bytes from the file's beginning."""
-
-
-PlacedRange = tuple[str, str, tuple[int, ...], Extent]
-"""Parameter, kind, shape of the whole parameter, and where the range lies."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One parameter: its shape, and for each kind (value, moments) the extents, in order, no gap."""
-
-    shape: tuple[int, ...]
-    kinds: dict[str, tuple[Extent, ...]]
-
-
 @dataclass(frozen=True)
 class WorkerPart:
     """What one worker wrote: its files and every range in them."""
 
-    rank: int
+    __pydantic_config__ = STRICT
+
+    rank: Count
     files: tuple[StoredFile, ...]
     extents: tuple[PlacedRange, ...]
 
@@ -112,7 +93,7 @@ def folder_name(step: int, world_size: int, attempt: int) -> str:
 
 def parse_folder_name(name: str) -> tuple[int, int, int] | None:
     """(step, world size, attempt) of a checkpoint's folder; None for anything else."""
-    match = re.fullmatch(r"step-(\d{8,})-w(\d+)-a(\d+)", name)
+    match = re.fullmatch(r"step-([0-9]{8,18})-w([0-9]{1,9})-a([0-9]{1,9})", name)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
@@ -129,9 +110,13 @@ def is_checkpoint_file(path: str) -> bool:
 
 def stored_file(path: str, content: memoryview) -> StoredFile:
     """What the record says of a file with this content."""
+    return StoredFile(path, content.nbytes, hashlib.sha256(content).hexdigest(), block_sums(content))
+
+
+def block_sums(content: memoryview) -> tuple[int, ...]:
+    """CRC-32 of each block; `content` begins at one."""
     blocks = (content[start : start + BLOCK_BYTES] for start in range(0, content.nbytes, BLOCK_BYTES))
-    crc32 = tuple(zlib.crc32(block) for block in blocks)
-    return StoredFile(path, content.nbytes, hashlib.sha256(content).hexdigest(), crc32)
+    return tuple(zlib.crc32(block) for block in blocks)
 
 
 def canonical_json(content: Mapping[str, Any]) -> bytes:
@@ -160,19 +145,13 @@ def encode_part(part: WorkerPart) -> bytes:
     return seal(asdict(part))
 
 
-def decode_part(data: bytes, path: str) -> WorkerPart:
-    content = unseal(data, path)
-    return WorkerPart(
-        rank=content["rank"],
-        files=decode_files(content["files"]),
-        extents=tuple(
-            (name, kind, tuple(shape), Extent(**extent)) for name, kind, shape, extent in content["extents"]
-        ),
-    )
-
-
-def decode_files(files: Iterable[Mapping[str, Any]]) -> tuple[StoredFile, ...]:
-    return tuple(StoredFile(**{**file, "crc32": tuple(file.get("crc32", ()))}) for file in files)
+def decode_part(data: bytes, path: str, rank: int) -> WorkerPart:
+    """The part of the worker of this rank. CheckpointError if it is damaged, malformed or another one's."""
+    part = _decode(_PART, data, path).content
+    for file in part.files:
+        if part.rank != rank or not file.path.startswith(f"worker-{rank:05d}-"):
+            raise CheckpointError(f"{path} is of worker {part.rank} and names {file.path}")
+    return part
 
 
 def encode_record(record: CheckpointRecord) -> bytes:
@@ -190,61 +169,128 @@ def encode_record(record: CheckpointRecord) -> bytes:
     return seal(shallow | {"format": FORMAT, "files": [asdict(f) for f in record.files], "tensors": tensors})
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor as the record has it; a row is [start, stop, file's index, offset]."""
+
+    __pydantic_config__ = STRICT
+
+    shape: Shape
+    kinds: dict[str, tuple[tuple[Count, Count, Count, Count], ...]]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The content of COMMIT.json."""
+
+    __pydantic_config__ = STRICT
+
+    format: Literal[1, 2]
+    name: str
+    step: Count
+    world_size: Count
+    attempt: Count
+    created: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    files: tuple[StoredFile, ...]
+    tensors: dict[str, _Tensor]
+    run: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _SealedRecord:
+    __pydantic_config__ = STRICT
+
+    content: _Record
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _SealedPart:
+    __pydantic_config__ = STRICT
+
+    content: WorkerPart
+    sha256: str
+
+
+_RECORD, _PART = TypeAdapter(_SealedRecord), TypeAdapter(_SealedPart)
+
+
+def _decode(adapter: TypeAdapter[Sealed], data: bytes, path: str) -> Sealed:
+    """A sealed file's content in its types. CheckpointError, naming the first key that is wrong."""
+    unseal(data, path)
+    try:
+        return adapter.validate_json(data)
+    except ValidationError as malformed:
+        first, *others = malformed.errors(include_url=False, include_input=False)
+        at = ".".join(str(part) for part in first["loc"][1:])[:200]
+        more = f", and {len(others):,} more" if others else ""
+        raise CheckpointError(f"{path} is malformed: {at!r}: {first['msg']}{more}") from malformed
+
+
 def read_record(store: Store, name: str) -> CheckpointRecord:
-    """The commit record of a checkpoint. FileNotFoundError if not committed, CheckpointError if damaged."""
+    """The commit record of a checkpoint.
+
+    Raises:
+        FileNotFoundError: it is not committed.
+        CheckpointError: the record is damaged or malformed.
+    """
     path = file_path(name, RECORD)
-    content = unseal(store.read(path), path)
-    if content.pop("format") not in READABLE:
-        raise CheckpointError(f"{path} is of no format of {READABLE}; read it with the version that wrote it")
-    if content["name"] != name:
-        raise CheckpointError(f"{path} is the record of {content['name']}; checkpoints cannot be renamed")
-    files = decode_files(content.pop("files"))
-    tensors = {
-        tensor_name: StoredTensor(
-            tuple(tensor["shape"]),
-            {kind: tuple(Extent(begin, end, files[index].path, at) for begin, end, index, at in rows)
-             for kind, rows in tensor["kinds"].items()},
-        )
-        for tensor_name, tensor in content.pop("tensors").items()
-    }  # fmt: skip
-    return CheckpointRecord(files=files, tensors=tensors, **content)
+    content = _decode(_RECORD, read_bounded(store, path), path).content
+    stated = folder_name(content.step, content.world_size, content.attempt)
+    if content.name != name or stated != name:
+        raise CheckpointError(f"{path} is the record of {content.name}; checkpoints cannot be renamed")
+    try:
+        record = CheckpointRecord(
+            name, content.step, content.world_size, content.attempt, content.created, content.files,
+            _tensors(content), content.run,
+        )  # fmt: skip
+        check_record(record, checked_blocks=content.format != UNCHECKED_BLOCKS)
+    except CheckpointError as impossible:
+        raise CheckpointError(f"{path} is malformed: {impossible}") from impossible
+    return record
 
 
-def join_tensors(parts: Iterable[WorkerPart]) -> dict[str, StoredTensor]:
-    """All workers' extents, each tensor covered exactly once; CheckpointError where one is not."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    extents: dict[str, dict[str, list[Extent]]] = {}
-    for part in parts:
-        for name, kind, shape, extent in part.extents:
-            if shapes.setdefault(name, shape) != shape:
-                raise CheckpointError(f"{name} has shape {shapes[name]} and, on worker {part.rank}, {shape}")
-            extents.setdefault(name, {}).setdefault(kind, []).append(extent)
-    for name, kinds in extents.items():
-        for kind, pieces in kinds.items():
-            pieces.sort(key=lambda extent: extent.start)
-            reached = 0
-            for piece in pieces:
-                if piece.start != reached:
-                    fault = "is missing" if piece.start > reached else "was given twice"
-                    low, high = sorted((reached, piece.start))
-                    raise CheckpointError(f"{kind} of {name}: [{low}, {high}) {fault}")
-                reached = piece.stop
-            if reached != prod(shapes[name]):
-                raise CheckpointError(f"{kind} of {name}: {reached} elements for shape {shapes[name]}")
+def _tensors(content: _Record) -> dict[str, StoredTensor]:
+    paths = [file.path for file in content.files]
+
+    def extent(start: int, stop: int, index: int, offset: int) -> Extent:
+        if index >= len(paths):
+            raise CheckpointError(f"a tensor lies in file {index} of {len(paths)}")
+        return Extent(start, stop, paths[index], offset)
+
     return {
-        name: StoredTensor(shapes[name], {kind: tuple(pieces) for kind, pieces in kinds.items()})
-        for name, kinds in extents.items()
+        name: StoredTensor(
+            tensor.shape, {kind: tuple(extent(*row) for row in rows) for kind, rows in tensor.kinds.items()}
+        )
+        for name, tensor in content.tensors.items()
     }
 
 
-def faults(store: Store, name: str, files: Sequence[StoredFile]) -> list[str]:
+def check_record(record: CheckpointRecord, *, checked_blocks: bool = True) -> None:
+    """CheckpointError if the record's tensors do not lie in its files as `check_layout` wants, or blocks lack sums."""
+    check_layout(record.files, record.tensors)
+    for file in record.files:
+        num_blocks = -(-file.num_bytes // BLOCK_BYTES) if checked_blocks else 0
+        if len(file.crc32) != num_blocks:
+            raise CheckpointError(f"{file.path}: {len(file.crc32)} checksums for {num_blocks} blocks")
+
+
+def read_bounded(store: Store, path: str) -> bytes:
+    """A record or part; CheckpointError before it is read if no run writes one so large."""
+    if (num_bytes := store.size(path)) > RECORD_BYTES:
+        raise CheckpointError(f"{path} is malformed: {num_bytes:,} bytes, more than {RECORD_BYTES:,}")
+    return store.read(path)
+
+
+def faults(store: Store, record: CheckpointRecord, files: Sequence[StoredFile]) -> list[str]:
     """What is wrong with these files of a checkpoint: path, expected, found. Reads every byte."""
+    placed = by_file(record.tensors)
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-        found = pool.map(lambda file: _fault(store, name, file), files)
+        found = pool.map(lambda file: _fault(store, record.name, file, placed.get(file.path, [])), files)
         return [fault for fault in found if fault]
 
 
-def _fault(store: Store, name: str, file: StoredFile) -> str | None:
+def _fault(store: Store, name: str, file: StoredFile, placed: Sequence[tuple[str, Extent]]) -> str | None:
     path = file_path(name, file.path)
     try:
         num_bytes = store.size(path)
@@ -252,11 +298,17 @@ def _fault(store: Store, name: str, file: StoredFile) -> str | None:
             return f"{path}: expected {file.num_bytes:,} bytes, found {num_bytes:,}"
         found = ""
         for _ in range(2):  # once more, for a read that was corrupted on its way is no fault of the file
-            sha256 = hashlib.sha256()
+            sha256, crc32, beginning = hashlib.sha256(), list[int](), b""
             for start in range(0, num_bytes, READ_BYTES):
-                sha256.update(store.read_range(path, start, min(READ_BYTES, num_bytes - start)))
+                part = store.read_range(path, start, min(READ_BYTES, num_bytes - start))
+                beginning = beginning or part
+                sha256.update(part)
+                crc32 += block_sums(memoryview(part))
             if (found := sha256.hexdigest()) == file.sha256:
-                return None
+                if file.crc32 not in ((), tuple(crc32)):
+                    return f"{path}: the record's CRC-32 of blocks are not those of its bytes"
+                fault = header_fault(beginning, placed)
+                return fault and f"{path}: {fault}"
     except FileNotFoundError:
         return f"{path}: expected {file.num_bytes:,} bytes, found no file"
     return f"{path}: expected sha256 {file.sha256}, found {found}"

@@ -10,15 +10,8 @@ from math import prod
 import torch
 
 from cluster.storage import Store
-from trainers.checkpoint_commit import (
-    BLOCK_BYTES,
-    FLOAT32_BYTES,
-    CheckpointError,
-    CheckpointRecord,
-    Extent,
-    StoredTensor,
-    file_path,
-)
+from trainers.checkpoint_commit import BLOCK_BYTES, CheckpointRecord, file_path
+from trainers.checkpoint_layout import FLOAT32_BYTES, CheckpointError, Extent, StoredTensor
 from trainers.state import VALUE
 
 CACHED_BLOCKS = 16
@@ -58,7 +51,8 @@ class CheckpointReader:
             raise KeyError(f"{self.record.name} holds no {kind} of {name}; it holds {self.kinds(name)}")
         if not 0 <= start <= stop <= prod(tensor.shape):
             raise IndexError(f"[{start}, {stop}) is not within the {prod(tensor.shape)} elements of {name}")
-        result = torch.empty(stop - start, dtype=torch.float32)
+        # Not what the memory held before: where nothing is read, nothing may pass for weights.
+        result = torch.full((stop - start,), torch.nan, dtype=torch.float32)
         target = result.numpy().data.cast("B")
         extents = tensor.kinds[kind]
         for extent in extents[max(0, bisect_right(extents, start, key=_start) - 1) :]:

@@ -19,23 +19,30 @@ import torch
 from cluster.storage import StorageError, Store
 from trainers.checkpoint import CheckpointConfig, latest_attempt, retire
 from trainers.checkpoint_commit import (
-    FLOAT32_BYTES,
     FOLDER,
     RECORD,
-    CheckpointError,
     CheckpointRecord,
-    Extent,
-    PlacedRange,
-    StoredFile,
     WorkerPart,
     canonical_json,
+    check_record,
     decode_part,
     encode_part,
     encode_record,
     file_path,
     folder_name,
-    join_tensors,
+    read_bounded,
     stored_file,
+)
+from trainers.checkpoint_layout import (
+    FLOAT32_BYTES,
+    HEADER_LENGTH_BYTES,
+    CheckpointError,
+    Extent,
+    PlacedRange,
+    StoredFile,
+    header_entry,
+    header_key,
+    join_tensors,
 )
 from trainers.state import StateSlice
 
@@ -91,13 +98,11 @@ class HostFile:
         """The whole file, and each range with its place in it, once the file is named."""
         header, ends = {}, [0]
         for name, kind, _, start, stop in self._ranges:
+            header[header_key(name, kind, start)] = header_entry(stop - start, ends[-1])
             ends.append(ends[-1] + (stop - start) * FLOAT32_BYTES)
-            header[f"{name}/{kind}/{start}"] = {
-                "dtype": "F32", "shape": [stop - start], "data_offsets": ends[-2:],
-            }  # fmt: skip
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        prefix = len(text).to_bytes(8, "little") + text
+        prefix = len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
         file_start = HEADER_ROOM_BYTES - len(prefix)
         view = self._bytes.numpy().data
         view[file_start:HEADER_ROOM_BYTES] = prefix
@@ -257,9 +262,8 @@ class CheckpointWriter:
 
     def _commit(self, name: str, step: int, run: Mapping[str, Any]) -> None:
         sizes = self._wait_for_parts(name)
-        part_paths = [file_path(name, _part_file(rank)) for rank in range(self._world_size)]
         with ThreadPoolExecutor(self._config.upload_threads) as pool:
-            parts = list(pool.map(lambda path: decode_part(self._store.read(path), path), part_paths))
+            parts = list(pool.map(lambda rank: self._read_part(name, rank), range(self._world_size)))
         files = tuple(file for part in parts for file in part.files)
         for file in files:
             if sizes.get(file.path) != file.num_bytes:
@@ -270,12 +274,18 @@ class CheckpointWriter:
             raise CheckpointError(f"attempt {newer} has taken the run over; attempt {self._attempt} ends")
         record = CheckpointRecord(
             name=name, step=step, world_size=self._world_size, attempt=self._attempt, created=time.time(),
-            files=files, tensors=join_tensors(parts), run=dict(run),
+            files=files, tensors=join_tensors(extent for part in parts for extent in part.extents),
+            run=dict(run),
         )  # fmt: skip
+        check_record(record)
         path, data = file_path(name, RECORD), encode_record(record)
         # A put that was repeated after a lost answer finds its own record.
         if not self._store.put_if_absent(path, data) and self._store.read(path) != data:
             raise CheckpointError(f"{path} was written by another process of attempt {self._attempt}")
+
+    def _read_part(self, name: str, rank: int) -> WorkerPart:
+        path = file_path(name, _part_file(rank))
+        return decode_part(read_bounded(self._store, path), path, rank)
 
     def _wait_for_parts(self, name: str) -> dict[str, int]:
         """Sizes of the files in the checkpoint's folder, once every worker's part is among them."""

@@ -152,7 +152,11 @@ def restore(parts: FinetuneParts) -> Progress:
     """
     workers = parts.workers
     record = latest_checkpoint(
-        parts.run, rank=workers.rank, world_size=workers.world_size, gather=workers.gather
+        parts.run,
+        rank=workers.rank,
+        world_size=workers.world_size,
+        gather=workers.gather,
+        sections=("identity", "choice"),
     )
     name = record.name if record else None
     note(parts, record.step if record else 0, "start", world_size=workers.world_size, checkpoint=name)

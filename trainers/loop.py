@@ -71,6 +71,10 @@ class Parts:
     """Of this worker, for the record: `device`, and `watts` that it is taken to draw. The driver may have another."""
 
 
+SECTIONS = ("identity", "guard", "selection")
+"""Of a checkpoint's trainer's state: what `restore` needs."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """Where a worker's training ended: all steps done, validation gave up, or asked to stop."""

@@ -32,7 +32,7 @@ from trainers.heartbeat import GIL_GRACE_SECONDS, Heartbeat
 from trainers.initial import begun_values
 from trainers.live_metrics import LiveMetrics, event_log
 from trainers.llama import rows_of_fused
-from trainers.loop import Parts, train
+from trainers.loop import SECTIONS, Parts, train
 from trainers.metrics import Meter, MetricsWriter, Record
 from trainers.model import build_hollow, initial_value
 from trainers.objective import Objective
@@ -71,7 +71,7 @@ def work(arguments: dict[str, Any]) -> None:
         data = open_data(task)
         heartbeat.beat(0, "restore")
         newest = latest_checkpoint(
-            run, rank=workers.rank, world_size=workers.world_size, gather=workers.gather
+            run, rank=workers.rank, world_size=workers.world_size, gather=workers.gather, sections=SECTIONS
         )
         # Before the engine is built: the pipeline takes seconds to start, and does so meanwhile.
         stream = stack.enter_context(open_stream(config, data, workers, newest.step if newest else 0))
