@@ -7,12 +7,20 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from cluster.store import READ_AHEAD_BYTES, REMEDIES, ObjectInfo, StorageError, Store, checked_path
+from cluster.store import (
+    READ_AHEAD_BYTES,
+    REMEDIES,
+    ObjectInfo,
+    StorageError,
+    Store,
+    checked_path,
+    is_hidden,
+)
 
 _UNFINISHED = ".unfinished-"  # files that are being written; a reader never sees them
 _TEMPORARY = re.compile(re.escape(_UNFINISHED) + "[0-9a-f]{32}")
@@ -141,6 +149,7 @@ class LocalStore(Store):
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         """What a folder holds; one that is absent, or goes while we walk, is empty."""
         with (
+            _unless_hidden(folder),
             self._named("list", folder),
             suppress(FileNotFoundError),
             os.scandir(self._resolved(folder)) as found,
@@ -150,7 +159,7 @@ class LocalStore(Store):
 
     def _listed(self, path: str, entry: os.DirEntry[str]) -> os.stat_result | None:
         """The state of a file; None if it is gone meanwhile. Raises `StorageError` for what cannot be read as one."""
-        with self._named("list", path):
+        with _unless_hidden(path), self._named("list", path):
             try:
                 if not entry.is_symlink():
                     return _regular(entry.stat(follow_symlinks=False))
@@ -164,6 +173,7 @@ class LocalStore(Store):
                 if not os.path.islink(entry.path):
                     return None
                 raise self._error("list", path, "it is a link to nothing", "remove it") from None
+        return None
 
     def sweep(self, prefix: str = "") -> None:
         now = self.clock()
@@ -206,6 +216,12 @@ def _remove_abandoned(folder: Path, now: float) -> None:
             with suppress(FileNotFoundError):  # its writer lives after all, or another one removed it
                 if path.stat().st_mtime < now - ABANDONED_SECONDS:
                     path.unlink()
+
+
+def _unless_hidden(path: str) -> AbstractContextManager[None]:
+    """Lets a `StorageError` pass, but not of what is no data: a checkout's `.venv` is full of links, a lock file is one
+    to nothing."""
+    return suppress(StorageError) if is_hidden(path) else nullcontext()
 
 
 def _version(status: os.stat_result) -> str:

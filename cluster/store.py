@@ -2,12 +2,16 @@
 
 import contextlib
 import errno
+import logging
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
 
 # Of a file from `open`: at 30 ms a request, 1 MiB is 33 MB/s; who needs more reads larger ranges.
 READ_AHEAD_BYTES = 1 << 20
@@ -119,6 +123,19 @@ class Store(ABC):
         """Every object whose path begins with `prefix`, however deep, sorted; a folder's ends in "/"."""
         return sorted(self.scan(prefix), key=lambda info: info.path)
 
+    def list_input(self) -> Sequence[ObjectInfo]:
+        """As `list`, of a folder that others fill, for reading all of it: what `is_hidden` is left out, and counted in
+        the log."""
+        listed = self.list()
+        visible = [info for info in listed if not is_hidden(info.path)]
+        if num_hidden := len(listed) - len(visible):
+            example = next(info.path for info in listed if is_hidden(info.path))
+            _tell(
+                f"{self.uri}: left out {num_hidden:,} files with a part of the path that begins with . or _, "
+                f"as {printable(example)}"
+            )
+        return visible
+
     def child(self, path: str) -> "Store":
         """The store at a path within this one."""
         return replace(self, uri=f"{self.uri.rstrip('/')}/{checked_path(path)}")
@@ -173,16 +190,53 @@ class Store(ABC):
             raise self._error(operation, path, error.strerror or str(error), remedy) from error
 
     def _error(self, operation: str, path: str, cause: str, remedy: str) -> StorageError:
-        return StorageError(f"{self.uri.rstrip('/')}/{path}: cannot {operation}: {cause}; {remedy}")
+        return StorageError(
+            f"{self.uri.rstrip('/')}/{printable(path)}: cannot {operation}: {cause}; {remedy}"
+        )
 
     def _absent(self, path: str) -> FileNotFoundError:
-        return FileNotFoundError(f"{self.uri.rstrip('/')}/{path}: no such object")
+        return FileNotFoundError(f"{self.uri.rstrip('/')}/{printable(path)}: no such object")
 
     def _whole(self, path: str, data: bytes, start: int, length: int) -> bytes:
         if len(data) != length:
             cause = f"it has {len(data):,} of the {length:,} bytes wanted from byte {start:,}"
             raise self._error("read", path, cause, TOO_SHORT)
         return data
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of the path begins with "." or "_", as other tools name what is no data: `.git`, `_temporary`.
+
+    A part with "=" is a partition, however its column is named (as in Spark).
+    """
+    return any(part.startswith(".") or (part.startswith("_") and "=" not in part) for part in path.split("/"))
+
+
+def name_problem(path: str) -> str | None:
+    """Why an object of this path cannot be worked with, and what helps; None if it can."""
+    if path.startswith("/"):
+        return "its key has two slashes in a row; copy it to a key without"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    return None
+
+
+def printable(path: str) -> str:
+    """A path as it can be shown in a line, with the bytes of other characters written as \\xff."""
+    return "".join(
+        each
+        if each.isprintable()
+        else "".join(f"\\x{byte:02x}" for byte in each.encode(errors="surrogateescape"))
+        for each in path
+    )
+
+
+@cache
+def _tell(line: str) -> None:
+    """Log a warning once per process: a folder is listed several times on the way to what is made of it."""
+    logger.warning(line)
 
 
 def checked_path(path: str) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from cluster.config import UserError
 from cluster.storage import open_store
+from cluster.store import name_problem, printable
 from data.clean import Normalization
 from data.splits import SplitConfig
 from data.tokens import TokenizerConfig
@@ -24,6 +25,9 @@ BYTES_PER_TOKEN = 4
 # 64 lanes of 16 fragments each, so that lanes are well mixed; a power of 4 (see `fragment_tokens_for`).
 FRAGMENTS_WANTED = 1_024
 SMALLEST_FRAGMENT, LARGEST_FRAGMENT = 4_096, 1_048_576
+
+# In an error: enough to see what they have in common.
+NAMES_SHOWN = 3
 
 # Smaller raw shards are joined into pieces of work up to this size: compressed, a second's work.
 PIECE_BYTES = 2**20
@@ -129,12 +133,11 @@ class RawShard:
 
 
 def list_raw_shards(config: CorpusConfig) -> list[RawShard]:
-    """List all raw shards, by source and path. Names that begin with `.` or `_` (markers of other tools) are
-    left out.
+    """List all raw shards, by source and path, without what is hidden (`Store.list_input`).
 
     Raises:
-        CorpusError: a source without any, a file of unknown format, or a pattern of `splits` that names no
-            shard.
+        CorpusError: a source without any, a file of unknown format or with a name that cannot be used, or a pattern of
+            `splits` that names no shard.
         StorageError: a source cannot be listed.
     """
     shards: list[RawShard] = []
@@ -142,16 +145,20 @@ def list_raw_shards(config: CorpusConfig) -> list[RawShard]:
     for source, uri in config.named_sources().items():
         found = [
             RawShard(source, each.path, each.num_bytes, each.version)
-            for each in open_store(uri).list()
-            if PurePosixPath(each.path).name[0] not in "._"
-            and any(fnmatchcase(each.path, pattern) for pattern in config.include)
+            for each in open_store(uri).list_input()
+            if any(fnmatchcase(each.path, pattern) for pattern in config.include)
         ]
+        problems += [
+            f"{uri}/{printable(shard.path)}: {problem}"
+            for shard in found
+            if (problem := name_problem(shard.path))
+        ][:NAMES_SHOWN]
         if not found:
             problems.append(f"no documents at {uri} (source {source!r}, include={list(config.include)})")
         unknown = [shard.path for shard in found if _format_of(shard.path) is None]
         if unknown:
             problems.append(
-                f"{uri}/{unknown[0]}: unknown format ({len(unknown):,} such files); known: "
+                f"{uri}/{printable(unknown[0])}: unknown format ({len(unknown):,} such files); known: "
                 f"{', '.join(FORMATS)}, all but Parquet also with .gz or .zst. Leave others out by "
                 "corpus.include, as '*.jsonl.gz'"
             )

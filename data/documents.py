@@ -302,6 +302,6 @@ def corpus_problems(config: CorpusConfig) -> list[str]:
             if records and len(broken) == len(records):
                 at = f"{store.uri}/{first.path}"
                 problems.append(f"{at}: the first {len(records)} records are broken: {broken[0].reason}")
-    except CorpusError as error:
+    except (CorpusError, StorageError) as error:
         return str(error).splitlines()
     return problems

@@ -3,13 +3,18 @@
 import gzip
 import io
 import json
+import shutil
+import subprocess
+import sys
 import tracemalloc
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.dataset as dataset
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -28,6 +33,7 @@ from data.corpus import (
 )
 from data.documents import Broken, Document, corpus_problems, read_documents
 from data.splits import SplitConfig
+from tests.google_stub import GoogleStub
 
 TEXTS = ["To be, or not to be", "naïve café ☕", "一二三\n四五六", "a\tb \u2028c"]
 
@@ -312,6 +318,100 @@ def test_listing_is_sorted_and_leaves_out_markers(tmp_path: Path) -> None:
         store.put(name, b"x")
     config = CorpusConfig(uri=str(tmp_path), include=("*.jsonl*", "*.parquet"))
     assert [shard.path for shard in list_raw_shards(config)] == ["a-b.parquet", "a/x.jsonl.zst", "b.jsonl"]
+
+
+def from_git(folder: Path) -> list[str]:
+    """A checkout, with an environment full of links, and an editor's lock, which is a link to nothing."""
+    (folder / "docs").mkdir()
+    (folder / "docs" / "poem.txt").write_text("to be")
+    (folder / "MERGE_MSG.txt").write_text("or not")
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "text"]):
+        subprocess.run([*git, *command], check=True)
+    (folder / ".git" / "notes.txt").write_text("hidden")
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "python").symlink_to(sys.executable)
+    (folder / ".venv" / "lib64").symlink_to("lib")
+    (folder / "docs" / ".#poem.txt").symlink_to("somebody@host.1")
+    return ["MERGE_MSG.txt", "docs/poem.txt"]
+
+
+def from_spark(folder: Path) -> list[str]:
+    """A partitioned table, whose job left a part of an attempt that failed, checksums, and its log."""
+    table = pa.table({"text": ["to be", "or not"], "lang": ["en", "__HIVE_DEFAULT_PARTITION__"]})
+    dataset.write_dataset(
+        table,
+        folder,
+        format="parquet",
+        partitioning=dataset.partitioning(pa.schema([("lang", pa.string())]), flavor="hive"),
+        basename_template="part-0000{i}-5c0d-c000.snappy.parquet",
+    )
+    parts = [str(path.relative_to(folder)) for path in folder.rglob("*.parquet")]
+    for part in parts:
+        (folder / part).with_name(f".{Path(part).name}.crc").write_bytes(b"crc")
+        attempt = folder / "_temporary" / "0" / "_temporary" / "attempt_1" / Path(part).name
+        attempt.parent.mkdir(parents=True, exist_ok=True)
+        attempt.write_bytes((folder / part).read_bytes())
+    for name in ("_SUCCESS", "_delta_log/1.checkpoint.parquet", "_v=1/part-0.parquet"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    return [*parts, "_v=1/part-0.parquet"]  # Spark itself reads a partition by a column of such a name
+
+
+def from_jupyter(folder: Path) -> list[str]:
+    for name in ("texts.jsonl", ".ipynb_checkpoints/texts-checkpoint.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(jsonl([{"text": "to be"}]))
+    return ["texts.jsonl"]
+
+
+def from_mac(folder: Path) -> list[str]:
+    with zipfile.ZipFile(folder.with_suffix(".zip"), "w") as packed:
+        for name in ("corpus/a.txt", "corpus/.DS_Store", "__MACOSX/corpus/._a.txt", "__MACOSX/._corpus"):
+            packed.writestr(name, "x")
+    shutil.unpack_archive(folder.with_suffix(".zip"), folder)
+    return ["corpus/a.txt"]
+
+
+@pytest.mark.parametrize("tool", [from_git, from_spark, from_jupyter, from_mac])
+def test_what_other_tools_hide_in_a_folder_is_no_corpus_and_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tool: Callable[[Path], list[str]]
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    expected = sorted(tool(raw))
+    config = CorpusConfig(uri=str(raw), prepared=f"{tmp_path}/prepared")
+    assert [shard.path for shard in list_raw_shards(config)] == expected
+    assert corpus_problems(replace(config, include=(expected[-1],))) == []
+    hidden = sum(not path.is_symlink() for path in raw.rglob("*") if path.is_file()) - len(expected)
+    [line] = caplog.messages
+    assert f"{raw}: left out {hidden:,} files" in line and hidden > 0
+
+
+def test_names_that_no_store_can_work_with_are_each_told_before_a_worker_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CorpusConfig(uri=f"{tmp_path}/raw", prepared=f"{tmp_path}/prepared")
+    store = open_store(config.uri)
+    for name in ("a.jsonl", "\udcff.jsonl"):
+        store.put(name, jsonl([{"text": "to be"}]))
+    [stray] = corpus_problems(config)
+    assert stray.startswith(f"{tmp_path}/raw/\\xff.jsonl: its name is not UTF-8")
+    assert corpus_problems(replace(config, include=("a*",))) == []
+    with GoogleStub("bucket") as stub:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{stub.port}")
+        keys = ("", "/", "/a.jsonl", "/.", "/..", "/../a.jsonl", "/./a.jsonl", "//a.jsonl", "/b//a.jsonl")
+        for key in keys:
+            stub.insert(f"raw{key}", jsonl([{"text": "to be"}]), {}, is_conditional=False)
+        [slashes] = corpus_problems(replace(config, uri="gs://bucket/raw"))
+        assert slashes.startswith("gs://bucket/raw//a.jsonl: its key has two slashes in a row")
+        del stub.objects["raw//a.jsonl"]
+        on_google = replace(config, uri="gs://bucket/raw")
+        assert corpus_problems(on_google) == []
+        shards = list_raw_shards(on_google)
+        assert [shard.path for shard in shards] == ["a.jsonl", "b//a.jsonl"]
+        for shard in shards:
+            assert texts(list(read_documents(open_store(on_google.uri), shard, on_google))) == ["to be"]
 
 
 def test_a_shard_written_anew_has_another_version(tmp_path: Path) -> None:

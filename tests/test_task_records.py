@@ -114,6 +114,17 @@ def test_a_broken_row_of_a_csv_is_named(tmp_path, broken, why):
         read_examples(LABELS, str(tmp_path / "r.csv"))
 
 
+def test_what_other_tools_hide_beside_records_is_not_read_and_a_name_that_is_no_text_is_one_line(tmp_path):
+    for name in ("r.jsonl", ".ipynb_checkpoints/r-checkpoint.jsonl", "_temporary/0/part.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        put_lines(tmp_path / name, [{"text": "x", "label": "a"}])
+    store, paths = find_files(str(tmp_path))
+    assert paths == ["r.jsonl"]
+    store.put("\udcff.csv", b"text,label\n")
+    with pytest.raises(ConfigError, match=r"/\\xff\.csv: its name is not UTF-8; rename it"):
+        find_files(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["r.jsonl.gz", "r.csv.gz", "r.parquet"])
 def test_a_file_that_is_cut_off_is_named(tmp_path, name):
     whole = gzip.compress(b'{"text": "x", "label": "y"}\n' * 100)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from cluster.config import ConfigError
 from cluster.keys import nearest
 from cluster.storage import Store, open_parent, open_store
+from cluster.store import name_problem, printable
 from data.clean import normalise
 from trainers.delimited import csv_rows
 from trainers.task import TaskConfig
@@ -80,7 +81,9 @@ def find_files(uri: str) -> tuple[Store, list[str]]:
             raise ConfigError([f"{uri}: no such file; correct the data.* of the task"])
         return store, [name]
     store = open_store(uri)
-    paths = [info.path for info in store.list() if _format(info.path)]
+    paths = [info.path for info in store.list_input() if _format(info.path)]
+    if unusable := [(path, problem) for path in paths if (problem := name_problem(path))]:
+        raise ConfigError([f"{uri}/{printable(path)}: {problem}" for path, problem in unusable[:SHOWN]])
     if not paths:
         raise ConfigError([f"{uri} holds no {', '.join(FORMATS)} files (also .gz, .zst); correct the URI"])
     return store, paths
