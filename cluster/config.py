@@ -18,6 +18,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import pydantic
 import yaml
 
+from cluster.bounds import out_of_bounds
 from cluster.errors import ConfigError, UserError
 from cluster.keys import (
     choices,
@@ -191,7 +192,7 @@ class _Builder:
             return default
         value = self.values[name]
         try:  # strict, but by way of JSON: there a list may stand for a tuple
-            return _adapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+            checked = _adapter(hint).validate_json(json.dumps(value, default=str), strict=True)
         except pydantic.ValidationError:
             remedy = ""
             if alike := nearest(str(value), list(choices(hint))):
@@ -199,8 +200,12 @@ class _Builder:
             elif str in members(hint):
                 remedy = "; put it in quotes"
             self.problems.append(f"{name}={shown(value)} is not {type_name(hint)}{remedy}")
-            self.unheard.add(name)
-            return default
+        else:
+            if not (beyond := out_of_bounds(name, value)):
+                return checked
+            self.problems.append(f"{name}={shown(value)} {beyond}")
+        self.unheard.add(name)
+        return default
 
 
 @functools.cache

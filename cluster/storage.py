@@ -8,7 +8,6 @@ Google Cloud Storage from its application default credentials.
 
 import functools
 import io
-import math
 import os
 import re
 import uuid
@@ -23,6 +22,7 @@ import botocore.exceptions as aws
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
+from cluster.bounds import seconds_given
 from cluster.config import ConfigError
 from cluster.google_store import GoogleStore
 from cluster.local_store import LocalStore
@@ -56,7 +56,7 @@ def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
     Without a policy a store that is away is waited for as long as STORE_PATIENCE_SECONDS says: 120 unless it is set,
     and 540 in a session's workers (cluster/session.py). More is of use only below `heartbeat.timeout_seconds`.
     """
-    policy = policy or RetryPolicy(give_up_seconds=_patience())
+    policy = policy or RetryPolicy(give_up_seconds=seconds_given(PATIENCE, RetryPolicy.give_up_seconds))
     scheme, separator, rest = uri.partition("://")
     if not separator and re.match(r"(s3|gs|file):/", uri):
         raise ConfigError([f"{uri} has one slash too few: {uri.replace(':/', '://', 1)}"])
@@ -81,17 +81,6 @@ def open_parent(uri: str) -> tuple[Store, str]:
     """The store that holds the file at `uri`, and the file's name there. Raises `ConfigError`."""
     parent, slash, name = uri.rstrip("/").rpartition("/")
     return open_store(parent + slash), name
-
-
-def _patience() -> float:
-    text = os.environ.get(PATIENCE, str(RetryPolicy.give_up_seconds))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds < math.inf:
-        raise ConfigError([f"{PATIENCE}={text} is no number of seconds: set it to 120, say, or not at all"])
-    return seconds
 
 
 # --- S3 ---

@@ -10,6 +10,10 @@ Resources = Mapping[str, float]
 """What one node has, by Ray's names: CPU, GPU."""
 
 
+MOST_CPUS = 4_096
+"""Of a host; the largest have some hundreds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Which machines to use, and how much of them each training worker gets."""
@@ -43,6 +47,9 @@ class ClusterConfig:
             )
         if self.cpus_per_worker <= 0:
             yield f"{at}.cpus_per_worker={self.cpus_per_worker} must be positive; on shared cores, try 0.75"
+        for key in ("cpus_per_worker", "threads_per_worker"):
+            if getattr(self, key) > MOST_CPUS:
+                yield f"{at}.{key}={getattr(self, key):g} is more than any host has; {MOST_CPUS:,} at most"
         if self.threads_per_worker < 0:
             yield f"{at}.threads_per_worker={self.threads_per_worker} must not be negative; 0 takes its CPUs"
         if self.object_store_bytes < 0:

@@ -100,7 +100,10 @@ class Mixture:
 
     def _arc_bounds(self, weights: Sequence[float]) -> NDArray[np.int64]:
         """Arc of source i: points from bounds[i] up to bounds[i + 1]; every point belongs to one."""
-        upto = np.cumsum(np.asarray(weights, np.float64))
+        scaled = np.ldexp(
+            weights, -np.frexp(max(weights))[1]
+        )  # below 1, exactly: the sum of large ones overflows
+        upto = np.cumsum(scaled)
         return np.concatenate([[0], np.round(upto / upto[-1] * self._circle).astype(np.int64)])
 
     def _constant_counts(

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cluster.bounds import LARGEST_INTEGER, LARGEST_NUMBER
 from cluster.config import ConfigError, from_dict, load_config, run_entry, to_dict, to_yaml
 from cluster.keys import nearest
 
@@ -235,7 +236,8 @@ def test_a_key_without_a_default_must_be_given() -> None:
     assert from_dict(Strict, {"steps": 3}) == Strict(steps=3)
 
 
-floats = st.floats(allow_nan=False)
+floats = st.floats(-LARGEST_NUMBER, LARGEST_NUMBER)
+integers = st.integers(-LARGEST_INTEGER, LARGEST_INTEGER)
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]))
 jobs = st.builds(
     Job,
@@ -245,7 +247,7 @@ jobs = st.builds(
     is_quick=st.booleans(),
     sources=st.dictionaries(texts, texts),
     limits=st.dictionaries(st.sampled_from(["start", "save", "load"]), floats),
-    engine=st.dictionaries(texts, st.integers() | floats | texts | st.booleans(), max_size=3),
+    engine=st.dictionaries(texts, integers | floats | texts | st.booleans(), max_size=3),
     rate=st.builds(Rate, peak=floats, floor=st.none() | floats, milestones=st.tuples(st.integers(-5, 5))),
     teacher=st.none() | st.just(Shape(num_heads=4)),
 )

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from cluster.keys import help_text, keys_of
+from cluster.preflight import PreflightConfig
 from cluster.session import PROJECT
 from data.prepare import PrepareConfig
 from trainers.config import PretrainConfig
@@ -18,6 +19,7 @@ from tune.sweep import SweepConfig
 from tune.sweep_pretraining import PretrainSweepConfig
 
 CONFIGS = [
+    PreflightConfig,
     PrepareConfig,
     PretrainConfig,
     ClusterPlanConfig,

@@ -13,11 +13,11 @@ from cluster.session import PROJECT
 from cluster.storage import open_store
 from k8s.check import K8S
 from tests.ray_nodes import RayNodes, spent_seconds
+from trainers.config import SCRAPE_SECONDS_VARIABLE
 from trainers.goodput import goodput_of
 from trainers.live_metrics import (
     COUNTERS,
     GAUGES,
-    SCRAPE_SECONDS_VARIABLE,
     DriverLog,
     LiveMetrics,
     Productive,

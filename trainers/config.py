@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.bounds import folder_problems
 from cluster.config import to_dict
 from cluster.hardware import EnergyConfig
 from cluster.storage import Store, open_store
@@ -20,6 +21,9 @@ from trainers.objectives import ObjectiveConfig
 from trainers.optimizer import OptimizerConfig
 from trainers.schedule import ScheduleConfig
 from trainers.shape import ModelConfig
+
+SCRAPE_SECONDS_VARIABLE = "PRETRAIN_SCRAPE_SECONDS"
+"""How long a driver stays after its run's end, so that Prometheus sees it: more than its interval and Ray's 10 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +53,9 @@ class RunConfig:
     """Bytes of training text for the byte 6-gram that the report compares with; 0 leaves it out."""
 
     def problems(self, at: str) -> Iterator[str]:
-        if not self.name or "/" in self.name or self.name in (".", ".."):
+        if "/" in self.name:
             yield f"{at}.name={self.name!r} must be the name of one folder under {at}.storage"
+        yield from folder_problems(f"{at}.name", self.name, self.storage)
         if self.steps < 1:
             yield f"{at}.steps={self.steps} must be at least 1"
         if self.max_failures < -1:

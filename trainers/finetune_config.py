@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from cluster.bounds import folder_problems
 from cluster.storage import Store, open_store
 from cluster.workers import ClusterConfig
 from trainers.checkpoint import CheckpointConfig
@@ -32,6 +33,7 @@ class FinetuneRunConfig:
     """Restarts of a worker group from the last committed checkpoint before the run gives up; -1: no limit."""
 
     def problems(self, at: str) -> Iterator[str]:
+        yield from folder_problems(f"{at}.name", self.name, self.storage)
         if not self.task:
             yield f"{at}.task must be given: the path of a task file"
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):

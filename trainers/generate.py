@@ -19,6 +19,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import torch
 from torch import Tensor
 
+from cluster.bounds import finite_number
 from cluster.config import run_entry
 from cluster.hardware import device_here
 from cluster.keys import keys_of
@@ -221,7 +222,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if key.name != "stop":
             flag = f"--{key.name.replace('_', '-')}"
             parser.add_argument(
-                flag, type=key.hint, default=key.default, help=f"{key.doc} (default {key.default})"
+                flag,
+                type=finite_number if key.hint is float else key.hint,
+                default=key.default,
+                help=f"{key.doc} (default {key.default})",
             )
     arguments = parser.parse_args(argv)
     given = {key: getattr(arguments, key) for key in keys_of(SamplingConfig)}

@@ -7,7 +7,6 @@ alerts and a dashboard over them. What they come from, and what is kept, are the
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +15,10 @@ from typing import Any, Self, TextIO
 
 from ray.util.metrics import Counter, Gauge
 
+from cluster.bounds import seconds_given
 from cluster.storage import StorageError, Store
 from trainers.background import Background
+from trainers.config import SCRAPE_SECONDS_VARIABLE
 from trainers.goodput import Accounts
 from trainers.metrics import Record, finite
 from trainers.progress import Tail
@@ -53,8 +54,6 @@ COUNTERS = {
     "checkpoints": "Committed checkpoints.",
 }
 RENAMED = {"lr": "learning_rate"}
-SCRAPE_SECONDS_VARIABLE = "PRETRAIN_SCRAPE_SECONDS"
-"""How long a driver stays after its run's end, so that Prometheus sees it: more than its interval and Ray's 10 s."""
 ZERO = sys.float_info.min
 """A counter's first value: Ray refuses an increase by nothing, and a series that begins with its first event does not
 increase by it for Prometheus. Added to 1.0, it leaves 1.0."""
@@ -192,7 +191,7 @@ class DriverLog:
     def _end(self) -> None:
         """Shows the end for as long as a scrape may take; not at all where nothing scrapes."""
         finished = self._now()
-        ends = time.monotonic() + float(os.environ.get(SCRAPE_SECONDS_VARIABLE, "0"))
+        ends = time.monotonic() + seconds_given(SCRAPE_SECONDS_VARIABLE, 0)
         self._finished.set(finished, self._tags)
         while (left := ends - time.monotonic()) > 0:
             time.sleep(min(left, REFRESH_SECONDS))

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from cluster.bounds import seconds_given
+from cluster.config import ConfigError
 from cluster.hardware import peak_of, this_host, worker_watts
 from cluster.storage import Store, open_store
 from data.assemble import given_tokenizer
@@ -17,7 +19,7 @@ from data.permutation import permute
 from data.shards import read_fragment
 from data.tokens import read_tokenizer
 from trainers import run_folder
-from trainers.config import PretrainConfig, model_of, run_store
+from trainers.config import SCRAPE_SECONDS_VARIABLE, PretrainConfig, model_of, run_store
 from trainers.objectives import objective_of
 from trainers.plan import Job, make_plan
 
@@ -49,6 +51,10 @@ def place_problems(config: PretrainConfig) -> Iterator[str]:
 
 def problems_before_start(config: PretrainConfig) -> Iterator[str]:
     """What stands in the way of a run whose sections are right in themselves; speaks to the object store."""
+    try:  # what the driver reads in the end, when a wrong value would be found too late
+        seconds_given(SCRAPE_SECONDS_VARIABLE, 0)
+    except ConfigError as error:
+        yield from error.problems
     run = run_store(config)
     if problem := run.problem_writing():
         yield f"run.storage: {problem}"

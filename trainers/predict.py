@@ -20,6 +20,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from cluster.bounds import finite_number
 from cluster.config import ConfigError, from_dict, run_entry
 from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import ray_session
@@ -209,8 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", required=True, metavar="URI", help="folder for the answers, as JSONL")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="models at a time (default 1)")
-    parser.add_argument("--cpus-per-worker", type=float, default=1.0, metavar="N", help="default 1")
-    parser.add_argument("--gpus-per-worker", type=float, default=0.0, metavar="N", help="default 0")
+    parser.add_argument("--cpus-per-worker", type=finite_number, default=1.0, metavar="N", help="default 1")
+    parser.add_argument("--gpus-per-worker", type=finite_number, default=0.0, metavar="N", help="default 0")
     parser.add_argument("--rows-per-batch", type=int, default=64, metavar="N", help="default 64")
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="of a generated answer (default 64)"

@@ -28,6 +28,8 @@ PIECE_BYTES = 4 << 20
 """Of JSON lines: about 10,000 to 40,000 short records, seconds to minutes of a model's work."""
 READ_ROWS = 1_024
 """Of Parquet, at a time."""
+LONGEST_STEM_BYTES = 230
+"""Of an input file's name in those of its answers, which add 25 and have 255 at most."""
 LOOKED_INTO = 100
 """Files whose columns are checked before a job starts; a fault in a later one is told in its answers."""
 
@@ -49,7 +51,8 @@ class Piece:
     def name(self) -> str:
         """What the files with its answers begin with."""
         digest = hashlib.blake2b(repr(self).encode(), digest_size=6).hexdigest()
-        return f"{self.path.rpartition('/')[2].partition('.')[0]}-{digest}"
+        stem = self.path.rpartition("/")[2].partition(".")[0].encode()[:LONGEST_STEM_BYTES]
+        return f"{stem.decode(errors='ignore')}-{digest}"
 
 
 def pieces_of(uri: str) -> list[Piece]:

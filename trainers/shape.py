@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+WIDEST = 1 << 20
+"""More is a mistake, whose nearest divisor would be looked for without end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -78,7 +81,10 @@ class ModelConfig:
                 yield f"{at}.{key}={getattr(self, key)} must be above 0"
         if self.vocab_size < 0:
             yield f"{at}.vocab_size={self.vocab_size} must be positive, or 0 to take the tokenizer's"
-        if self.num_heads < 1 or self.hidden_size < 1:
+        for key in ("hidden_size", "num_heads"):
+            if getattr(self, key) > WIDEST:
+                yield f"{at}.{key}={getattr(self, key):,} is beyond {WIDEST:,}; the widest models have some 10,000"
+        if not 1 <= self.num_heads <= WIDEST or not 1 <= self.hidden_size <= WIDEST:
             return
         if self.hidden_size % self.num_heads:
             nearest = _nearest_divisor(self.hidden_size, self.num_heads)

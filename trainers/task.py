@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Literal
 
+from cluster.bounds import name_problems
 from cluster.config import ConfigError, load_config
 from cluster.keys import nearest
 from cluster.storage import open_store
@@ -140,6 +141,10 @@ def _template_problems(at: str, template: str, needed: str, other: str) -> Itera
         yield f"{at}={template!r} has no {{{needed}}}: all would read the same"
 
 
+LONGEST_SUFFIX = "-0123456789ab"
+"""Follows a task's name in that of its prepared folder: a digest. All else that is named after it is shorter."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig:
     """What a task file holds."""
@@ -162,6 +167,8 @@ class TaskConfig:
 
     def problems(self, at: str = "") -> Iterator[str]:
         """What does not fit together."""
+        for part in self.name.split("/"):
+            yield from name_problems("name", part, LONGEST_SUFFIX)
         known = METRICS[self.kind]
         if self.metric and self.metric not in known:
             alike = nearest(self.metric, known)

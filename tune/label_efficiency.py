@@ -20,6 +20,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 
+    from cluster.bounds import folder_problems
     from cluster.config import ConfigError, load_config, run_entry
     from cluster.storage import StorageError, Store, open_store
     from data.corpus import CorpusError
@@ -65,6 +66,8 @@ class CurveConfig:
     """Folder of that text; empty: as the configuration says that lies beside the backbone's export."""
 
     def problems(self, at: str) -> Iterator[str]:
+        if self.name:
+            yield from folder_problems(f"{at}.name", self.name, self.storage)
         if not self.arms:
             yield f"{at}.arms={list(self.arms)} must be one or more of {', '.join(ARMS)}"
         if self.seeds < 1:

@@ -31,7 +31,7 @@ try:
     from tune.judgement import JUDGED, claim_judgement, judge, refuse_after_judgement
     from tune.search import living_nodes, search
     from tune.search_space import SearchSpace, parse_space, with_point
-    from tune.sweep_config import SweepConfig, grid_problem, room_of, unshared_problem
+    from tune.sweep_config import BEST, SweepConfig, grid_problem, room_of, unshared_problem
     from tune.sweep_folder import pin
     from tune.sweep_report import sweep_table, write_sweep_report
     from tune.trial_records import read_trials
@@ -104,7 +104,7 @@ def shared_uris(config: SweepConfig) -> dict[str, str]:
 def best_config(config: SweepConfig, winner: Finalist) -> FinetuneConfig:
     """What `trainers/finetune.py --config` takes to train the winner."""
     best = with_point(config.base, winner.point)
-    return replace(best, run=replace(best.run, name=f"{config.sweep.name}-best"))
+    return replace(best, run=replace(best.run, name=f"{config.sweep.name}{BEST}"))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster.bounds import folder_problems
 from cluster.config import ConfigError
 from cluster.workers import ClusterConfig
 from trainers.finetune_config import FinetuneConfig
 from tune.proposals import Search
 from tune.search_space import SearchSpace
+
+BEST = "-best"
+"""Follows a sweep's name in that of the run that trains its winner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class SweepRunConfig:
     """Train the winner once more in the end and judge it on the test split."""
 
     def problems(self, at: str) -> Iterator[str]:
+        yield from folder_problems(f"{at}.name", self.name, self.storage, BEST)
         for key in ("trials", "best", "seeds"):
             if getattr(self, key) < 1:
                 yield f"{at}.{key}={getattr(self, key)} must be at least 1"

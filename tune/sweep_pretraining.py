@@ -37,7 +37,7 @@ try:
     from tune.pretrain_trials import PretrainTrials
     from tune.search import living_nodes, search
     from tune.search_space import SearchSpace, parse_space
-    from tune.sweep_config import SweepRunConfig, grid_problem, room_of, unshared_problem
+    from tune.sweep_config import BEST, SweepRunConfig, grid_problem, room_of, unshared_problem
     from tune.sweep_folder import pin
     from tune.sweep_report import sweep_table, write_sweep_report
     from tune.trial_records import read_trials
@@ -118,7 +118,7 @@ def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console
             console=console,
         )
     best = trials.config_at(finalists[0].point)
-    best = replace(best, run=replace(best.run, storage="runs", name=f"{config.sweep.name}-best"))
+    best = replace(best, run=replace(best.run, storage="runs", name=f"{config.sweep.name}{BEST}"))
     store.put("best.yaml", to_yaml(best).encode())
     page = write_sweep_report(store, space, finalists, None, MEASURE)
     console.print(sweep_table(read_trials(store), finalists, MEASURE))
