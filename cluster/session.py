@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from cluster.config import ConfigError
+from cluster.loopback import close_token_file, is_loopback, set_local_variables
 from cluster.store import PATIENCE
 from cluster.workers import ClusterConfig, Resources, shortages
 
@@ -61,7 +62,10 @@ def ray_session(config: ClusterConfig) -> Iterator[Sequence[Resources]]:
     """
     for name, value in (RAY_ENVIRONMENT if config.is_local else RAY_ENVIRONMENT | FEW_TRIES).items():
         os.environ.setdefault(name, value)
-    if not config.is_local:
+    close_token_file()
+    if config.is_local:
+        set_local_variables()
+    else:
         reach_head(config.address)
     import ray  # here, because it reads the variables above when imported
     from ray.exceptions import AuthenticationError
@@ -73,7 +77,7 @@ def ray_session(config: ClusterConfig) -> Iterator[Sequence[Resources]]:
         variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
     runtime_env: dict[str, Any] = {"worker_process_setup_hook": prepare_process, "env_vars": variables}
     if config.is_local:
-        # A local session is this user's alone: loopback, no dashboard to open.
+        # No dashboard to open: a local session is this process's alone.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         arguments: dict[str, Any] = {
             "address": "local",
@@ -210,6 +214,8 @@ def prepare_process() -> None:
     for interface, addresses in psutil.net_if_addrs().items():
         if any(each.address == address for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            if is_loopback(address):  # what the user set is for clusters
+                os.environ |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
 
 
 def quiet_ray() -> None:

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 
 from cluster.local_s3 import BUCKETS, LocalS3
+from cluster.loopback import set_local_variables
 from cluster.session import NO_DASHBOARD, PROJECT, RAY_ENVIRONMENT
 
 # Boto asks a cloud's metadata service for keys where it finds none; on a laptop that only takes time.
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 # The tensors of tests are so small that a second thread only waits for the first, and for long on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Before a test imports ray: every Ray of the tests, also of processes that they start, asks for one token.
+set_local_variables()
 
 # Tests compare with what the CPU computes, and start more workers than a machine has GPUs: those of test_gpu.py alone,
 # all in processes of their own, see what there is.

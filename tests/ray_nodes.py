@@ -75,11 +75,11 @@ class RayNodes:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For processes that speak to the cluster: this Python leads the path; no token unless one is set."""
+        """For processes that speak to the cluster: this Python leads the path; the token is that of all tests."""
         folder = str(Path(sys.executable).parent)
         own = {
             "PATH": f"{folder}:{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "disabled",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # nodes join it, also where they are processes of one machine
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(self._drain_seconds),
         }
         return os.environ | own | self._settings

@@ -68,7 +68,6 @@ def start_command(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=subprocess.STDOUT,
             process_group=0,
-            env=os.environ | {"RAY_AUTH_MODE": "disabled"},
         )
     STARTED.append(driver)
     return driver
@@ -174,6 +173,15 @@ def training_workers(driver_pid: int) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile, or is a zombie
             if "RayTrainWorker" in " ".join(child.cmdline()):
                 found.append(child)
+    return found
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses that a process and those below it take connections at."""
+    found: set[str] = set()
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {each.laddr.ip for each in process.net_connections() if each.status == "LISTEN"}
     return found
 
 

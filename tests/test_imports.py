@@ -19,6 +19,7 @@ MAY_IMPORT = {
         "data.prepare",
         "trainers.live_metrics",
         "trainers.predict",
+        "trainers.rendezvous",
         "trainers.run",
         "tune.trials",
     },

@@ -235,6 +235,7 @@ def test_the_entrypoint_runs_literally_on_a_cluster_that_asks_for_a_token(tmp_pa
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",  # set by KubeRay in every container
         "PYTHONPATH": "/opt/pretraining",  # the image has the project installed there
         "PROJECT": str(PROJECT),

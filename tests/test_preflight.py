@@ -226,7 +226,7 @@ with ray_session(elastic):
 
 def on_two_nodes(script: str, *arguments: str, gpus: int = 0) -> subprocess.CompletedProcess[str]:
     pretended = ",".join(str(number) for number in range(90, 90 + gpus))  # no machine of ours has these
-    own = {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(PROJECT), "GPUS": str(gpus)}
+    own = {"PYTHONPATH": str(PROJECT), "GPUS": str(gpus)}
     environment = os.environ | own | {"CUDA_VISIBLE_DEVICES": pretended}
     command = [sys.executable, "-c", CLUSTER + script, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -10,11 +10,13 @@ import uuid
 import pytest
 
 from cluster.local_s3 import LocalS3
+from cluster.loopback import is_loopback
 from cluster.storage import open_store
 from tests.small_run import (
     STEPS,
     SmallRun,
     kill_tree,
+    listening,
     put_corpus,
     steps_by_number,
     tell_costs,
@@ -161,9 +163,11 @@ def test_sigterm_and_ctrl_c_save_and_exit_0_and_the_same_command_goes_on(unbroke
     ):
         driver = run.start(cluster__num_workers=2)
         wait_for_step(store, stopped_at[-1] + 10, driver)
+        listened = listening(driver.pid)
         ask(driver)
         assert run.finish(driver) == 0, run.output()
         stopped_at.append(max(steps_by_number(store)))
+        assert listened and all(map(is_loopback, listened)), "a run on one machine can be reached from others"
     assert stopped_at[-1] < STEPS
     assert run.finish(run.start(cluster__num_workers=2)) == 0, run.output()
     tell_costs(store)

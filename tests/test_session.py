@@ -6,26 +6,29 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cluster import session
 from cluster.config import ConfigError
+from cluster.loopback import close_token_file, is_loopback, set_local_variables
 from cluster.session import PROJECT, ray_session
 from cluster.workers import ClusterConfig
 from tests.ray_nodes import RayNodes
+from tests.small_run import listening
 
 ASK = """
 import json, os, time
-import ray
-from ray.util.state import get_actor
 from cluster.session import ray_session
 from cluster.workers import ClusterConfig
 
-@ray.remote
 def ask():
+    from ray.util.state import get_actor
+
     began, error = time.monotonic(), None
     try:
         get_actor("0" * 32, timeout=10)
@@ -35,16 +38,26 @@ def ask():
     return {"error": error, "seconds": time.monotonic() - began, "policy": policies(0)}
 
 with ray_session(ClusterConfig(address="local")):
-    print(json.dumps(ray.get(ask.remote())))
+    import ray
+
+    found = ray.get(ray.remote(ask).remote())
+    print(json.dumps(found | {"head": ray.get_runtime_context().gcs_address}), flush=True)
+    input()
 """
 
 
 @pytest.fixture(scope="module")
-def answer() -> dict[str, Any]:
-    """What a task of a local session finds."""
+def answer() -> Iterator[dict[str, Any]]:
+    """What a task of a local session finds; the session lives as long as this."""
     command = [sys.executable, "-c", ASK]
-    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=120)
-    return json.loads(result.stdout.splitlines()[-1])
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # What users set for a cluster or to be rid of a token must not open it.
+    opened = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+    with subprocess.Popen(command, cwd=PROJECT, env=os.environ | opened, **pipes) as driver:
+        told = next(line for line in driver.stdout if line.startswith("{"))
+        yield json.loads(told) | {"pid": driver.pid}
+        driver.communicate("\n", timeout=60)
+    assert driver.returncode == 0
 
 
 @pytest.mark.cluster
@@ -58,6 +71,72 @@ def test_who_asks_the_dashboard_that_a_local_session_lacks_is_refused_at_once(an
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux has it")
 def test_processes_of_a_local_session_are_of_the_batch_class(answer: dict[str, Any]) -> None:
     assert answer["policy"] == os.SCHED_BATCH
+
+
+@pytest.mark.cluster
+def test_a_local_session_listens_on_loopback_alone(answer: dict[str, Any]) -> None:
+    found = listening(answer["pid"])
+    assert found and all(map(is_loopback, found)), found
+
+
+@pytest.mark.cluster
+def test_the_token_of_a_local_session_stands_in_no_command_line(answer: dict[str, Any]) -> None:
+    driver = psutil.Process(answer["pid"])
+    below = driver.children(recursive=True)
+    (token,) = {each.environ()["RAY_AUTH_TOKEN"] for each in below if each.name() in ("raylet", "gcs_server")}
+    assert not [each for each in (driver, *below) if token in " ".join(each.cmdline())]
+
+
+INTRUDE = """
+import sys, ray
+ray.init(address=sys.argv[1])
+print(ray.get(ray.remote(lambda: "in").remote()))
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_a_process_without_the_token_runs_nothing_in_a_local_session(
+    mode: str, answer: dict[str, Any], tmp_path: Path
+) -> None:
+    own = without_ray() | {"HOME": str(tmp_path), "RAY_AUTH_MODE": mode} | session.FEW_TRIES
+    own["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # else Ray asks at this machine's outer address
+    if mode == "token":
+        own["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    command = [sys.executable, "-c", INTRUDE, answer["head"]]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "in" not in done.stdout.splitlines(), done.stdout
+    assert "AuthenticationError" in done.stderr, done.stderr
+
+
+def test_a_ray_imported_before_its_session_is_refused_for_it_would_listen_on_all_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", session)
+    set_local_variables()  # the tests' own have been set before
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(RuntimeError, match="must set RAY_AUTH_MODE: import it later"):
+        set_local_variables()
+
+
+@pytest.mark.parametrize(("mode", "closed"), [(0o644, 0o600), (0o660, 0o600), (0o400, 0o400)])
+def test_a_token_file_that_others_could_read_is_closed_to_them(
+    mode: int,
+    closed: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    close_token_file()  # there is none yet
+    path = tmp_path / ".ray" / "auth_token"
+    path.parent.mkdir()
+    path.write_text("secret")
+    path.chmod(mode)
+    close_token_file()
+    assert path.stat().st_mode & 0o777 == closed
+    told = capsys.readouterr().out
+    assert (str(path) in told) == (mode != closed) and "secret" not in told
 
 
 @pytest.mark.parametrize("refuses", [False, True])
@@ -103,6 +182,10 @@ def test_a_head_that_is_not_there_is_one_line_within_the_time_that_a_starting_on
     assert time.monotonic() - began < 30
 
 
+def without_ray() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
 JOIN = """
 import sys
 from cluster.config import run_entry
@@ -123,8 +206,8 @@ def test_a_token_that_is_wrong_or_missing_is_one_line_that_says_where_to_give_it
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": tokens["right"]}
     with RayNodes(tmp_path / "nodes.txt", settings=settings) as nodes:
         nodes.start_head(num_cpus=1)
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        clean |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}  # no token of this user's
+        assert not all(map(is_loopback, listening(nodes.nodes[0].pid))), "other machines could not join"
+        clean = without_ray() | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}  # no token of this user's
         started = {}
         for name, token in tokens.items():
             command = [sys.executable, "-c", JOIN, nodes.address]

@@ -1,7 +1,6 @@
 """A sweep over pretraining: one set of token shards, as many tokens in each trial, and no test row read."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -57,9 +56,7 @@ def test_trials_share_one_corpus_and_read_no_test_row(tmp_path):
         open_store(str(tmp_path / "raw" / name)).put("a.jsonl", "\n".join(lines[number::2]).encode())
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep_of(tmp_path)))
     command = [sys.executable, str(PROJECT / "tune" / "sweep_pretraining.py"), "--config", "sweep.yaml"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     sweep = open_store(str(tmp_path / "sweeps" / "s"))
     trials = read_trials(sweep)

@@ -20,7 +20,7 @@ from ray.train import (
     ScalingConfig,
     TrainingFailedError,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 
@@ -33,6 +33,7 @@ from trainers.checkpoint import latest_attempt, latest_world_size
 from trainers.clock import RunClock
 from trainers.config import PretrainConfig, run_store
 from trainers.live_metrics import DriverLog, LiveGoodput
+from trainers.rendezvous import RendezvousConfig
 from trainers.run_folder import is_finished
 from trainers.stopping import DRAIN, FAILURE, GROW, HEAD_DRAINS, STOP, RunFailed, raise_final, stop_on_signal
 from trainers.worker import Task, work
@@ -148,7 +149,9 @@ def trainer(
     return TorchTrainer(
         work,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=RENDEZVOUS_TIMEOUT_SECONDS),
+        torch_config=RendezvousConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=RENDEZVOUS_TIMEOUT_SECONDS
+        ),
         scaling_config=ScalingConfig(
             num_workers=size,  # type: ignore[arg-type]  # Ray annotates its first version of this class
             use_gpu=use_gpu,
