@@ -6,14 +6,13 @@ No Ray here: cluster/nodes.py makes an actor of it.
 import contextlib
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from cluster.node_facts import NodeFacts, gather
+from cluster.scratch import scratch_folder
 
 FLOAT32 = 4
 
@@ -26,7 +25,8 @@ class Witness:
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             del os.environ["CUDA_VISIBLE_DEVICES"]
         self._device = "cuda" if on_gpu else "cpu"
-        self._log = Path(tempfile.mkdtemp()) / "nccl.log"
+        self._scratch = contextlib.ExitStack()  # swept by a later process: this one is ended from outside
+        self._log = self._scratch.enter_context(scratch_folder()) / "nccl.log"
         os.environ.update(
             {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": str(self._log)}
         )

@@ -7,16 +7,14 @@ is a piece of work that is done: it is skipped after a kill, and when other shar
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+from cluster.scratch import scratch_folder, writing_locally
 from cluster.storage import Store, open_store
 from cluster.store import former_version
 from data.corpus import CorpusConfig, CorpusError, RawShard
@@ -166,22 +164,25 @@ class _SetAside:
     def __init__(self, store: Store, path: str) -> None:
         self._store, self._path = store, path
         self.num_records = 0
-        handle, name = tempfile.mkstemp(suffix=".jsonl")
-        self._file, self._local = os.fdopen(handle, "w"), Path(name)
+        self._scratch = ExitStack()
 
     def __enter__(self) -> "_SetAside":
+        self._local = self._scratch.enter_context(scratch_folder()) / "set_aside.jsonl"
+        with writing_locally():
+            self._file = self._local.open("w")
         return self
 
     def add(self, shard: RawShard, broken: Broken) -> None:
         self.num_records += 1
         where = {"source": shard.source, "shard": shard.path, "line": broken.line}
-        self._file.write(json.dumps(where | {"reason": broken.reason, "raw": broken.raw}) + "\n")
+        with writing_locally():
+            self._file.write(json.dumps(where | {"reason": broken.reason, "raw": broken.raw}) + "\n")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if kind is None and self.num_records:
-            self._store.upload(self._local, self._path)
-        self._local.unlink()
+        with self._scratch, writing_locally():
+            self._file.close()
+            if kind is None and self.num_records:
+                self._store.upload(self._local, self._path)
 
 
 @dataclass(frozen=True)

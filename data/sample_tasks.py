@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.config import run_entry
+from cluster.scratch import scratch_folder
 from cluster.storage import open_store
 from data.clean import content_hash
 
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name}: is in {store.uri}")
             continue
         fetch, digest, read = TASKS[name]
-        with tempfile.TemporaryDirectory() as folder:
-            archive = checked(fetch(Path(folder)), digest)
+        with scratch_folder() as folder:
+            archive = checked(fetch(folder), digest)
             task = read(archive)
         store.put(text_path, as_lines(task.unlabelled))
         store.put(records_path, as_lines(task.labelled))
@@ -150,11 +150,11 @@ def rated_texts(tar: tarfile.TarFile, kind: str) -> Iterator[tuple[str, float, s
 def topic_records(archive: bytes) -> SampleTask:
     """Glosses of nouns, without their examples, under the name of their lexicographer file. Text: the other glosses
     of these topics."""
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "package.deb"
+    with scratch_folder() as folder:
+        package = folder / "package.deb"
         package.write_bytes(archive)
-        subprocess.run(["dpkg", "-x", str(package), folder], check=True)
-        lines = (Path(folder) / "usr/share/wordnet/data.noun").read_text().splitlines()
+        subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True)
+        lines = (folder / "usr/share/wordnet/data.noun").read_text().splitlines()
     found = []
     for line in lines:
         synset, gloss = line.partition(" | ")[::2]

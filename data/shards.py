@@ -7,9 +7,8 @@ copy.
 """
 
 import hashlib
-import os
-import tempfile
 import zlib
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.config import UserError
+from cluster.scratch import scratch_folder, writing_locally
 from cluster.storage import StorageError, Store, open_store
 from data.manifest import Manifest, Shard
 
@@ -102,16 +102,17 @@ class ShardWriter:
         self._written_tokens = 0
         self._file: pq.ParquetWriter | None = None
         self._local: Path | None = None
+        self._scratch = ExitStack()
         self._finished: list[WrittenShard] = []
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._local is not None:
-            self._local.unlink(missing_ok=True)
+        with self._scratch:
+            if self._file is not None:
+                with suppress(OSError):  # what is thrown away needs no end, for which a full disk has no room
+                    self._file.close()
 
     def add(self, document_id: str, tokens: np.ndarray, num_bytes: int) -> None:
         """Append a document: its boundary and tokens [n], and the UTF-8 bytes of its normalised text."""
@@ -147,8 +148,9 @@ class ShardWriter:
         offsets = pa.py_buffer(ends.astype(np.int32))
         binary = pa.Array.from_buffers(pa.binary(), len(pending.ids), [None, offsets, pa.py_buffer(values)])
         columns = [pa.array(pending.ids), binary, pa.array(pending.num_bytes, pa.uint32())]
-        file = self._file or self._open_file()
-        file.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), row_group_size=len(pending.ids))
+        with writing_locally():
+            file = self._file or self._open_file()
+            file.write_table(pa.Table.from_arrays(columns, schema=SCHEMA), row_group_size=len(pending.ids))
         entry = {
             "row_group": len(self._columns.get("row_group", ())),
             "num_tokens": len(values),
@@ -163,11 +165,10 @@ class ShardWriter:
             self._put_shard()
 
     def _open_file(self) -> pq.ParquetWriter:
-        handle, name = tempfile.mkstemp(suffix=".parquet")
-        os.close(handle)
-        self._local = Path(name)
+        folder = self._scratch.enter_context(scratch_folder())
+        self._local = folder / "shard.parquet"
         self._file = pq.ParquetWriter(
-            name,
+            self._local,
             SCHEMA,
             # Token ids of a trained vocabulary are close to incompressible, and unpacking them costs more
             # than it saves.
@@ -180,13 +181,14 @@ class ShardWriter:
 
     def _put_shard(self) -> None:
         assert self._file is not None and self._local is not None
-        self._file.close()
+        with writing_locally():
+            self._file.close()
         with self._local.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         path = f"shards/{sha256[:16]}.parquet"
         num_bytes = self._local.stat().st_size
         self._store.upload(self._local, path)
-        self._local.unlink()
+        self._scratch.close()
         shard = Shard(path, self._split, self._source, num_bytes, sha256)
         self._finished.append(WrittenShard(shard, self._columns))
         self._columns, self._written_tokens, self._file, self._local = {}, 0, None, None

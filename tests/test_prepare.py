@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
+from cluster.config import ConfigError
 from cluster.session import PROJECT
 from cluster.storage import Store, open_store
 from data.corpus import CorpusConfig, CorpusError, group_shards, list_raw_shards
 from data.manifest import SPLITS, Manifest, read_manifest
 from data.pieces import Piece, digest_of, record_path
-from data.prepare import existing_manifest, prepare
+from data.prepare import existing_manifest, main, prepare
 from data.shards import read_fragment, read_fragment_documents
 from data.splits import SplitConfig
 from data.tokenizer_sample import sample_texts
@@ -500,6 +502,17 @@ def test_the_tokenizer_sees_a_bounded_sample_of_train_texts_only(
     total = sum(len(text.encode()) for text in sample)
     assert min(sum(sizes), sample_bytes) * 0.5 <= total <= sample_bytes
     assert all(any(text.startswith(part) for text in train) for part in sample)
+
+
+def test_a_dry_run_says_that_temporary_files_cannot_be_written(
+    config: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--corpus.uri", config.uri, "--corpus.prepared", config.prepared, "--dry-run"]
+    main(arguments)
+    assert "4 raw shards" in capsys.readouterr().out
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/absent")
+    with pytest.raises(ConfigError, match="/absent: cannot write temporary files: .*TMPDIR"):
+        main(arguments)
 
 
 def test_progress_ends_at_the_whole_corpus(config: CorpusConfig, raw: Store) -> None:
