@@ -5,7 +5,7 @@ Legend: B rows, T target tokens a row.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ CAUSAL = Term("causal")
 @dataclass(frozen=True)
 class Causal:
     """Predict each token from those before it."""
+
+    hides_tokens: ClassVar[bool] = False
 
     boundary_id: int
     document_mask: bool

@@ -5,7 +5,7 @@ Legend: B rows, T positions, P most targets of a masked row, K terms.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ class MaskedAndPairs:
     """Find hidden tokens by all others and, of rows with two texts, what these are to each other (BERT, Devlin et
     al. 2018, section 3.1; ALBERT, Lan et al. 2019, section 3.1). The loss is the sum of both means.
     """
+
+    hides_tokens: ClassVar[bool] = True
 
     masking: Masking
     sep_id: int
@@ -133,6 +135,8 @@ class Mixed:
     In masked rows every position sees all others, and a hidden token is predicted where the one before it stands, as
     in causal rows: one head serves both. The loss is the mean of each kind, weighted by its share of the rows.
     """
+
+    hides_tokens: ClassVar[bool] = True
 
     causal: Causal
     masking: Masking

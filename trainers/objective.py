@@ -10,7 +10,7 @@ Legend: B rows, T target tokens a row, K terms.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.epochs import Rows
+from data.masking import Masking
 
 Inputs = dict[str, NDArray[Any]]
 """Arrays with one entry for each row, as a forward pass takes them."""
@@ -61,8 +62,12 @@ class StepLoss(NamedTuple):
     """float32, detached: each term's sum over its targets, in nats."""
 
 
+@runtime_checkable
 class Objective(Protocol):
-    """What the loop and an evaluation ask of an objective."""
+    """What the loop, an evaluation and the report ask of an objective."""
+
+    hides_tokens: ClassVar[bool]
+    """Whether it is a `Masks`, which the report compares with what counting alone reaches."""
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -91,6 +96,19 @@ class Objective(Protocol):
         Returns:
             [K, 3]: nats, targets, and how many of them got the highest score (NaN: not looked at), by term.
         """
+
+
+@runtime_checkable
+class Masks(Objective, Protocol):
+    """An objective that hides tokens."""
+
+    @property
+    def masking(self) -> Masking:
+        """How."""
+
+    def evaluation_inputs(self, batch: RowBatch) -> Inputs:
+        """Masked rows that are not trained on, with `targets` and `weights` [B, P], and `labels` and `label_weights`
+        [B] where there are pairs; the same ones for every seed."""
 
 
 def on_device(inputs: Inputs, device: torch.device) -> dict[str, Tensor]:

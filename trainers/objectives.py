@@ -3,10 +3,10 @@
 Legend: B rows, P most targets of a masked row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
 
+from cluster.keys import nearest, shown
 from data.framing import FrameKind, FramingConfig
 from data.masking import Masking
 from data.tokens import special_ids
@@ -14,21 +14,14 @@ from data.vocabulary import Vocabulary
 from data.words import WordKind, Words
 from trainers.causal import Causal
 from trainers.masked import MaskedAndPairs, Mixed
-from trainers.objective import Inputs, Objective, RowBatch, Term
-
-FRAMES: dict[str, FrameKind] = {
-    "masked": "single",
-    "masked_next_sentence": "next_sentence",
-    "masked_sentence_order": "sentence_order",
-}
-"""How rows are framed, by kind; those of other kinds are plain."""
+from trainers.objective import Masks, Objective, Term
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What the model is trained for."""
 
-    kind: Literal["causal", "masked", "masked_next_sentence", "masked_sentence_order", "mixed"] = "causal"
+    kind: str = "causal"
     """causal: each token from those before it. masked: hidden tokens from all others; with next_sentence also
     whether B follows A, with sentence_order which of two comes first. mixed: some rows masked, the others causal.
     """
@@ -50,23 +43,37 @@ class ObjectiveConfig:
     """Of masks and pairs."""
 
     @property
+    def hides_tokens(self) -> bool:
+        """Whether some of what a row holds is hidden, and found again."""
+        return self.kind in OBJECTIVES and OBJECTIVES[self.kind].objective.hides_tokens
+
+    @property
+    def frames(self) -> FrameKind | None:
+        """How an encoder's rows are framed; None: each position sees those before it."""
+        return OBJECTIVES[self.kind].frames if self.kind in OBJECTIVES else None
+
+    @property
     def is_encoder(self) -> bool:
         """Whether each position sees all others."""
-        return self.kind in FRAMES
+        return self.frames is not None
 
     @property
     def has_pairs(self) -> bool:
-        return FRAMES.get(self.kind, "single") != "single"
+        return self.frames not in (None, "single")
 
     @property
     def framing(self) -> FramingConfig | None:
         """How rows are framed; None: not at all."""
-        if not self.is_encoder:
+        if self.frames is None:
             return None
-        return FramingConfig(FRAMES[self.kind], self.seed, self.short_share if self.has_pairs else 0.0)
+        return FramingConfig(self.frames, self.seed, self.short_share if self.has_pairs else 0.0)
 
     def problems(self, at: str) -> Iterator[str]:
         """A line for each value that no run can have."""
+        if self.kind not in OBJECTIVES:
+            alike = nearest(self.kind, list(OBJECTIVES))
+            remedy = f"nearest: {alike}" if alike else f"there are {', '.join(OBJECTIVES)}"
+            yield f"{at}.kind={shown(self.kind)} is no objective; {remedy}"
         for key in ("mask_rate", "masked_share"):
             if not 0 < getattr(self, key) < 1:
                 why = "nothing would be learnt" if getattr(self, key) <= 0 else "nothing would be left"
@@ -80,17 +87,72 @@ class ObjectiveConfig:
             )
 
 
-@runtime_checkable
-class Masks(Objective, Protocol):
-    """An objective that hides tokens."""
+@dataclass(frozen=True)
+class Tokens:
+    """What an objective needs to know of the tokens that it is trained on."""
 
-    @property
-    def masking(self) -> Masking:
-        """How."""
+    tokenizer_json: bytes
+    boundary_id: int
+    document_mask: bool
+    """No token attends to another document."""
 
-    def evaluation_inputs(self, batch: RowBatch) -> Inputs:
-        """Masked rows that are not trained on, with `targets` and `weights` [B, P], and `labels` and `label_weights`
-        [B] where there are pairs; the same ones for every seed."""
+
+@dataclass(frozen=True)
+class ObjectiveKind:
+    """A kind of objective."""
+
+    objective: type[Objective]
+    make: Callable[[ObjectiveConfig, Tokens], Objective]
+    frames: FrameKind | None = None
+    """How an encoder's rows are framed; None: rows are plain, and each position sees those before it."""
+
+
+def _causal(config: ObjectiveConfig, tokens: Tokens) -> Causal:
+    return Causal(tokens.boundary_id, tokens.document_mask)
+
+
+def _mixed(config: ObjectiveConfig, tokens: Tokens) -> Mixed:
+    return Mixed(_causal(config, tokens), masking_of(config, tokens), config.masked_share, config.seed)
+
+
+def _masked(config: ObjectiveConfig, tokens: Tokens) -> MaskedAndPairs:
+    masking, sep_id = masking_of(config, tokens), special_ids(tokens.tokenizer_json).sep
+    assert sep_id is not None, "framing has refused a tokenizer without [SEP]"
+    pairs = Term(str(config.frames)) if config.has_pairs else None
+    return MaskedAndPairs(masking, sep_id, tokens.document_mask, pairs, config.seed)
+
+
+OBJECTIVES: dict[str, ObjectiveKind] = {
+    "causal": ObjectiveKind(Causal, _causal),
+    "masked": ObjectiveKind(MaskedAndPairs, _masked, "single"),
+    "masked_next_sentence": ObjectiveKind(MaskedAndPairs, _masked, "next_sentence"),
+    "masked_sentence_order": ObjectiveKind(MaskedAndPairs, _masked, "sentence_order"),
+    "mixed": ObjectiveKind(Mixed, _mixed),
+}
+"""By `objective.kind`."""
+
+
+def masking_of(config: ObjectiveConfig, tokens: Tokens) -> Masking:
+    """Which tokens are hidden, and by what.
+
+    Raises:
+        ValueError: the tokenizer has no [MASK].
+    """
+    ids = special_ids(tokens.tokenizer_json)
+    if ids.mask is None:
+        raise ValueError(
+            f"objective.kind={config.kind} needs a tokenizer with [MASK]; train one (corpus.tokenizer.path empty), "
+            "or give one made for masking"
+        )
+    return Masking(
+        words=Words.from_tokenizer(tokens.tokenizer_json, config.words),
+        special=Vocabulary.from_tokenizer(tokens.tokenizer_json).special,
+        boundary_id=tokens.boundary_id,
+        mask_id=ids.mask,
+        rate=config.mask_rate,
+        random_share=config.random_share,
+        keep_share=config.keep_share,
+    )
 
 
 def objective_of(
@@ -100,27 +162,13 @@ def objective_of(
 
     Raises:
         ValueError: it hides tokens, and the tokenizer has no [MASK].
+        TypeError: it lacks what a run asks of an objective, now or in the end.
     """
-    causal = Causal(boundary_id, document_mask)
-    if config.kind == "causal":
-        return causal
-    ids = special_ids(tokenizer_json)
-    if ids.mask is None:
-        raise ValueError(
-            f"objective.kind={config.kind} needs a tokenizer with [MASK]; train one (corpus.tokenizer.path empty), "
-            "or give one made for masking"
+    kind = OBJECTIVES[config.kind]
+    made = kind.make(config, Tokens(tokenizer_json, boundary_id, document_mask))
+    wanted = Masks if getattr(made, "hides_tokens", False) else Objective
+    if not isinstance(made, wanted):
+        raise TypeError(
+            f"objective.kind={config.kind} is made as {type(made).__name__}, which is no {wanted.__name__}"
         )
-    masking = Masking(
-        words=Words.from_tokenizer(tokenizer_json, config.words),
-        special=Vocabulary.from_tokenizer(tokenizer_json).special,
-        boundary_id=boundary_id,
-        mask_id=ids.mask,
-        rate=config.mask_rate,
-        random_share=config.random_share,
-        keep_share=config.keep_share,
-    )
-    if config.kind == "mixed":
-        return Mixed(causal, masking, config.masked_share, config.seed)
-    assert ids.sep is not None, "framing has refused a tokenizer without [SEP]"
-    pairs = Term(FRAMES[config.kind]) if config.has_pairs else None
-    return MaskedAndPairs(masking, ids.sep, document_mask, pairs, config.seed)
+    return made

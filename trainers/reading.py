@@ -14,6 +14,7 @@ from torch import Tensor
 from data.tokens import SpecialIds, special_ids
 from data.vocabulary import Vocabulary
 from trainers.export import Exported
+from trainers.objectives import OBJECTIVES
 
 MASK = "[MASK]"
 """How a hidden token is written, whatever the tokenizer calls it."""
@@ -61,9 +62,11 @@ class Reader:
     """
 
     def __init__(self, exported: Exported, device: torch.device = CPU) -> None:
-        if exported.objective == "causal":
+        trained = OBJECTIVES.get(exported.objective or "")
+        if trained and not trained.objective.hides_tokens:
             raise ValueError(
-                "the model was trained to continue texts alone (objective.kind=causal), and reads none as a whole; "
+                f"the model was trained to continue texts alone (objective.kind={exported.objective}), and reads none "
+                "as a whole; "
                 "use generate.py, or a model of objective.kind=mixed or masked"
             )
         serialised = exported.tokenizer.to_str().encode()
