@@ -21,7 +21,8 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 import numpy as np
 
-from data.manifest import Fragments, Manifest, Shard
+from data.manifest import Manifest
+from data.manifest_table import HASH_BYTES, HASH_DTYPE, Fragments, Shard
 from data.order import Order, OrderConfig
 
 SEQ_LEN, ROWS_PER_STEP, LANES = 2_048, 512, 64
@@ -41,10 +42,12 @@ def manifest_of(num_fragments: int, num_sources: int = 1) -> Manifest:
         num_bytes=index,
         num_documents=index,
         checksum=index.astype(np.uint32),
+        blake2b=np.frombuffer(np.random.default_rng(1).bytes(HASH_BYTES * num_fragments), HASH_DTYPE),
     )
     sources = tuple(f"web{number or ''}" for number in range(num_sources))
     shards = tuple(
-        Shard(f"shards/{i:016x}.parquet", "train", sources[i % num_sources], 1, "") for i in range(num_shards)
+        Shard(f"shards/{i:016x}.parquet", "train", sources[i % num_sources], 1, "", 1, "0")
+        for i in range(num_shards)
     )
     return Manifest("0" * 16, 50_257, 50_256, "uint16", sources, shards, fragments, {}, {})
 

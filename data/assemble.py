@@ -5,7 +5,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,16 +16,8 @@ from cluster.config import to_dict
 from cluster.storage import Store, open_parent, open_store
 from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards
 from data.dedup import DOCUMENTS_PER_RANGE, Duplicates, HashFile
-from data.manifest import (
-    FRAGMENT_DTYPES,
-    LISTED,
-    SPLITS,
-    Fragments,
-    Manifest,
-    ManifestError,
-    Shard,
-    read_manifest,
-)
+from data.manifest import SPLITS, Manifest, ManifestError, read_manifest
+from data.manifest_table import FRAGMENT_DTYPES, HASH_DTYPE, LISTED, Fragments, Shard
 from data.pieces import (
     EMPTIED,
     HashGroup,
@@ -116,7 +108,7 @@ def plan_tokens(
     return [
         TokenWork(
             digest_of(
-                "tokens",
+                "hashed tokens",
                 piece.source,
                 survey["shards"],
                 survey["pinned"],
@@ -138,34 +130,31 @@ def _encoding(left_out: int, tokenizer: FixedTokenizer, fragment_tokens: int) ->
     return left_out, tokenizer.fingerprint, tokenizer.boundary_id, fragment_tokens
 
 
-def adopt_former_tokens(
+def with_former_tokens(
     config: CorpusConfig,
     surveys: Sequence[Mapping[str, Any]],
     plan: Sequence[TokenWork],
     duplicates: Duplicates,
     tokenizer: FixedTokenizer,
-) -> None:
-    """Records of pieces that were tokenized when they were still named by their survey's name, where the texts are the
-    same: such a corpus is hashed again and not tokenized again.
+) -> list[TokenWork]:
+    """The plan, with the records of pieces that were tokenized when they were still named by their survey's name and
+    shards had no hashes, where the texts are the same: such a corpus is hashed and not tokenized again.
     """
     store = open_store(config.prepared)
     listed = {each.path for each in store.list("pieces/")}
     left_out = duplicates.fingerprint.tolist()
 
-    def adopt(work: TokenWork, survey: Mapping[str, Any]) -> None:
+    def with_former(work: TokenWork, survey: Mapping[str, Any]) -> TokenWork:
         former = work.piece.former_survey_digest(config)
         encoding = _encoding(left_out[work.index], tokenizer, work.fragment_tokens)
         surveyed = record_path("survey", former)
-        tokens, ours = (
-            record_path("tokens", digest) for digest in (digest_of("tokens", former, *encoding), work.digest)
-        )
-        if ours in listed or not {surveyed, tokens} <= listed:
-            return
-        if json.loads(store.read(surveyed))["content"] == survey["content"]:
-            store.put(ours, store.read(tokens))
+        tokens = record_path("tokens", digest_of("tokens", former, *encoding))
+        if {surveyed, tokens} <= listed and json.loads(store.read(surveyed))["content"] == survey["content"]:
+            return replace(work, former=tokens)
+        return work
 
     with ThreadPoolExecutor(READING_THREADS) as pool:
-        list(pool.map(adopt, plan, surveys))
+        return list(pool.map(with_former, plan, surveys))
 
 
 def assemble(
@@ -217,15 +206,17 @@ def _join_shards(
 ) -> tuple[tuple[Shard, ...], Fragments, NDArray[np.int64]]:
     """All shards, their fragments, and [pieces]: the documents that each piece set aside."""
     shards, columns = list[Shard](), {name: array("q") for name in FRAGMENT_DTYPES}
-    set_aside = array("q")
+    set_aside, hashes = array("q"), bytearray()
     for record in tokens:
         set_aside.append(record["set_aside"])
         for written in record["shards"]:
             for name in LISTED:
                 columns[name].extend(written["fragments"][name])
+            hashes += bytes.fromhex("".join(written["fragments"]["blake2b"]))
             columns["shard"].extend([len(shards)] * len(written["fragments"]["row_group"]))
             shards.append(Shard(**written["shard"]))
-    return tuple(shards), Fragments.from_columns(columns), np.array(set_aside, np.int64)
+    fragments = Fragments.from_columns({**columns, "blake2b": np.frombuffer(hashes, HASH_DTYPE)})
+    return tuple(shards), fragments, np.array(set_aside, np.int64)
 
 
 def existing_manifest(config: CorpusConfig) -> Manifest | None:

@@ -3,8 +3,8 @@ digest.
 
 A prepared corpus lies under one URI:
 
-    manifests/DIGEST.parquet                this file: a row per shard, the columns of its fragments as
-                                            lists, the rest as JSON in the schema's metadata
+    manifests/DIGEST.parquet                this file: its columns are in data/manifest_table.py, the rest is
+                                            JSON in the schema's metadata
     manifests/latest                        the digest of the manifest written last
     tokenizers/FINGERPRINT/tokenizer.json
     shards/…parquet                         token shards (data/shards.py), named by their content
@@ -17,82 +17,38 @@ The same corpus prepared elsewhere with the same settings has the same digest.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cluster.config import UserError
 from cluster.storage import Store
+from data.manifest_table import (
+    FIRST_FORMAT,
+    FORMAT,
+    FRAGMENT_DTYPES,
+    SHARD_SCHEMA,
+    UNHASHED_SHARD_SCHEMA,
+    Fragments,
+    Shard,
+    UnknownFormatError,
+    decode,
+    encode,
+)
 
 SPLITS = ("train", "validation", "test")
-# Arrow reads no more than 100 MB of a schema's metadata, so what grows with the corpus stands in columns. The first
-# format held the shards there too, up to some 400,000 of them; its files are read as before.
-FORMAT, FIRST_FORMAT = "token-manifest-2", "token-manifest-1"
+LATEST = "manifests/latest"
+LATEST_BYTES = 128
+NAME = "[0-9a-f]{16}|[0-9a-f]{32}"
+MANIFEST_BYTES = 8 << 30
+"""Of a manifest's file at most: 28 million fragments, a petabyte of text, have 1 GB."""
 
 
 class ManifestError(UserError, ValueError):
     """A manifest is missing, altered, or of a format that this code cannot read."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One token shard: a Parquet file of tokenized documents of one split and one source."""
-
-    path: str
-    """Relative to the prepared corpus."""
-    split: str
-    source: str
-    num_bytes: int
-    """Size of the file."""
-    sha256: str
-    """Of the file, in hex."""
-
-
-@dataclass(frozen=True)
-class Fragments:
-    """The fragments of all shards, one entry each in equally long arrays, in the manifest's order."""
-
-    shard: np.ndarray
-    """int32: index into `Manifest.shards`."""
-    row_group: np.ndarray
-    """int32: index of the row group in that shard."""
-    num_tokens: np.ndarray
-    """int64, boundaries included."""
-    num_bytes: np.ndarray
-    """int64: UTF-8 bytes of the normalised text behind the tokens."""
-    num_documents: np.ndarray
-    """int64: documents that begin in the fragment (later parts of a cut document do not count)."""
-    checksum: np.ndarray
-    """uint32: CRC-32 of the fragment's tokens as little-endian bytes."""
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-    @classmethod
-    def from_columns(cls, columns: Mapping[str, Any]) -> "Fragments":
-        """Make fragments of one sequence per field name; values are cast to the field's type."""
-        return cls(**{name: np.asarray(columns[name], dtype) for name, dtype in FRAGMENT_DTYPES.items()})
-
-
-FRAGMENT_DTYPES = {
-    "shard": np.int32,
-    "row_group": np.int32,
-    "num_tokens": np.int64,
-    "num_bytes": np.int64,
-    "num_documents": np.int64,
-    "checksum": np.uint32,
-}
-LISTED = tuple(name for name in FRAGMENT_DTYPES if name != "shard")
-"""Columns of fragments that stand as lists beside their shard."""
-SHARD_SCHEMA = pa.schema(
-    [(each.name, pa.int64() if each.type is int else pa.string()) for each in fields(Shard)]
-)
 
 
 @dataclass(frozen=True)
@@ -114,19 +70,38 @@ class Manifest:
     set_aside: dict[str, int]
     """Broken records by source. Their text could not be read, so they have no split."""
 
+    @property
+    def hashed(self) -> bool:
+        """Whether it has hashes of footers and fragments; not without a shard."""
+        return any(shard.footer_blake2b for shard in self.shards)
+
+    @property
+    def weakness(self) -> str | None:
+        """What protects its fragments too little, with the remedy, in one line; None if nothing does."""
+        if self.hashed or not self.shards:
+            return None
+        return (
+            f"manifest {self.digest} protects its fragments by CRC-32 alone, which finds accidents and no intent; "
+            "data/prepare.py with the same corpus.* makes one with hashes, and tokenizes nothing again"
+        )
+
     @cached_property
     def digest(self) -> str:
-        """The manifest's name: 16 hex digits of a sha256 over all of its fields."""
-        # The content is the same in both formats: a corpus prepared anew keeps its name, and runs on it go on.
+        """The manifest's name: 32 hex digits of a sha256 over all of its fields; 16 where it has no hashes."""
+        # Without hashes the content is the same in both formats, so that what was once named keeps its name.
+        names = (SHARD_SCHEMA if self.hashed else UNHASHED_SHARD_SCHEMA).names
         everything = self._header() | {
-            "format": FIRST_FORMAT,
-            "shards": [vars(shard) for shard in self.shards],
+            "format": FORMAT if self.hashed else FIRST_FORMAT,
+            "shards": [{name: getattr(shard, name) for name in names} for shard in self.shards],
         }
         content = hashlib.sha256(json.dumps(everything, sort_keys=True).encode())
         for name, dtype in FRAGMENT_DTYPES.items():
             column = getattr(self.fragments, name)
             content.update(np.ascontiguousarray(column, np.dtype(dtype).newbyteorder("<")).data)
-        return content.hexdigest()[:16]
+        if not self.hashed:
+            return content.hexdigest()[:16]
+        content.update(self.fragments.blake2b.tobytes())
+        return content.hexdigest()[:32]
 
     def select(self, split: str, source: str | None = None) -> np.ndarray:
         """Indices (int64, ascending) of the fragments of a split, and of one source where named.
@@ -149,7 +124,7 @@ class Manifest:
         It goes by the digest of the whole, which errors are to name.
         """
         shards, shard = np.unique(self.fragments.shard[chosen], return_inverse=True)
-        columns = {name: getattr(self.fragments, name)[chosen] for name in FRAGMENT_DTYPES}
+        columns = {each.name: getattr(self.fragments, each.name)[chosen] for each in fields(Fragments)}
         part = replace(
             self,
             shards=tuple(self.shards[index] for index in shards),
@@ -190,18 +165,15 @@ class Manifest:
 def write_manifest(store: Store, manifest: Manifest) -> str:
     """Put the manifest and then name it the latest; returns its path. Writing it again changes nothing."""
     path = manifest_path(manifest.digest)
-    header = json.dumps(manifest._header() | {"format": FORMAT}, sort_keys=True)
-    sink = pa.BufferOutputStream()
-    table = _by_shard(manifest).replace_schema_metadata({"manifest": header})
-    pq.write_table(table, sink, compression="zstd")
-    store.put(path, sink.getvalue().to_pybytes())
+    header, hashed = manifest._header(), manifest.hashed
+    store.put(path, encode(header, manifest.shards, manifest.fragments, hashed=hashed))
     mark_latest(store, manifest)
     return path
 
 
 def mark_latest(store: Store, manifest: Manifest) -> None:
     """Let `read_manifest` without a digest find this one."""
-    store.put("manifests/latest", manifest.digest.encode())
+    store.put(LATEST, manifest.digest.encode())
 
 
 def read_manifest(store: Store, digest: str = "latest") -> Manifest:
@@ -211,58 +183,47 @@ def read_manifest(store: Store, digest: str = "latest") -> Manifest:
         ManifestError: there is none, or its content does not have the digest that it is named by.
     """
     try:
-        name = store.read("manifests/latest").decode().strip() if digest == "latest" else digest
-        content = store.read(manifest_path(name))
+        name = _latest(store) if digest == "latest" else digest
+        if not re.fullmatch(NAME, name):
+            raise ManifestError(
+                f"{name!r} names no manifest of {store.uri}: a digest has 16 or 32 hex digits"
+            )
+        path = manifest_path(name)
+        if (num_bytes := store.size(path)) > MANIFEST_BYTES:
+            raise ManifestError(_altered(store, name, f"it has {num_bytes:,} bytes"))
+        content = store.read(path)
     except FileNotFoundError as absent:
         remedy = "run data/prepare.py with corpus.prepared set to this URI"
         raise ManifestError(f"no manifest {digest!r} under {store.uri}; {remedy}") from absent
     try:
-        table = pq.read_table(pa.BufferReader(content))
-    except (pa.ArrowInvalid, OSError) as broken:  # OSError: of what Parquet's own layer cannot read
-        raise ManifestError(_altered(store, name, str(broken))) from broken
-    header = json.loads((table.schema.metadata or {}).get(b"manifest", b"{}"))
-    header["sources"] = tuple(header.get("sources", ()))
-    written = header.pop("format", None)
-    if written == FORMAT:
-        shards, fragments = _from_shards(table)
-    elif written == FIRST_FORMAT:
-        shards, fragments = _from_fragments(table, header.pop("shards"))
-    else:
-        at, remedy = f"{store.uri}/{manifest_path(name)}", "run data/prepare.py again"
-        raise ManifestError(f"{at} has the format {written}, not {FORMAT}; {remedy}")
-    manifest = Manifest(shards=shards, fragments=fragments, **header)
-    if manifest.digest != name:
-        raise ManifestError(_altered(store, name, f"its content has the digest {manifest.digest}"))
+        manifest = _decode(content)
+        found = manifest.digest
+    except UnknownFormatError as other:
+        remedy = "run data/prepare.py again"
+        raise ManifestError(f"{store.uri}/{path} has the format {other}, not {FORMAT}; {remedy}") from other
+    except (
+        Exception
+    ) as broken:  # of a dozen types, by what altered bytes happen to say to Arrow, JSON and NumPy
+        reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
+        raise ManifestError(_altered(store, name, reason)) from broken
+    if found != name:
+        raise ManifestError(_altered(store, name, f"its content has the digest {found}"))
     return manifest
 
 
-def _by_shard(manifest: Manifest) -> pa.Table:
-    """A row per shard: its fields, and those of its fragments as lists."""
-    of_shard = manifest.fragments.shard
-    assert np.all(of_shard[1:] >= of_shard[:-1]), "fragments stand in the order of their shards"
-    columns = [[getattr(shard, name) for shard in manifest.shards] for name in SHARD_SCHEMA.names]
-    table = pa.table(columns, SHARD_SCHEMA)
-    bounds = pa.array(np.searchsorted(of_shard, np.arange(len(table) + 1)), pa.int32())
-    for name in LISTED:
-        values = pa.array(getattr(manifest.fragments, name))
-        table = table.append_column(f"fragment_{name}", pa.ListArray.from_arrays(bounds, values))
-    return table
+def _decode(content: bytes) -> Manifest:
+    header, shards, fragments = decode(content)
+    header["sources"] = tuple(header["sources"])
+    return Manifest(shards=shards, fragments=fragments, **header)
 
 
-def _from_shards(table: pa.Table) -> tuple[tuple[Shard, ...], Fragments]:
-    """What `_by_shard` made a table of."""
-    names = SHARD_SCHEMA.names
-    values = zip(*(table.column(name).to_numpy().tolist() for name in names), strict=True)
-    columns = {name: pc.list_flatten(table.column(f"fragment_{name}")).to_numpy() for name in LISTED}
-    num_fragments = pc.list_value_length(table.column("fragment_row_group")).to_numpy()
-    columns["shard"] = np.repeat(np.arange(len(table)), num_fragments)
-    return tuple(Shard(*each) for each in values), Fragments.from_columns(columns)
-
-
-def _from_fragments(table: pa.Table, shards: list[dict[str, Any]]) -> tuple[tuple[Shard, ...], Fragments]:
-    """The same of the first format: a row per fragment."""
-    columns = {name: table.column(name).to_numpy() for name in FRAGMENT_DTYPES}
-    return tuple(Shard(**shard) for shard in shards), Fragments.from_columns(columns)
+def _latest(store: Store) -> str:
+    if store.size(LATEST) <= LATEST_BYTES:
+        name = store.read(LATEST).decode("ascii", "replace").strip()
+        if re.fullmatch(NAME, name):
+            return name
+    remedy = "run data/prepare.py again, which names it, or write the digest of a file of manifests/ into it"
+    raise ManifestError(f"{store.uri}/{LATEST} names no manifest; {remedy}")
 
 
 def manifest_path(digest: str) -> str:

@@ -28,6 +28,8 @@ from data.dedup import (
 )
 from data.documents import KEPT_BYTES, Broken, Document, read_documents
 from data.manifest import SPLITS
+from data.manifest_table import Shard
+from data.shard_hashes import AlteredError, hash_stored
 from data.shards import ShardWriter
 from data.splits import matching_pattern, split_of
 from data.tokens import Encoder, FixedTokenizer, load_tokenizer
@@ -249,6 +251,8 @@ class TokenWork:
     tokenizer: str
     """Fingerprint."""
     fragment_tokens: int
+    former: str = ""
+    """Path of the record of the same work from before shards had hashes: they are hashed, and not written anew."""
 
 
 def tokenize(work: TokenWork, config: CorpusConfig) -> None:
@@ -262,6 +266,8 @@ def tokenize(work: TokenWork, config: CorpusConfig) -> None:
             prepared.
     """
     prepared = open_store(config.prepared)
+    if work.former and (adopted := _with_hashes(prepared, work.former)):
+        return prepared.put(record_path("tokens", work.digest), json.dumps(adopted).encode())
     left_out = frozenset(duplicates_of(prepared, list(work.duplicates), work.index).tolist())
     tokenizer, encoder = _tokenizer(config.prepared, work.tokenizer, config.tokenizer.boundary)
     pin = _Pin()
@@ -292,6 +298,20 @@ def tokenize(work: TokenWork, config: CorpusConfig) -> None:
     shards = [{"shard": asdict(each.shard), "fragments": each.fragments} for each in written]
     record = {"shards": shards, "set_aside": set_aside.num_records}
     prepared.put(record_path("tokens", work.digest), json.dumps(record).encode())
+
+
+def _with_hashes(prepared: Store, former: str) -> dict[str, Any] | None:
+    """A record of before shards had hashes, with them; None where a shard is lost or altered."""
+    record = json.loads(prepared.read(former))
+    for written in record["shards"]:
+        shard = Shard(**written["shard"])
+        try:
+            found = hash_stored(prepared, shard)
+        except (FileNotFoundError, AlteredError):
+            return None
+        written["shard"] = asdict(found.add_to(shard))
+        written["fragments"]["blake2b"] = found.blake2b
+    return record
 
 
 @lru_cache(maxsize=1)

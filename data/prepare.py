@@ -41,7 +41,6 @@ from cluster.session import ray_session
 from cluster.storage import StorageError, Store, open_store
 from cluster.workers import ClusterConfig
 from data.assemble import (
-    adopt_former_tokens,
     assemble,
     existing_manifest,
     finished,
@@ -52,6 +51,7 @@ from data.assemble import (
     plan_tokens,
     read_records,
     shard_sizes,
+    with_former_tokens,
 )
 from data.corpus import (
     BYTES_PER_TOKEN,
@@ -117,7 +117,11 @@ def ray_tasks(
 
 
 def prepare(
-    config: CorpusConfig, on_progress: OnProgress = lambda _: None, fan_out: FanOut = ray_tasks
+    config: CorpusConfig,
+    on_progress: OnProgress = lambda _: None,
+    fan_out: FanOut = ray_tasks,
+    *,
+    renew: bool = False,
 ) -> Manifest:
     """Prepare the corpus, as far as that is not done yet, and name its manifest the latest.
 
@@ -125,6 +129,8 @@ def prepare(
         on_progress: Called in this process whenever a piece of work is done.
         fan_out: Calls a function on each piece of work and yields indices as they are done. `ray_tasks` needs
             a session.
+        renew: Whether a finished corpus of before there were hashes gets a manifest with them. Runs and sweeps take it
+            as it is: the manifest's name is part of what they are.
 
     Raises:
         CorpusError, TokenizerError: the input is not what the configuration says; what is done stays done.
@@ -133,7 +139,7 @@ def prepare(
     shards, given = list_raw_shards(config), given_tokenizer(config)
     store = open_store(config.prepared)
     manifest = finished(config, shards, given)
-    if manifest is not None:
+    if manifest is not None and not (renew and manifest.weakness):
         mark_latest(store, manifest)
         return manifest
     pieces = [Piece(group) for group in group_shards(shards)]
@@ -150,7 +156,7 @@ def prepare(
     tokenizer = _fix_tokenizer(config, store, given, pieces, surveys)
     fragment_tokens = fragment_tokens_for(config, shards)
     plan = plan_tokens(pieces, surveys, ranges, duplicates, tokenizer, fragment_tokens)
-    adopt_former_tokens(config, surveys, plan, duplicates, tokenizer)
+    plan = with_former_tokens(config, surveys, plan, duplicates, tokenizer)
     _forget_lost_shards(store, [each.digest for each in plan])
     tokens = passes.run("tokens", tokenize, plan, [each.digest for each in plan], sizes)
     manifest = assemble(config, tokenizer, pieces, surveys, duplicates, tokens)
@@ -287,9 +293,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return console.print("\n".join(describe(config.corpus)))
     try:
         manifest = existing_manifest(config.corpus)
-        if manifest is None:
+        if manifest is None or manifest.weakness:
             with ray_session(config.cluster), progress_line(console) as on_progress:
-                manifest = prepare(config.corpus, on_progress)
+                manifest = prepare(config.corpus, on_progress, renew=True)
     except EXPECTED as error:
         raise ConfigError(str(error).splitlines()) from error
     console.print(corpus_table(manifest))

@@ -6,12 +6,11 @@ slower (1.1 M tokens: 14 ms plain against 2 ms, 2 cores, pyarrow 26), and a frag
 copy.
 """
 
-import hashlib
 import zlib
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +19,9 @@ import pyarrow.parquet as pq
 
 from cluster.config import UserError
 from cluster.scratch import scratch_folder, writing_locally
-from cluster.storage import StorageError, Store, open_store
+from cluster.storage import StorageError, Store
 from data.manifest import Manifest, Shard
+from data.shard_hashes import AlteredError, forget_footers, hash_shard, read_row_group
 
 
 class ShardError(UserError, RuntimeError):
@@ -45,17 +45,14 @@ SHARD_TOKENS = 134_217_728
 # Longer documents are cut, so that one book cannot make a fragment that dwarfs the others. Contexts up to
 # here stay whole.
 PART_TOKENS = 65_536
-# Footers are immutable and a few KiB to a few hundred; keeping them saves two of three requests per fragment.
-KEPT_FOOTERS = 256
 
 
 @dataclass
 class WrittenShard:
-    """A finished token shard with the columns of its fragments (as in `data.manifest.Fragments`, without
-    `shard`)."""
+    """A finished token shard with the columns of its fragments, as `Fragments.from_columns` takes them, but `shard`."""
 
     shard: Shard
-    fragments: dict[str, list[int]]
+    fragments: dict[str, list[Any]]
 
 
 @dataclass
@@ -98,7 +95,7 @@ class ShardWriter:
         self._fragment_tokens, self._shard_tokens = fragment_tokens, shard_tokens
         self._part_tokens = max(fragment_tokens, PART_TOKENS)
         self._pending = _Fragment()
-        self._columns: dict[str, list[int]] = {}
+        self._columns: dict[str, list[Any]] = {}
         self._written_tokens = 0
         self._file: pq.ParquetWriter | None = None
         self._local: Path | None = None
@@ -183,14 +180,12 @@ class ShardWriter:
         assert self._file is not None and self._local is not None
         with writing_locally():
             self._file.close()
-        with self._local.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        path = f"shards/{sha256[:16]}.parquet"
-        num_bytes = self._local.stat().st_size
+        found = hash_shard(self._local)
+        path = f"shards/{found.sha256[:16]}.parquet"
         self._store.upload(self._local, path)
         self._scratch.close()
-        shard = Shard(path, self._split, self._source, num_bytes, sha256)
-        self._finished.append(WrittenShard(shard, self._columns))
+        shard = found.add_to(Shard(path, self._split, self._source, found.num_bytes, found.sha256))
+        self._finished.append(WrittenShard(shard, self._columns | {"blake2b": found.blake2b}))
         self._columns, self._written_tokens, self._file, self._local = {}, 0, None, None
 
 
@@ -206,7 +201,7 @@ def read_fragment(store: Store, manifest: Manifest, fragment: int) -> np.ndarray
         boundary.
 
     Raises:
-        ShardError: the tokens do not have the manifest's checksum, also when read a second time.
+        ShardError: the fragment does not have the manifest's hash or checksum, also when read a second time.
         StorageError: the store could not be read.
     """
     column = _read_verified(store, manifest, fragment, ["tokens"]).column("tokens")
@@ -230,37 +225,27 @@ def _read_verified(store: Store, manifest: Manifest, fragment: int, columns: lis
     fragments = manifest.fragments
     shard = manifest.shards[int(fragments.shard[fragment])]
     row_group, checksum = int(fragments.row_group[fragment]), int(fragments.checksum[fragment])
+    blake2b = fragments.blake2b[fragment].tobytes() if shard.footer_blake2b else None
     reason = ""
     # A byte flipped on the way (seen with ranged GETs, which no client notices) is gone when read again; one
     # on disk is not.
     for _ in range(2):
         try:
-            table = _read_row_group(store, shard.path, row_group, columns)
+            table = read_row_group(store, shard, row_group, blake2b, columns)
         except StorageError:
             raise
-        except (OSError, pa.ArrowException) as broken:
+        except (AlteredError, OSError, pa.ArrowException) as broken:
             reason = str(broken)
         else:
             found = zlib.crc32(_join(table.column("tokens"), np.dtype(np.uint8)).data)
             if found == checksum:
                 return table
             reason = f"checksum {found:#010x} instead of {checksum:#010x}"
-        _footer.cache_clear()  # it may be what was damaged
+        forget_footers()
     raise ShardError(
         f"{store.uri}/{shard.path}, fragment {row_group}: {reason}; the shard was altered after manifest "
         f"{manifest.digest} was written. Delete it and run data/prepare.py again"
     )
-
-
-def _read_row_group(store: Store, path: str, row_group: int, columns: list[str]) -> pa.Table:
-    with store.open(path) as source, pq.ParquetFile(source, metadata=_footer(store.uri, path)) as file:
-        return file.read_row_group(row_group, columns=columns, use_threads=False)
-
-
-@lru_cache(maxsize=KEPT_FOOTERS)
-def _footer(uri: str, path: str) -> pq.FileMetaData:
-    with open_store(uri).open(path) as source:
-        return pq.read_metadata(source)
 
 
 def _join(column: pa.ChunkedArray, dtype: np.dtype) -> np.ndarray:

@@ -62,7 +62,7 @@ def record_of(piece: int) -> _Record:
                 "num_bytes": 9,
                 "sha256": "",
             },
-            "fragments": dict.fromkeys(columns, [piece, n]),
+            "fragments": {**dict.fromkeys(columns, [piece, n]), "blake2b": [f"{piece:032x}", f"{n:032x}"]},
         }
         for n in range(piece % 3)
     ]
@@ -95,6 +95,7 @@ def test_the_manifest_has_every_shard_and_count_and_no_record_is_kept_for_it():
     assert manifest.fragments.shard.tolist() == [index for index in range(len(paths)) for _ in range(2)]
     numbers = [int(part) for path in paths for part in path.split("-")]
     assert manifest.fragments.checksum.tolist() == manifest.fragments.num_tokens.tolist() == numbers
+    assert [int.from_bytes(each.tobytes(), "big") for each in manifest.fragments.blake2b] == numbers
     assert manifest.duplicates["train"] == {"web": 75, "books": 75}
     assert manifest.duplicates["test"] == {"web": 25, "books": 25}
     assert manifest.set_aside == {"web": 25, "books": 50}

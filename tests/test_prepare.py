@@ -22,7 +22,8 @@ from cluster.config import ConfigError
 from cluster.session import PROJECT
 from cluster.storage import Store, open_store
 from data.corpus import CorpusConfig, CorpusError, group_shards, list_raw_shards
-from data.manifest import SPLITS, Manifest, read_manifest
+from data.manifest import SPLITS, Manifest, read_manifest, write_manifest
+from data.manifest_table import FRAGMENT_DTYPES, Fragments
 from data.pieces import Piece, digest_of, record_path
 from data.prepare import existing_manifest, main, prepare
 from data.shards import read_fragment, read_fragment_documents
@@ -255,13 +256,12 @@ def test_a_copy_of_a_corpus_is_hashed_and_not_tokenized_again(
     assert [name for name, _ in work.done] == ["survey"] * 4 and after.digest == before.digest
 
 
-def test_what_was_tokenized_before_surveys_pinned_ids_is_hashed_and_not_tokenized_again(
-    config: CorpusConfig, raw: Store
-) -> None:
+def leave_as_before_surveys_pinned_ids(config: CorpusConfig) -> Manifest:
+    """Prepare, and give the records the names and content that they had then: without pins, and without hashes."""
     work, store = _Counting(), open_store(config.prepared)
     before = prepare(config, fan_out=work)
     tokenizer = load_tokenizer(store, before.tokenizer, BOUNDARY)
-    for each in [each for name, each in work.done if name == "tokenize"]:  # as that version left them
+    for each in [each for name, each in work.done if name == "tokenize"]:
         former, survey = each.piece.former_survey_digest(config), each.piece.survey_digest(config)
         encoding = (0, tokenizer.fingerprint, tokenizer.boundary_id, each.fragment_tokens)
         for kind, ours, theirs in (
@@ -270,14 +270,80 @@ def test_what_was_tokenized_before_surveys_pinned_ids_is_hashed_and_not_tokenize
         ):
             record = json.loads(store.read(record_path(kind, ours)))
             record.pop("pinned", None)
+            for written in record["shards"] if kind == "tokens" else ():
+                del written["fragments"]["blake2b"]
+                del written["shard"]["footer_bytes"], written["shard"]["footer_blake2b"]
             store.put(record_path(kind, theirs), json.dumps(record).encode())
             store.delete(record_path(kind, ours))
+    for inputs in store.list("pieces/inputs-"):
+        store.delete(inputs.path)
+    return before
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All texts that are tokenized."""
+    texts, encode = list[str](), Encoder.encode
+
+    def noting(self: Encoder, each: Sequence[str]) -> list[np.ndarray]:
+        texts.extend(each)
+        return encode(self, each)
+
+    monkeypatch.setattr(Encoder, "encode", noting)
+    return texts
+
+
+def test_what_was_tokenized_before_surveys_pinned_ids_is_hashed_and_not_tokenized_again(
+    config: CorpusConfig, raw: Store, encoded: list[str]
+) -> None:
+    leave_as_before_surveys_pinned_ids(config)
     put_in_place(raw, "b.jsonl", raw.read("b.jsonl").replace(b"nobler", b"NOBLER"))
+    encoded.clear()
     work = _Counting()
     after = prepare(config, fan_out=work)
     assert [name for name, _ in work.done if name == "survey"] == ["survey"] * 4
-    assert work.tokenized() == ["b.jsonl"]
-    assert after.digest == prepared_afresh(config, "fresh").digest
+    assert len(encoded) == 100 and all("NOBLER" in text for text in encoded if "obler" in text.lower())
+    assert after.hashed and after.digest == prepared_afresh(config, "fresh").digest
+
+
+@pytest.mark.parametrize("damage", ["altered", "lost"])
+def test_a_token_shard_that_is_altered_before_it_has_hashes_is_made_again(
+    config: CorpusConfig, encoded: list[str], damage: str
+) -> None:
+    before, store = leave_as_before_surveys_pinned_ids(config), open_store(config.prepared)
+    path = before.shards[0].path
+    whole = store.read(path)
+    if damage == "lost":
+        store.delete(path)
+    else:
+        store.put(path, whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    encoded.clear()
+    after = prepare(config, fan_out=one_by_one)
+    assert len(encoded) == 100 and after.digest == before.digest and store.read(path) == whole
+
+
+def test_a_finished_corpus_without_hashes_stays_as_it_is_until_it_is_prepared_again(
+    config: CorpusConfig,
+) -> None:
+    hashed, store = prepare(config, fan_out=one_by_one), open_store(config.prepared)
+    shards = [replace(shard, footer_bytes=0, footer_blake2b="") for shard in hashed.shards]
+    columns = {name: getattr(hashed.fragments, name) for name in FRAGMENT_DTYPES}
+    old = replace(hashed, shards=tuple(shards), fragments=Fragments.from_columns(columns))
+    write_manifest(store, old)
+    (inputs,) = (each.path for each in store.list("pieces/inputs-"))
+    store.put(inputs, json.dumps({"manifest": old.digest}).encode())
+    assert len(old.digest) == 16 and old.digest != hashed.digest
+    found = prepare(config, fan_out=one_by_one)
+    assert (
+        found.digest == old.digest
+        and "CRC-32 alone" in found.weakness
+        and "data/prepare.py" in found.weakness
+    )
+    assert np.array_equal(read_fragment(store, found, 0), read_fragment(store, hashed, 0))
+    renewed = prepare(config, fan_out=one_by_one, renew=True)
+    assert renewed.digest == hashed.digest and renewed.weakness is None
+    assert existing_manifest(config).digest == hashed.digest
+    assert read_manifest(store, old.digest).digest == old.digest, "a run that is pinned to it goes on"
 
 
 def test_a_deleted_token_shard_is_made_again(config: CorpusConfig) -> None:

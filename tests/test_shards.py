@@ -1,22 +1,31 @@
 """Laws of token shards: what was written is read, and what was altered is refused."""
 
-import io
+import hashlib
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.local_store import LocalStore
-from cluster.storage import Store, open_store
+from cluster.storage import StorageError, Store, open_store
 from data.evaluation_rows import evaluation_batches
 from data.manifest import Fragments, Manifest
-from data.shards import PART_TOKENS, ShardError, ShardWriter, read_fragment, read_fragment_documents
+from data.shard_hashes import forget_footers
+from data.shards import (
+    PART_TOKENS,
+    ShardError,
+    ShardWriter,
+    WrittenShard,
+    read_fragment,
+    read_fragment_documents,
+)
 from tests.token_corpus import put_token_corpus
 from trainers.stopping import FAILURE, telling_final_errors
 
@@ -127,12 +136,12 @@ class _FlipsOneByteOnce(LocalStore):
 
     flips: list[bool] = [True]
 
-    def open(self, path: str) -> BinaryIO:
-        content = bytearray(self.read(path))
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        content = bytearray(super().read_range(path, start, length))
         if self.flips:
             self.flips.pop()
             content[len(content) // 2] ^= 1
-        return io.BytesIO(bytes(content))
+        return bytes(content)
 
 
 def test_a_byte_flipped_on_the_way_is_read_again(tmp_path: Path) -> None:
@@ -142,6 +151,140 @@ def test_a_byte_flipped_on_the_way_is_read_again(tmp_path: Path) -> None:
     damaged = _FlipsOneByteOnce(store.uri, store.policy)
     assert np.array_equal(read_fragment(damaged, manifest, 0), document(5_000))
     assert not damaged.flips
+
+
+# --- a rewritten shard ---
+
+
+def with_its_crc32(original: bytes, altered: bytes, place: int) -> bytes:
+    """`altered` with other 4 bytes at `place`, so that it has the CRC-32 of `original`: CRC is linear over bits."""
+    start = altered[:place] + bytes(4) + altered[place + 4 :]
+    nothing = zlib.crc32(bytes(len(altered)))
+    rows = []  # (change of the CRC, bits that make it), reduced to one leading bit each
+    for bit in range(32):
+        single = bytes(place) + (1 << bit).to_bytes(4, "little") + bytes(len(altered) - place - 4)
+        change, bits = zlib.crc32(single) ^ nothing, 1 << bit
+        for other, its_bits in rows:
+            if change ^ other < change:
+                change, bits = change ^ other, bits ^ its_bits
+        rows.append((change, bits))
+        rows.sort(reverse=True)
+    wanted, found = zlib.crc32(original) ^ zlib.crc32(start), 0
+    for change, bits in rows:
+        if wanted ^ change < wanted:
+            wanted, found = wanted ^ change, found ^ bits
+    assert wanted == 0
+    return altered[:place] + found.to_bytes(4, "little") + altered[place + 4 :]
+
+
+DOCUMENTS = {"doc-0": 300, "doc-1": 200, "doc-2": 400}
+
+
+def rewritten(what: str) -> list[tuple[str, np.ndarray, int]]:
+    """The documents of `DOCUMENTS`, or such as pass for them by CRC-32 of the tokens."""
+    tokens = np.concatenate([document(length) for length in DOCUMENTS.values()]).astype("<u2")
+    names, lengths, num_bytes = list(DOCUMENTS), list(DOCUMENTS.values()), [3 * n for n in DOCUMENTS.values()]
+    if what == "tokens":
+        altered = tokens.copy()
+        altered[100:150] = 7
+        tokens = np.frombuffer(with_its_crc32(tokens.tobytes(), altered.tobytes(), 240), "<u2")
+    elif what == "ids":
+        names[1] = "doc-x"
+    elif what == "bytes":
+        num_bytes[1] += 1
+    elif what == "bounds":
+        lengths[0], lengths[1] = lengths[1], lengths[0]
+    parts = np.split(tokens, np.cumsum(lengths)[:-1])
+    return list(zip(names, parts, num_bytes, strict=True))
+
+
+def write_rewritten(store: Store, what: str) -> WrittenShard:
+    settings = {"source": "s", "token_dtype": "uint16", "fragment_tokens": 1_000}
+    with ShardWriter(store, split="validation", **settings) as writer:
+        for name, tokens, num_bytes in rewritten(what):
+            writer.add(name, tokens, num_bytes)
+        (written,) = writer.finish()
+    return written
+
+
+def manifest_of(written: WrittenShard) -> Manifest:
+    fragments = Fragments.from_columns({"shard": [0], **written.fragments})
+    return Manifest("0" * 16, 2**16, BOUNDARY, "uint16", ("s",), (written.shard,), fragments, {}, {})
+
+
+@pytest.mark.parametrize("what", ["tokens", "ids", "bytes", "bounds"])
+def test_a_fragment_that_was_rewritten_with_its_crc32_made_to_fit_is_refused_at_every_read(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, elsewhere = open_store(f"{tmp_path}/corpus"), open_store(f"{tmp_path}/elsewhere")
+    ours, theirs = write_rewritten(store, "nothing"), write_rewritten(elsewhere, what)
+    assert theirs.fragments["checksum"] == ours.fragments["checksum"], "CRC-32 does not tell them apart"
+    manifest = manifest_of(ours)
+    ids, _ = read_fragment_documents(store, manifest, 0)
+    assert ids == list(DOCUMENTS) and len(read_fragment(store, manifest, 0)) == 900
+    store.put(ours.shard.path, elsewhere.read(theirs.shard.path))
+    forget_footers()
+    monkeypatch.setattr(pq, "ParquetFile", None)  # what is not what was written is never decoded
+    named = f"{ours.shard.path}, fragment 0: its .* BLAKE2b .* Delete it and run data/prepare.py"
+    for read in (
+        lambda: read_fragment(store, manifest, 0),
+        lambda: read_fragment_documents(store, manifest, 0),
+        lambda: list(
+            evaluation_batches(
+                manifest, store, "validation", seq_len=9, rows_per_batch=2, rank=0, world_size=1
+            )
+        ),
+    ):
+        with pytest.raises(ShardError, match=named):
+            read()
+
+
+def test_a_footer_is_not_read_with_any_of_its_bytes_changed(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    written = write_rewritten(store, "nothing")
+    manifest, path = manifest_of(written), written.shard.path
+    whole = store.read(path)
+    footer = range(len(whole) - written.shard.footer_bytes, len(whole))
+    assert whole[footer[-1] - 3 :] == b"PAR1" and len(footer) > 300
+    for place in footer[::5]:
+        store.put(path, whole[:place] + bytes([whole[place] ^ 0x11]) + whole[place + 1 :])
+        forget_footers()
+        with pytest.raises(ShardError, match="its footer"):
+            read_fragment(store, manifest, 0)
+    store.put(path, whole)
+    assert len(read_fragment(store, manifest, 0)) == 900
+
+
+@pytest.mark.parametrize("cut", [1, 9, 1_000])
+def test_a_cut_shard_is_refused_by_name(tmp_path: Path, cut: int) -> None:
+    store = open_store(str(tmp_path))
+    written = write_rewritten(store, "nothing")
+    store.put(written.shard.path, store.read(written.shard.path)[:-cut])
+    forget_footers()
+    with pytest.raises((ShardError, StorageError), match=written.shard.path):
+        read_fragment(store, manifest_of(written), 0)
+
+
+def test_the_hashes_are_those_of_the_bytes_in_the_file(tmp_path: Path) -> None:
+    """Against the whole file: the row groups and the footer are all of it but the magic number at its beginning."""
+    store = open_store(str(tmp_path))
+    manifest = write(store, [document(1_000) for _ in range(3)], fragment=1_000)
+    (shard,), (one, two, three) = manifest.shards, manifest.fragments.blake2b
+    content = store.read(shard.path)
+    body = content[4 : len(content) - shard.footer_bytes]
+    bounds = [
+        end
+        for end in range(len(body) + 1)
+        if hashlib.blake2b(body[:end], digest_size=16).digest() == one.tobytes()
+    ]
+    assert len(bounds) == 1
+    middle = [
+        end
+        for end in range(bounds[0], len(body) + 1)
+        if hashlib.blake2b(body[bounds[0] : end], digest_size=16).digest() == two.tobytes()
+    ]
+    assert hashlib.blake2b(body[middle[0] :], digest_size=16).digest() == three.tobytes()
+    assert hashlib.blake2b(content[4 + len(body) :], digest_size=16).hexdigest() == shard.footer_blake2b
 
 
 def test_another_checksum_in_the_manifest_is_refused(tmp_path: Path) -> None:

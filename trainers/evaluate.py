@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -137,6 +138,8 @@ def score(options: argparse.Namespace) -> Evaluation:
         raise ValueError(f"--split {options.split} is none of {', '.join(SPLITS)}")
     store = open_store(options.corpus)
     manifest = read_manifest(store, options.manifest)
+    if manifest.weakness:
+        _tell_once(manifest.weakness)
     folder = open_store(options.model)
     if options.source not in (None, *manifest.sources):
         raise ValueError(f"--source {options.source} is none of {', '.join(manifest.sources)}")
@@ -177,6 +180,12 @@ def score(options: argparse.Namespace) -> Evaluation:
     with torch.inference_mode():
         sums, num_bytes = sums_over(model, device, batches, objective)
     return evaluation_of(objective.terms, sums, num_bytes, time.perf_counter() - started)
+
+
+@cache
+def _tell_once(line: str) -> None:
+    """Print a line beside the answer, however many models are compared in this process."""
+    print(line, file=sys.stderr)
 
 
 def check_tokenizer(folder: Store, corpus: Store, manifest: Manifest) -> None:

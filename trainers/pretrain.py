@@ -113,13 +113,16 @@ def pinned_or_prepared(config: PretrainConfig, console: Console) -> Manifest:
     """The manifest that the run was started on, or that of the corpus as it is now."""
     pinned = run_folder.pinned_manifest(run_store(config))
     if pinned:
-        return read_manifest(open_store(config.corpus.prepared), pinned)
-    try:
-        with progress_line(console) as on_progress:
-            manifest = prepare(config.corpus, on_progress)
-    except EXPECTED as unusable:
-        raise ConfigError([str(unusable)]) from None
-    console.print(corpus_table(manifest))
+        manifest = read_manifest(open_store(config.corpus.prepared), pinned)
+    else:
+        try:
+            with progress_line(console) as on_progress:
+                manifest = prepare(config.corpus, on_progress)
+        except EXPECTED as unusable:
+            raise ConfigError([str(unusable)]) from None
+        console.print(corpus_table(manifest))
+    if manifest.weakness:
+        console.print(manifest.weakness, highlight=False)
     return manifest
 
 

@@ -99,6 +99,8 @@ def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console
         except EXPECTED as unusable:
             raise ConfigError([str(unusable)]) from None
         console.print(corpus_table(manifest))
+        if manifest.weakness:
+            console.print(manifest.weakness, highlight=False)
         trials = PretrainTrials(base, manifest.digest)
         if problems := [
             *manifest_problems(base, manifest),
