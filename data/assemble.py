@@ -274,8 +274,8 @@ def given_tokenizer(config: CorpusConfig) -> FixedTokenizer | None:
         return None
     try:
         folder, name = open_parent(path)
-        serialised = folder.read(name).decode()
-    except (FileNotFoundError, UnicodeDecodeError) as absent:
+        serialised = folder.read(name)
+    except FileNotFoundError as absent:
         remedy = "give the URI of a tokenizer.json, or leave it empty to train one"
         raise CorpusError(f"corpus.tokenizer.path={path}: {absent}; {remedy}") from absent
     return fix_tokenizer(serialised, f"corpus.tokenizer.path={path}", config.tokenizer.boundary)

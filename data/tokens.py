@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from cluster.config import UserError
 from cluster.storage import Store
+from data.tokenizer_file import TokenizerError, parse_tokenizer
 
 # Beside the boundary, which is token 0 of a trained tokenizer: for padding and for masked objectives.
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -39,10 +39,6 @@ _SPELLINGS = {
     "sep": ("[SEP]", "</s>"),
     "mask": ("[MASK]", "<mask>"),
 }
-
-
-class TokenizerError(UserError, ValueError):
-    """A tokenizer cannot be read, trained, or used for pretraining."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +105,11 @@ class SpecialIds:
     mask: int | None
 
 
-def special_ids(tokenizer_json: bytes, boundary: str = TokenizerConfig.boundary) -> SpecialIds:
+def special_ids(
+    tokenizer_json: bytes, boundary: str = TokenizerConfig.boundary, origin: str = "tokenizer.json"
+) -> SpecialIds:
     """Look the special tokens of a tokenizer.json up, by their spelling in BERT's family and RoBERTa's."""
-    ids = Tokenizer.from_buffer(tokenizer_json).get_vocab(with_added_tokens=True)
+    ids = parse_tokenizer(tokenizer_json, origin).get_vocab(with_added_tokens=True)
     found = {
         role: next((ids[spelled] for spelled in spellings if spelled in ids), None)
         for role, spellings in _SPELLINGS.items()
@@ -129,7 +127,7 @@ def tokenizer_path(fingerprint: str) -> str:
     return f"tokenizers/{fingerprint}/tokenizer.json"
 
 
-def fix_tokenizer(serialised: str, origin: str, boundary: str) -> FixedTokenizer:
+def fix_tokenizer(serialised: str | bytes, origin: str, boundary: str) -> FixedTokenizer:
     """Make a given tokenizer fit for pretraining: no truncation, padding or post-processor, and a boundary token.
 
     What frames a text is put in here as ids, and by an export in the way of its model: the post-processor is no part of
@@ -146,12 +144,7 @@ def fix_tokenizer(serialised: str, origin: str, boundary: str) -> FixedTokenizer
     Raises:
         TokenizerError: it is not a tokenizer that the installed `tokenizers` reads.
     """
-    try:
-        tokenizer = Tokenizer.from_str(serialised)
-    except Exception as broken:  # the library raises bare Exception on any content that it cannot read
-        raise TokenizerError(f"{origin} is not a readable tokenizer.json: {broken}") from broken
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = parse_tokenizer(serialised, origin)
     tokenizer.post_processor = None
     tokenizer.add_special_tokens([boundary])
     fixed = tokenizer.to_str()
@@ -267,14 +260,14 @@ def load_tokenizer(store: Store, fingerprint: str, boundary: str) -> FixedTokeni
         TokenizerError: the file does not have this fingerprint any more.
     """
     path = tokenizer_path(fingerprint)
-    return fix_tokenizer(read_tokenizer(store, fingerprint).decode(), f"{store.uri}/{path}", boundary)
+    return fix_tokenizer(read_tokenizer(store, fingerprint), f"{store.uri}/{path}", boundary)
 
 
 class Encoder:
     """Turns texts into tokens, each beginning with the boundary, that text itself never yields."""
 
     def __init__(self, fixed: FixedTokenizer) -> None:
-        self._tokenizer = Tokenizer.from_str(fixed.json)
+        self._tokenizer = parse_tokenizer(fixed.json, "the corpus's tokenizer.json")
         self._tokenizer.encode_special_tokens = True
         self._boundary = np.array([fixed.boundary_id], np.uint32)
 

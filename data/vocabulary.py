@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from data.tokenizer_file import TokenizerError, parse_tokenizer
 from data.tokens import special_ids
 
 # What a special token is in running text: no word and no sentence goes across it.
@@ -42,8 +42,9 @@ class Vocabulary:
     @classmethod
     def from_tokenizer(cls, tokenizer_json: bytes) -> "Vocabulary":
         """Read a tokenizer.json of WordPiece, byte-level BPE, or SentencePiece's kinds (`▁` for a blank)."""
-        fields = json.loads(tokenizer_json)
-        ids = Tokenizer.from_buffer(tokenizer_json).get_vocab(with_added_tokens=True)
+        tokenizer = parse_tokenizer(tokenizer_json, "tokenizer.json")
+        fields = json.loads(tokenizer.to_str())  # an old one lacks fields that the library fills in
+        ids = tokenizer.get_vocab(with_added_tokens=True)
         added = {token["content"]: token["special"] for token in fields["added_tokens"]}
         framing = {*asdict(special_ids(tokenizer_json)).values()}
         prefix = fields["model"].get("continuing_subword_prefix") or "##"
@@ -109,6 +110,10 @@ _BYTE_OF = _byte_characters()
 
 
 def _byte_level(token: str) -> bytes:
+    if unknown := sorted(set(token) - _BYTE_OF.keys()):
+        raise TokenizerError(
+            f"tokenizer.json: {token!r} is no token of bytes: {unknown[0]!r} stands for none"
+        )
     return bytes(_BYTE_OF[character] for character in token)
 
 
@@ -125,5 +130,7 @@ def _word_piece(token: str, prefix: str) -> bytes:
     """
     if token.startswith(prefix):
         return token.removeprefix(prefix).encode()
+    if not token:
+        return b""
     joined = is_han(token[0]) or token[0].isdigit() or unicodedata.category(token[0]).startswith("P")
     return token.encode() if joined else b" " + token.encode()

@@ -15,8 +15,9 @@ from trainers import export as export_module
 from trainers.config import PretrainConfig
 from trainers.export import export, load_exported
 from trainers.export_folder import UNFINISHED, ForeignFolderError, foreign_problem
-from trainers.formats import CONFIG, INDEX, TASK, WEIGHTS
+from trainers.formats import CONFIG, TASK
 from trainers.model import build
+from trainers.model_files import INDEX, WEIGHTS
 from trainers.run_folder import check_unchanged
 from trainers.shape import ModelConfig
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from data.tokens import SpecialIds
+from trainers.model_files import Fields, ModelFolderError
 from trainers.shape import ModelConfig
 
 SWITCHES: dict[str, Any] = {
@@ -149,8 +150,10 @@ def bert_fields(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype) -> dic
 
 
 def config_from_bert(fields: Mapping[str, Any], uri: str) -> ModelConfig:
-    """Return the shape that config.json describes; ValueError for what the encoder does not have."""
-    architecture = (fields.get("architectures") or ["none"])[0]
+    """Return the shape that config.json describes; ModelFolderError for what the encoder does not have."""
+    found = Fields(fields, f"{uri}/config.json")
+    architectures = fields.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
     for key, value, wanted in (
         ("hidden_act", fields.get("hidden_act", "gelu"), ("gelu",)),
         ("position_embedding_type", fields.get("position_embedding_type", "absolute"), ("absolute",)),
@@ -159,17 +162,18 @@ def config_from_bert(fields: Mapping[str, Any], uri: str) -> ModelConfig:
     ):
         if value not in wanted:
             accepted = " or ".join(map(repr, wanted))
-            raise ValueError(f"{uri}/config.json: {key}={value!r} cannot be loaded, only {accepted} can")
+            raise ModelFolderError(f"{found.at}: {key}={value!r} cannot be loaded, only {accepted} can")
+    # The defaults are those of transformers' BertConfig: its folders may leave them out.
     return ModelConfig(
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        num_layers=fields["num_hidden_layers"],
-        num_heads=fields["num_attention_heads"],
-        intermediate_size=fields["intermediate_size"],
-        max_positions=fields["max_position_embeddings"],
-        num_token_types=fields.get("type_vocab_size", 2),
-        norm_eps=fields.get("layer_norm_eps", 1e-12),
+        vocab_size=found.whole("vocab_size", 30_522),
+        hidden_size=found.whole("hidden_size", 768),
+        num_layers=found.whole("num_hidden_layers", 12),
+        num_heads=found.whole("num_attention_heads", 12),
+        intermediate_size=found.whole("intermediate_size", 3_072),
+        max_positions=found.whole("max_position_embeddings", 512),
+        num_token_types=found.whole("type_vocab_size", 2),
+        norm_eps=found.number("layer_norm_eps", 1e-12),
         pair_head=architecture == "BertForPreTraining",
-        tie_embeddings=fields.get("tie_word_embeddings", True),
+        tie_embeddings=found.flag("tie_word_embeddings", True),
         **SWITCHES,
     )

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import psutil
-from tokenizers import Tokenizer
 
 from cluster.storage import Store, open_store
 from data.manifest import Manifest
 from data.ngram import NGram, fit
 from data.permutation import permute
 from data.shards import read_fragment
+from data.tokenizer_file import parse_tokenizer
 from data.tokens import read_tokenizer
 from trainers.config import PretrainConfig
 from trainers.export import load_exported
@@ -94,7 +94,7 @@ def _bits_per_byte(model: NGram, texts: Iterator[tuple[bytes, float]]) -> float:
 
 def _texts(corpus: Store, manifest: Manifest, split: str) -> Iterator[tuple[bytes, float]]:
     """Of each fragment of a split the text that its tokens determine, and the bytes of the original."""
-    tokenizer = Tokenizer.from_str(read_tokenizer(corpus, manifest.tokenizer).decode())
+    tokenizer = parse_tokenizer(read_tokenizer(corpus, manifest.tokenizer), "the corpus's tokenizer.json")
     fragments = manifest.select(split)
     for fragment in fragments[permute(np.arange(len(fragments)), len(fragments), key=0)]:
         tokens = read_fragment(corpus, manifest, int(fragment))

@@ -19,20 +19,20 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from tokenizers import Tokenizer
 
-from cluster.config import run_entry
+from cluster.config import from_dict, run_entry
 from cluster.hardware import device_here
 from cluster.storage import Store, open_store
 from data.evaluation_rows import evaluation_batches
 from data.framing import framing_of
 from data.manifest import Manifest, read_manifest
+from data.tokenizer_file import parse_tokenizer
 from data.tokens import fingerprint_of, fix_tokenizer, read_tokenizer
 from data.words import WordKind
 from trainers.evaluation import Evaluation, evaluation_of, sums_over
 from trainers.export import load_exported
 from trainers.few_shot import FewShotConfig, evaluate_few_shot
-from trainers.formats import PRETRAINING, read_stored
+from trainers.formats import pretraining_of, read_stored
 from trainers.initial import grown
 from trainers.objectives import ObjectiveConfig, objective_of
 from trainers.task import load_task
@@ -155,8 +155,8 @@ def score(options: argparse.Namespace) -> Evaluation:
         )
     # Of an encoder only the hidden tokens: an export does not say which kind of pairs it was trained on.
     causal = model.config.attention == "causal"
-    words = options.words or stored.fields.get(PRETRAINING, {}).get("words", "word")
-    config = ObjectiveConfig() if causal else ObjectiveConfig(kind="masked", words=words)
+    words = options.words or pretraining_of(stored.fields).get("words", "word")
+    config = from_dict(ObjectiveConfig, {} if causal else {"kind": "masked", "words": words})
     objective = objective_of(
         config,
         read_tokenizer(store, manifest.tokenizer),
@@ -193,12 +193,12 @@ def check_tokenizer(folder: Store, corpus: Store, manifest: Manifest) -> None:
 
     One without the corpus's boundary of documents is the same, since preparing adds it.
     """
-    prepared = Tokenizer.from_buffer(read_tokenizer(corpus, manifest.tokenizer))
-    serialised = folder.read("tokenizer.json").decode()
+    prepared = parse_tokenizer(read_tokenizer(corpus, manifest.tokenizer), "the corpus's tokenizer.json")
+    serialised = folder.read("tokenizer.json")
     boundary = prepared.id_to_token(manifest.boundary_id)
     assert boundary is not None, "preparing puts the boundary into the tokenizer"
     found = fix_tokenizer(serialised, f"{folder.uri}/tokenizer.json", boundary).fingerprint
-    if manifest.tokenizer not in (found, fingerprint_of(serialised.encode())):
+    if manifest.tokenizer not in (found, fingerprint_of(serialised)):
         raise ValueError(
             f"the model's tokenizer {found} is not the corpus's {manifest.tokenizer}; "
             f"prepare the corpus with corpus.tokenizer.path={folder.uri}/tokenizer.json"

@@ -26,12 +26,23 @@ from cluster.config import from_dict, run_entry
 from cluster.storage import Store, open_store
 from cluster.strict_yaml import read_yaml
 from data.manifest import read_manifest
+from data.tokenizer_file import parse_tokenizer
 from data.tokens import SpecialIds, fix_tokenizer, read_tokenizer, special_ids
 from trainers.checkpoint import checkpoint_at
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.export_folder import replacing
-from trainers.formats import CONFIG, INDEX, PRETRAINING, WEIGHTS, checked, format_of, read_stored
+from trainers.formats import (
+    CONFIG,
+    PRETRAINING,
+    boundary_of,
+    checked,
+    fits_tokenizer,
+    format_of,
+    pretraining_of,
+    read_stored,
+)
 from trainers.model import Backbone, build_empty
+from trainers.model_files import INDEX, WEIGHTS
 from trainers.objectives import ObjectiveConfig
 from trainers.shape import ModelConfig
 
@@ -74,13 +85,13 @@ def export(
     form = format_of(config)
     ids, tokenizer = (
         replace(special_ids(tokenizer_json), boundary=boundary_id),
-        Tokenizer.from_buffer(tokenizer_json),
+        parse_tokenizer(tokenizer_json, "tokenizer.json"),
     )
     boundary = tokenizer.id_to_token(boundary_id)
     if boundary is None:
         raise ValueError(f"boundary_id={boundary_id} is not in the tokenizer; give the one of the manifest")
     trained: dict[str, str] = {"objective": objective.kind, "words": objective.words} if objective else {}
-    trained["tokenizer"] = fix_tokenizer(tokenizer_json.decode(), "tokenizer.json", boundary).fingerprint
+    trained["tokenizer"] = fix_tokenizer(tokenizer_json, "tokenizer.json", boundary).fingerprint
     files = files_of(form.to(empty_parameters(config), config), dtype)
     with replacing(target, [*set(files.values()), *index_of(files)], overwrite=overwrite):
         named = form.to(checked(pairs, config), config)
@@ -100,7 +111,8 @@ def load_exported(source: Store) -> Exported:
 
     Raises:
         FileNotFoundError: the folder holds no exported model.
-        ValueError: it holds a model of a kind or shape that the backbone does not have, or another's tokenizer.
+        ValueError: it holds a model of a kind or shape that the backbone does not have, or another's tokenizer, or is
+            damaged.
     """
     stored = read_stored(source)
     model = build_empty(stored.config)
@@ -109,22 +121,11 @@ def load_exported(source: Store) -> Exported:
         for name, tensor in stored.parameters():
             parameters[name].copy_(tensor)
     tokenizer_json = source.read("tokenizer.json")
-    ids = special_ids(tokenizer_json)
-    # BERT's own folders name no token that opens a text; what ends one stands nearest.
-    openers = (stored.fields.get("bos_token_id"), ids.boundary, ids.sep)
-    boundary_id = next((each for each in openers if each is not None), None)
-    if boundary_id is None:
-        raise ValueError(f"{source.uri}/config.json: bos_token_id is missing, and no token can stand for it")
-    tokenizer, trained = Tokenizer.from_buffer(tokenizer_json), stored.fields.get(PRETRAINING, {})
-    boundary = tokenizer.id_to_token(boundary_id)
-    if "tokenizer" in trained and boundary:
-        found = fix_tokenizer(tokenizer_json.decode(), f"{source.uri}/tokenizer.json", boundary).fingerprint
-        if found != trained["tokenizer"]:
-            raise ValueError(
-                f"{source.uri}/tokenizer.json is the tokenizer {found}, but the model was trained with "
-                f"{trained['tokenizer']}; export it again"
-            )
-    return Exported(model.eval(), tokenizer, boundary_id, trained.get("objective"))
+    origin = f"{source.uri}/tokenizer.json"
+    ids, tokenizer = special_ids(tokenizer_json, origin=origin), parse_tokenizer(tokenizer_json, origin)
+    boundary_id = boundary_of(stored.fields, ids, stored.config.vocab_size, source.uri)
+    fits_tokenizer(tokenizer, stored.fields, boundary_id, source.uri)
+    return Exported(model.eval(), tokenizer, boundary_id, pretraining_of(stored.fields).get("objective"))
 
 
 def empty_parameters(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:

@@ -11,8 +11,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from cluster.config import UserError
 from cluster.storage import Store
-from trainers.formats import CONFIG, INDEX, PRETRAINING, TASK, WEIGHTS
+from trainers.formats import CONFIG, PRETRAINING, TASK
+from trainers.model_files import INDEX, WEIGHTS
 
 UNFINISHED = "export.unfinished.json"
 OTHERS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", TASK)
@@ -21,7 +23,7 @@ _WEIGHTS = re.compile(r"model(-\d{5}(-of-\d{5})?)?\.safetensors|model\.safetenso
 """transformers' names, and `model-00001.safetensors` of our earlier versions."""
 
 
-class ForeignFolderError(ValueError):
+class ForeignFolderError(UserError, ValueError):
     """A folder holds files that no export of this project wrote."""
 
 

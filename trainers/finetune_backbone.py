@@ -12,12 +12,14 @@ from cluster.config import ConfigError
 from cluster.keys import nearest
 from cluster.storage import open_store
 from cluster.store import former_version
-from data.tokens import fix_tokenizer, special_ids
+from data.tokenizer_file import parse_tokenizer
+from data.tokens import special_ids
 from trainers.export import Exported, load_exported
 from trainers.finetune_config import FinetuneConfig
-from trainers.formats import PRETRAINING, read_stored, weight_files
+from trainers.formats import boundary_of, fits_tokenizer, pretraining_of, read_stored
 from trainers.local_copy import local_copy
 from trainers.model import Backbone, initialize
+from trainers.model_files import weight_files
 from trainers.shape import ModelConfig
 from trainers.task import TaskConfig
 from trainers.task_encoding import Encoder, framed
@@ -49,31 +51,16 @@ def read_facts(config: FinetuneConfig) -> BackboneFacts:
     try:
         stored = read_stored(open_store(uri))
         serialised = stored.source.read("tokenizer.json")
-        ids = special_ids(serialised)
-        openers = (stored.fields.get("bos_token_id"), ids.boundary, ids.sep)  # as load_exported chooses
-        boundary_id = next(each for each in openers if each is not None)
-        trained = stored.fields.get(PRETRAINING, {}).get("tokenizer")
-        check_tokenizer(serialised, boundary_id, trained)
+        origin = f"{stored.source.uri}/tokenizer.json"
+        ids, tokenizer = special_ids(serialised, origin=origin), parse_tokenizer(serialised, origin)
+        boundary_id = boundary_of(stored.fields, ids, stored.config.vocab_size, stored.source.uri)
+        fits_tokenizer(tokenizer, stored.fields, boundary_id, stored.source.uri)
     except FileNotFoundError as error:
         raise ConfigError([f"backbone.uri={uri} holds no exported model: {error}"]) from None
-    except (ValueError, StopIteration) as error:
-        raise ConfigError(
-            [f"backbone.uri={uri} cannot be adapted: {error or 'no token opens a text'}"]
-        ) from None
-    return BackboneFacts(
-        stored.config, Tokenizer.from_buffer(serialised), boundary_id, names_tokenizer=trained is not None
-    )
-
-
-def check_tokenizer(serialised: bytes, boundary_id: int, trained: str | None) -> None:
-    """As load_exported does. Raises ValueError for another tokenizer than that of this fingerprint."""
-    boundary = Tokenizer.from_buffer(serialised).id_to_token(boundary_id)
-    if trained is not None and boundary:
-        found = fix_tokenizer(serialised.decode(), "tokenizer.json", boundary).fingerprint
-        if found != trained:
-            raise ValueError(
-                f"tokenizer.json is the tokenizer {found}, but the model was trained with {trained}"
-            )
+    except ValueError as error:
+        raise ConfigError([f"backbone.uri={uri} cannot be adapted: {error}"]) from None
+    names_tokenizer = "tokenizer" in pretraining_of(stored.fields)
+    return BackboneFacts(stored.config, tokenizer, boundary_id, names_tokenizer)
 
 
 def load_backbone(config: FinetuneConfig, seed: int) -> Exported:
@@ -106,6 +93,8 @@ def backbone_digest(config: FinetuneConfig) -> str:
         read = {"config.json", "tokenizer.json", *weight_files(source)}
     except FileNotFoundError as error:
         raise ConfigError([f"backbone.uri={config.backbone.uri} holds no exported model: {error}"]) from None
+    except ValueError as error:
+        raise ConfigError([f"backbone.uri={config.backbone.uri} cannot be adapted: {error}"]) from None
     infos = sorted((i.path, i.num_bytes, former_version(i.version)) for i in source.list() if i.path in read)
     return hashlib.blake2b(json.dumps(infos).encode(), digest_size=12).hexdigest()
 

@@ -23,6 +23,7 @@ from trainers.finetune_loop import Choice, Progress, beating, best_path, is_stat
 from trainers.finetune_order import FinetuneOrder, origin_of
 from trainers.heartbeat import Heartbeat
 from trainers.lora import merge_lora
+from trainers.model_files import read_weights
 from trainers.task_encoding import Encoder
 from trainers.task_evaluation import answers_to, asked, score_of
 from trainers.task_export import export_task_model
@@ -127,7 +128,7 @@ def chosen_model(order: FinetuneOrder, run: Store, exported: Exported, step: int
     model = TaskModel(exported.model, order.prepared.task, order.config.adapt, order.seed)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in safetensors.torch.load(run.read(best_path(step))).items():
+        for name, tensor in read_weights(run, best_path(step)).items():
             parameters[name].copy_(tensor)
     merge_lora(model)
     return model.eval()

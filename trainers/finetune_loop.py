@@ -30,6 +30,7 @@ from trainers.finetune_config import FinetuneConfig
 from trainers.guard import Guard, guarded_step
 from trainers.heartbeat import Heartbeat
 from trainers.metrics import MetricsWriter
+from trainers.model_files import read_weights
 from trainers.task_batches import RecordOrder
 from trainers.task_encoding import Encoded, Encoder, collate
 from trainers.task_evaluation import TaskScore
@@ -175,7 +176,7 @@ def restore(parts: FinetuneParts) -> Progress:
     choice = Choice.from_json(record.run["choice"])
     weights = None
     if workers.leads and choice.best_step:
-        weights = safetensors.torch.load(parts.run.read(best_path(choice.best_step)))
+        weights = read_weights(parts.run, best_path(choice.best_step))
     parts.heartbeat.beat(record.step, "compile")
     return Progress(record.step, choice, weights)
 

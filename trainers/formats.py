@@ -1,23 +1,22 @@
 """How a model lies in a folder: as Llama or BERT where transformers has its shape, else under our own names."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import safetensors.torch
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from cluster.config import ConfigError, from_dict
 from cluster.storage import Store
-from data.tokens import SpecialIds
+from data.tokens import SpecialIds, fix_tokenizer
 from trainers.bert import bert_fields, config_from_bert, fits_bert, from_bert, to_bert
 from trainers.llama import config_from_llama, fits_llama, from_llama, llama_config, to_llama
 from trainers.model import Backbone
-from trainers.shape import ModelConfig
+from trainers.model_files import ModelFolderError, read_header, read_json, read_weights, weight_files
+from trainers.shape import ModelConfig, count_parameters
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 TASK = "task.json"
 """Beside a fine-tuned model: what transformers' config.json has no place for."""
@@ -40,7 +39,7 @@ class Format:
     fields: Callable[[ModelConfig, SpecialIds, torch.dtype], dict[str, Any]]
     """The content of config.json."""
     config: Callable[[Mapping[str, Any], str], ModelConfig]
-    """The shape by the content of config.json and the folder's URI; ValueError for one that we lack."""
+    """The shape by the content of config.json and the folder's URI; ModelFolderError for one that we lack."""
 
 
 def _llama_fields(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype) -> dict[str, Any]:
@@ -54,9 +53,11 @@ def _own_fields(config: ModelConfig, ids: SpecialIds, dtype: torch.dtype) -> dic
 
 def _own_config(found: Mapping[str, Any], uri: str) -> ModelConfig:
     # A key that came later has its default in older folders: what they were made with.
-    return ModelConfig(
-        **{field.name: found[field.name] for field in fields(ModelConfig) if field.name in found}
-    )
+    given = {field.name: found[field.name] for field in fields(ModelConfig) if field.name in found}
+    try:
+        return from_dict(ModelConfig, given)
+    except ConfigError as wrong:
+        raise ModelFolderError(f"{uri}/config.json: {'; '.join(wrong.problems)}") from None
 
 
 FORMATS = {
@@ -91,45 +92,74 @@ class Stored:
         """Read all weights, from safetensors only, as our parameters.
 
         Raises:
-            ValueError: a parameter is missing, or is not one of this shape.
+            ModelFolderError: a parameter is missing, or is not one of this shape.
         """
         found: dict[str, Tensor] = {}
         for file in weight_files(self.source):
-            found |= safetensors.torch.load(self.source.read(file))
+            found |= read_weights(self.source, file)
+        return self.named(found)
+
+    def named(self, found: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The folder's tensors as our parameters; raises as `parameters` does."""
         back = FORMATS[self.fields["model_type"]].back
         try:
             yield from checked(back(found, self.config), self.config)
-        except ValueError as other:
-            raise ValueError(f"{self.source.uri}: {other}") from other
+        except (ValueError, RuntimeError) as other:  # torch's, where shapes cannot be joined
+            raise ModelFolderError(f"{self.source.uri}: {other}") from None
 
 
 def read_stored(source: Store) -> Stored:
-    """Read what a folder holds, of this project or of Hugging Face.
+    """Read what a folder holds, of this project or of Hugging Face, and hold names and shapes of its weights, which are
+    not read yet, against its config.json.
 
     Raises:
         FileNotFoundError: it holds no model, or no safetensors.
-        ValueError: it holds a model of a kind or shape that the backbone does not have.
+        ModelFolderError: it holds a model of a kind or shape that the backbone does not have, or is damaged.
     """
-    found = json.loads(source.read("config.json"))
+    found = read_json(source, CONFIG)
+    stored = Stored(source, found, stored_shape(found, source.uri))
+    for _ in stored.named(read_headers(source, stored.config)):
+        pass
+    return stored
+
+
+def stored_shape(found: Mapping[str, Any], uri: str) -> ModelConfig:
+    """The backbone's shape by config.json. Raises ModelFolderError for one that the backbone does not have."""
     kind = found.get("model_type")
-    if kind not in FORMATS:
-        raise ValueError(
-            f"{source.uri}/config.json: model_type={kind!r} cannot be loaded, only {', '.join(FORMATS)} can"
+    if not isinstance(kind, str) or kind not in FORMATS:
+        raise ModelFolderError(
+            f"{uri}/config.json: model_type={kind!r} cannot be loaded, only {', '.join(FORMATS)} can"
         )
+    config = FORMATS[kind].config(found, uri)
+    if problems := [*config.problems("model")] or ["model.vocab_size is missing"] * (not config.vocab_size):
+        raise ModelFolderError(f"{uri}/config.json: {'; '.join(problems)}")
+    return config
+
+
+def read_headers(source: Store, config: ModelConfig) -> dict[str, Tensor]:
+    """All tensors of the weight files, without memory.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ModelFolderError: a file is no safetensors, or they hold fewer weights than `config` has: a model is made by its
+            config.json, so that a wrong number there would take any amount of memory.
+    """
+    found: dict[str, Tensor] = {}
     for file in weight_files(source):
         if not source.exists(file):
             raise FileNotFoundError(
                 f"{source.uri} holds no {file}; save it again with transformers' save_pretrained, "
                 "which writes safetensors (pickled weights are not read)"
             )
-    return Stored(source, found, FORMATS[kind].config(found, source.uri))
-
-
-def weight_files(source: Store) -> list[str]:
-    """The files that hold the weights, by their index where there are several."""
-    if not source.exists(INDEX):
-        return [WEIGHTS]
-    return sorted(set(json.loads(source.read(INDEX))["weight_map"].values()))
+        found |= read_header(source, file)
+    least = count_parameters(config).matrices + config.vocab_size * config.hidden_size
+    there = sum(tensor.numel() for tensor in found.values())
+    if least > there or config.num_layers > len(found):
+        raise ModelFolderError(
+            f"{source.uri}: config.json describes a model of {config.num_layers:,} layers and {least:,} weights or "
+            f"more, its files hold {len(found):,} tensors of {there:,}"
+        )
+    return found
 
 
 def checked(pairs: Pairs, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -138,6 +168,8 @@ def checked(pairs: Pairs, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         expected = {name: parameter.shape for name, parameter in Backbone(config).named_parameters()}
     for name, tensor in pairs:
         shape = expected.pop(name, None)
+        if shape is not None and not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} holds {tensor.dtype}, no floating-point numbers")
         if shape != tensor.shape:
             wanted = tuple(shape) if shape is not None else "no such parameter, or stood there twice"
             raise ValueError(
@@ -146,3 +178,37 @@ def checked(pairs: Pairs, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
     if expected:
         raise ValueError(f"{len(expected)} parameters are missing, the first: {next(iter(expected))}")
+
+
+def boundary_of(fields: Mapping[str, Any], ids: SpecialIds, vocab_size: int, uri: str) -> int:
+    """The token that opens a text. BERT's own folders name none that does; what ends one stands nearest.
+
+    Raises:
+        ModelFolderError: there is none.
+    """
+    openers = (fields.get("bos_token_id"), ids.boundary, ids.sep)
+    found = next((each for each in openers if each is not None), None)
+    if found is None:
+        raise ModelFolderError(f"{uri}/config.json: bos_token_id is missing, and no token can stand for it")
+    if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < vocab_size:
+        raise ModelFolderError(f"{uri}/config.json: bos_token_id={found!r} is no id of its {vocab_size:,}")
+    return found
+
+
+def fits_tokenizer(tokenizer: Tokenizer, fields: Mapping[str, Any], boundary_id: int, uri: str) -> None:
+    """Raise ModelFolderError for another tokenizer than the one that config.json says the model was trained with."""
+    trained = pretraining_of(fields).get("tokenizer")
+    boundary = tokenizer.id_to_token(boundary_id)
+    if trained is None or boundary is None:
+        return
+    found = fix_tokenizer(tokenizer.to_str(), f"{uri}/tokenizer.json", boundary).fingerprint
+    if found != trained:
+        raise ModelFolderError(
+            f"{uri}/tokenizer.json is the tokenizer {found}, but the model was trained with {trained}; export it again"
+        )
+
+
+def pretraining_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of the training; empty in a folder of others."""
+    found = fields.get(PRETRAINING)
+    return found if isinstance(found, dict) else {}

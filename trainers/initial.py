@@ -39,13 +39,13 @@ def with_initial(config: PretrainConfig) -> PretrainConfig:
     source = open_store(uri)
     try:
         shape = read_stored(source).config
-        serialised = source.read("tokenizer.json").decode()
+        serialised = source.read("tokenizer.json")
+        own = fix_tokenizer(serialised, f"{source.uri}/tokenizer.json", config.corpus.tokenizer.boundary)
     except (FileNotFoundError, ValueError) as unusable:
         raise ConfigError([f"run.init_from={uri}: {unusable}"]) from unusable
     if problems := list(_contradictions(config.model, shape, uri)):
         raise ConfigError(problems)
     tokenizer = config.corpus.tokenizer
-    own = fix_tokenizer(serialised, f"{source.uri}/tokenizer.json", tokenizer.boundary)
     given = given_tokenizer(config.corpus)
     if given and given.fingerprint != own.fingerprint:
         raise ConfigError(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainers.model_files import Fields, ModelFolderError
 from trainers.shape import ModelConfig
 
 _SWITCHES = (
@@ -107,28 +108,31 @@ def llama_config(config: ModelConfig, boundary_id: int, dtype: torch.dtype) -> d
 
 
 def config_from_llama(fields: Mapping[str, Any], uri: str) -> ModelConfig:
-    """Return the shape that config.json describes; ValueError for what the decoder does not have."""
-    rope = fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta", 10_000.0)}
-    head_width = fields["hidden_size"] // fields["num_attention_heads"]
+    """Return the shape that config.json describes; ModelFolderError for what the decoder does not have."""
+    found = Fields(fields, f"{uri}/config.json")
+    rope = found.section("rope_parameters")
+    hidden_size, num_heads = found.whole("hidden_size", 4_096), found.whole("num_attention_heads", 32)
+    head_width = hidden_size // num_heads
     for key, value, wanted in (
         ("hidden_act", fields.get("hidden_act", "silu"), "silu"),
         ("attention_bias", fields.get("attention_bias", False), False),
         ("mlp_bias", fields.get("mlp_bias", False), False),
         ("rope_scaling", fields.get("rope_scaling"), None),
-        ("rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
+        ("rope_parameters.rope_type", rope.values.get("rope_type", "default"), "default"),
         ("head_dim", fields.get("head_dim") or head_width, head_width),
     ):
         if value != wanted:
-            raise ValueError(f"{uri}/config.json: {key}={value!r} cannot be loaded, only {wanted!r} can")
+            raise ModelFolderError(f"{found.at}: {key}={value!r} cannot be loaded, only {wanted!r} can")
+    # The defaults are those of transformers' LlamaConfig: its folders may leave them out.
     return ModelConfig(
-        vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
-        num_layers=fields["num_hidden_layers"],
-        num_heads=fields["num_attention_heads"],
-        num_kv_heads=fields.get("num_key_value_heads") or 0,
-        intermediate_size=fields["intermediate_size"],
-        max_positions=fields["max_position_embeddings"],
-        rope_theta=rope["rope_theta"],
-        norm_eps=fields["rms_norm_eps"],
-        tie_embeddings=fields.get("tie_word_embeddings", False),
+        vocab_size=found.whole("vocab_size", 32_000),
+        hidden_size=hidden_size,
+        num_layers=found.whole("num_hidden_layers", 32),
+        num_heads=num_heads,
+        num_kv_heads=found.whole("num_key_value_heads") if fields.get("num_key_value_heads") else 0,
+        intermediate_size=found.whole("intermediate_size", 11_008),
+        max_positions=found.whole("max_position_embeddings", 2_048),
+        rope_theta=rope.number("rope_theta", found.number("rope_theta", 10_000.0)),
+        norm_eps=found.number("rms_norm_eps", 1e-6),
+        tie_embeddings=found.flag("tie_word_embeddings", False),
     )

@@ -21,17 +21,16 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.bounds import finite_number
-from cluster.config import ConfigError, from_dict, run_entry
+from cluster.config import ConfigError, run_entry
 from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import ray_session
 from cluster.storage import Store, open_store
 from cluster.store import former_version
 from cluster.workers import ClusterConfig, shortages
-from trainers.formats import TASK
 from trainers.lease import RunTakenError, lease
 from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
 from trainers.prediction_rows import Piece, column_problems, pieces_of
-from trainers.task import TaskConfig
+from trainers.task_export import read_stored_task
 from trainers.task_records import find_files
 
 JOB = "predict.json"
@@ -62,7 +61,7 @@ def predict(options: argparse.Namespace) -> Counts:
     model, output = open_store(options.model), open_store(options.output)
     pieces = pieces_of(options.input)
     try:
-        task = from_dict(TaskConfig, json.loads(model.read(TASK))["task"])
+        task = read_stored_task(model).task
     except FileNotFoundError as error:
         raise ConfigError(
             [f"--model {model.uri} holds no fine-tuned model, as export/ of a run: {error}"]

@@ -7,12 +7,11 @@ place for (the task, a regression's scale) stands in task.json.
 """
 
 import copy
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import safetensors.torch
 import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from cluster.config import from_dict, to_dict
 from cluster.storage import Store
+from data.tokenizer_file import parse_tokenizer
 from data.tokens import SpecialIds, special_ids
 from trainers.export import (
     encoder_tokenizer_config,
@@ -32,8 +32,21 @@ from trainers.export import (
     write_weights,
 )
 from trainers.export_folder import replacing
-from trainers.formats import CONFIG, FORMATS, OWN, PRETRAINING, TASK, Format, format_of, weight_files
-from trainers.model import build_empty
+from trainers.formats import (
+    CONFIG,
+    FORMATS,
+    OWN,
+    PRETRAINING,
+    TASK,
+    Format,
+    boundary_of,
+    format_of,
+    read_headers,
+    read_stored,
+    stored_shape,
+)
+from trainers.model import Backbone, build_empty
+from trainers.model_files import Fields, ModelFolderError, read_json, read_weights, weight_files
 from trainers.shape import ModelConfig
 from trainers.task import TaskConfig
 from trainers.task_encoding import Encoder, framed
@@ -161,61 +174,121 @@ def task_tokenizer_config(model: TaskModel, encoder: Encoder, ids: SpecialIds) -
     }
 
 
-def load_task_model(source: Store) -> tuple[TaskModel, Encoder]:
-    """Read an exported task model, for answers.
+@dataclass(frozen=True)
+class StoredTask:
+    """A fine-tuned model in a folder, its weights not read yet."""
+
+    source: Store
+    fields: Mapping[str, Any]
+    """The content of config.json."""
+    shape: ModelConfig
+    task: TaskConfig
+    adapt: AdaptConfig
+    """How a text's hidden states are pooled."""
+    max_tokens: int
+    scale: tuple[float, float]
+    tokenizer: Tokenizer
+    boundary_id: int
+
+
+def read_stored_task(source: Store) -> StoredTask:
+    """Read what a folder says of its model, and hold names and shapes of its weights against that.
 
     Raises:
-        FileNotFoundError: the folder holds none.
-        ValueError: it holds one of another kind of model, or not all of its weights.
+        FileNotFoundError: it holds none.
+        ModelFolderError: it holds one of another kind of model, or not all of its weights, or is damaged.
     """
-    described = json.loads(source.read(TASK))
-    task = from_dict(TaskConfig, described["task"])
-    fields = json.loads(source.read("config.json"))
-    adapt = AdaptConfig(pooling=described["pooling"])
-    boundary_id = fields["bos_token_id"]
+    described, fields = read_json(source, TASK), read_json(source, CONFIG)
+    shape = task_shape(fields, source.uri)
+    tokenizer_json, origin = source.read("tokenizer.json"), f"{source.uri}/tokenizer.json"
+    ids, at = special_ids(tokenizer_json, origin=origin), f"{source.uri}/{TASK}"
+    try:
+        task = from_dict(TaskConfig, Fields(described, at).section("task").values)
+        adapt = from_dict(AdaptConfig, {"pooling": described.get("pooling")})
+    except ValueError as wrong:
+        raise ModelFolderError(f"{at}: {wrong}".replace("\n", "; ")) from None
+    scale = described.get("scale")
+    if not isinstance(scale, list) or len(scale) != 2:
+        raise ModelFolderError(f"{at}: scale={scale!r} is no list of two numbers")
+    if not all(isinstance(each, (int, float)) and math.isfinite(each) for each in scale) or not scale[1] > 0:
+        raise ModelFolderError(f"{at}: scale={scale!r} is no mean and deviation")
+    max_tokens = Fields(described, at).whole("max_tokens")
+    if max_tokens > shape.max_positions:
+        raise ModelFolderError(
+            f"{at}: max_tokens={max_tokens:,} is more than its {shape.max_positions:,} positions"
+        )
     if task.kind == "generation":
-        exported = load_exported(source)
-        model, tokenizer = TaskModel(exported.model, task, adapt, seed=0), exported.tokenizer
+        read_stored(source)
     else:
-        tokenizer = Tokenizer.from_buffer(source.read("tokenizer.json"))
-        model = TaskModel(build_empty(stored_shape(fields, source.uri)), task, adapt, seed=0)
-        fill(model, fields["model_type"], source)
-    tokenizer, pad_id = framed(tokenizer, boundary_id, model.causal)
-    encoder = Encoder(
-        task, tokenizer, pad_id, described["max_tokens"], True, model.causal, tuple(described["scale"])
+        headers = read_headers(source, shape)
+        with torch.device("meta"):
+            model = TaskModel(Backbone(shape), task, adapt, seed=0)
+        task_weights(model, fields["model_type"], headers, source.uri)
+    return StoredTask(
+        source=source,
+        fields=fields,
+        shape=shape,
+        task=task,
+        adapt=adapt,
+        max_tokens=max_tokens,
+        scale=(scale[0], scale[1]),
+        tokenizer=parse_tokenizer(tokenizer_json, origin),
+        boundary_id=boundary_of(fields, ids, shape.vocab_size, source.uri),
     )
+
+
+def load_task_model(source: Store) -> tuple[TaskModel, Encoder]:
+    """Read an exported task model, for answers; raises as `read_stored_task`."""
+    stored = read_stored_task(source)
+    if stored.task.kind == "generation":
+        exported = load_exported(source)
+        model = TaskModel(exported.model, stored.task, stored.adapt, seed=0)
+    else:
+        model = TaskModel(build_empty(stored.shape), stored.task, stored.adapt, seed=0)
+        found: dict[str, Tensor] = {}
+        for file in weight_files(source):
+            found |= read_weights(source, file)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in task_weights(model, stored.fields["model_type"], found, source.uri).items():
+                parameters[name].copy_(tensor)
+    tokenizer, pad_id = framed(stored.tokenizer, stored.boundary_id, model.causal)
+    encoder = Encoder(stored.task, tokenizer, pad_id, stored.max_tokens, True, model.causal, stored.scale)
     return model.eval(), encoder
 
 
-def stored_shape(fields: dict[str, Any], uri: str) -> ModelConfig:
+def task_shape(fields: Mapping[str, Any], uri: str) -> ModelConfig:
     """The backbone's shape by config.json."""
-    kind = fields.get("model_type")
-    if kind not in FORMATS:
-        raise ValueError(f"{uri}/config.json: model_type={kind!r} cannot be loaded, only {[*FORMATS]} can")
-    if (
-        kind == "bert"
-    ):  # its reader knows the classes of pretraining; without a pair head, for ours takes its place
-        fields = fields | {"architectures": ["BertForMaskedLM"]}
-    return replace(FORMATS[kind].config(fields, uri), pair_head=False)
+    if fields.get("model_type") == "bert":
+        # Its reader knows the classes of pretraining; without a pair head, for ours takes its place.
+        fields = {**fields, "architectures": ["BertForMaskedLM"]}
+    return replace(stored_shape(fields, uri), pair_head=False)
 
 
-def fill(model: TaskModel, model_type: str, source: Store) -> None:
-    """Copy the stored weights into the model; ValueError unless they are all that it has."""
-    found: dict[str, Tensor] = {}
-    for file in weight_files(source):
-        found |= safetensors.torch.load(source.read(file))
+def task_weights(
+    model: TaskModel, model_type: str, found: Mapping[str, Tensor], uri: str
+) -> dict[str, Tensor]:
+    """A folder's tensors by the names of the model's parameters; ModelFolderError unless they are all that it has."""
     ours = {theirs: name for name, theirs in head_names(model_type, model.kind).items()}
-    weights = {}
-    for name in list(found):
+    weights, body = {}, {}
+    for name, tensor in found.items():
         module, _, part = name.rpartition(".")
         if module in ours:
-            weights[f"{ours[module]}.{part}"] = found.pop(name)
-    body = {name.replace("transformer.", "model.", 1): tensor for name, tensor in found.items()}
-    back = FORMATS[model_type].back(body, model.backbone.config)  # type: ignore[arg-type]
-    weights |= {f"backbone.{name}": tensor for name, tensor in back}
+            weights[f"{ours[module]}.{part}"] = tensor
+        else:
+            body[name.replace("transformer.", "model.", 1)] = tensor
+    try:
+        back = FORMATS[model_type].back(body, model.backbone.config)  # type: ignore[arg-type]
+        weights |= {f"backbone.{name}": tensor for name, tensor in back}
+    except (ValueError, RuntimeError) as other:  # torch's, where shapes cannot be joined
+        raise ModelFolderError(f"{uri}: {other}") from None
     parameters = dict(model.named_parameters())
-    if other := sorted(parameters.keys() ^ weights.keys()):
-        raise ValueError(f"{source.uri}: {other[0]} is missing, or is no weight of kind={model.kind}")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            parameters[name].copy_(tensor)
+    if other_names := sorted(parameters.keys() ^ weights.keys()):
+        raise ModelFolderError(f"{uri}: {other_names[0]} is missing, or is no weight of kind={model.kind}")
+    for name, tensor in weights.items():
+        if tensor.shape != parameters[name].shape or not tensor.dtype.is_floating_point:
+            raise ModelFolderError(
+                f"{uri}: {name} is of shape {tuple(tensor.shape)} and {tensor.dtype}; by {CONFIG} and {TASK} it is of "
+                f"{tuple(parameters[name].shape)} and floating-point numbers"
+            )
+    return weights
