@@ -14,6 +14,7 @@ from cluster.store import name_problem, printable
 from data.clean import Normalization
 from data.splits import SplitConfig
 from data.tokens import TokenizerConfig
+from data.unpacking import RATIO
 
 Format = Literal["jsonl", "parquet", "text"]
 FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text"}
@@ -58,9 +59,11 @@ class CorpusConfig:
     """Unicode form of the text: NFC, NFKC (replaces compatibility characters), or none (text as it is)."""
     max_record_bytes: int = 16_777_216
     """Bytes of the longest record; longer ones are set aside, longer plain-text files cut at a line feed."""
+    max_expansion: int = RATIO
+    """Bytes that each byte of a compressed shard may unpack to; 1 GiB of each shard is free. More is refused."""
     set_aside_limit: float = 0.01
     """Share of broken records, in 0 to 1, above which preparing stops; and of shards that cannot be read to their
-    end."""
+    end. Of a piece of work with 10,000 broken ones it stops while reading."""
     fragment_tokens: int = 0
     """Tokens per fragment; 0: by the size of the raw corpus, 4,096 to 1,048,576."""
     cpus_per_piece: float = 1.0
@@ -89,6 +92,8 @@ class CorpusConfig:
             yield f"{at}.fragment_tokens={self.fragment_tokens:,} is outside 256 to 67,108,864; 0 chooses one"
         if self.max_record_bytes < 1_024:
             yield f"{at}.max_record_bytes={self.max_record_bytes:,} is below 1,024"
+        if self.max_expansion < 1:
+            yield f"{at}.max_expansion={self.max_expansion} is below 1; give the ratio of the best packed shard"
         if self.cpus_per_piece <= 0:
             yield f"{at}.cpus_per_piece={self.cpus_per_piece} is not positive; give 1, or less to share CPUs"
         yield from self.splits.problems(f"{at}.splits")

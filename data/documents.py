@@ -1,6 +1,6 @@
 """Reading raw shards of any size: a stream of documents, and of records that hold none."""
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,18 +8,30 @@ from itertools import islice
 from typing import IO, Any, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.keys import nearest
 from cluster.storage import StorageError, Store, open_store
 from data.clean import content_hash, normalise
 from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards
+from data.json_records import parse_record
+from data.parquet_rows import ParquetRows, RepeatedColumnError, stored_value
+from data.unpacking import (
+    RECORD_BYTES,
+    Expansion,
+    Unpacked,
+    UnpackingError,
+    Watched,
+    lines_of,
+    read_exactly,
+)
 
-# Of a torn compressed file the block at the tear is lost: small blocks lose little.
-BLOCK_BYTES = 65_536
-PARQUET_ROWS = 64
 # Enough to recognise a broken record by; the raw shard keeps all of it.
 KEPT_BYTES = 1_000
+LONGEST_REASON = 300
+# A longer name in Parquet is cut: its length is whatever a file says.
+LONGEST_ID = 65_536
+# Of a record without the text column: enough to find a misspelt one.
+KEYS_COMPARED, LONGEST_KEY = 100, 100
 # Of each source before a worker starts: a wrong column shows in all of them.
 RECORDS_TRIED = 20
 # What of a reason differs from record to record.
@@ -78,47 +90,37 @@ def raw_texts(uri: str) -> Iterator[str]:
 
 
 def read_documents(store: Store, shard: RawShard, config: CorpusConfig) -> Iterator[Document | Broken]:
-    """Read a raw shard in order, holding one record (of Parquet: a page and 64 rows) at a time.
+    """Read a raw shard in order, holding one record (of Parquet: a page and a row) at a time.
 
     Args:
         store: The shard's source.
 
     Raises:
-        CorpusError: a Parquet file has no text column, or one that is not text; the shard is gone.
+        CorpusError: a Parquet file has no text column, or one that is not text; the shard is gone, or unpacks to
+            more than `max_expansion` allows.
         StorageError: the store failed; that is never taken for a broken record.
     """
     readers = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}
+    packed = shard.compression is not None or shard.format == "parquet"
+    expansion = Expansion(shard.num_bytes, config.max_expansion if packed else math.inf)
     line = 0
     try:
         with store.open(shard.path) as file:
-            for record in readers[shard.format](cast(IO[bytes], _Watched(file)), shard, config):
+            for record in readers[shard.format](cast(IO[bytes], Watched(file)), shard, config, expansion):
+                expansion.add(RECORD_BYTES)
                 found = record if isinstance(record, Broken) else _document(*record, shard, config)
                 line = found.line
                 yield found
     except FileNotFoundError as gone:
         raise CorpusError(f"{gone}: it was there when the source was listed; run the command again") from gone
+    except UnpackingError as bomb:
+        at = f"{shard.path} (source {shard.source!r})"
+        remedy = f"leave it out by corpus.include, or raise corpus.max_expansion={config.max_expansion:,}"
+        raise CorpusError(f"{at}: {bomb}; {remedy}") from bomb
     except (StorageError, CorpusError):
         raise
     except (OSError, pa.ArrowException) as torn:
         yield Broken(line + 1, f"the shard cannot be read any further: {torn}", "", torn=True)
-
-
-class _Watched:
-    """A file whose failures to read are told from what torn content does to its decoder."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def read(self, num_bytes: int = -1) -> bytes:
-        try:
-            return self._file.read(num_bytes)
-        except StorageError:
-            raise
-        except OSError as failed:
-            raise StorageError(f"cannot read a raw shard: {failed}; run the same command again") from failed
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def _document(
@@ -145,57 +147,65 @@ def _document(
 
 
 def _broken(line: int, reason: str, raw: bytes) -> Broken:
-    return Broken(line, reason, raw[:KEPT_BYTES].decode(errors="backslashreplace"))
+    return Broken(line, reason[:LONGEST_REASON], raw[:KEPT_BYTES].decode(errors="backslashreplace"))
 
 
-def _read_jsonl(file: IO[bytes], shard: RawShard, config: CorpusConfig) -> Iterator[_Record | Broken]:
-    for number, line in enumerate(_lines(_decompressed(file, shard), config.max_record_bytes), start=1):
+def _read_jsonl(
+    file: IO[bytes], shard: RawShard, config: CorpusConfig, expansion: Expansion
+) -> Iterator[_Record | Broken]:
+    stream, columns = _unpacked(file, shard, expansion), (config.text_column, config.id_column)
+    for number, line in enumerate(lines_of(stream, config.max_record_bytes), start=1):
         if len(line) > config.max_record_bytes:
             yield _broken(number, f"longer than corpus.max_record_bytes={config.max_record_bytes:,}", line)
             continue
         if not line.strip():
             continue
-        try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as invalid:
-            yield _broken(number, f"invalid UTF-8 at byte {invalid.start}", line)
-        except (ValueError, RecursionError) as invalid:
-            yield _broken(number, f"not JSON: {invalid}", line)
+        record = parse_record(line, columns, is_first=number == 1)
+        if isinstance(record, str):
+            yield _broken(number, record, line)
+        elif config.text_column not in record:
+            yield _broken(number, _missing(config.text_column, list(record)), line)
         else:
-            if not isinstance(record, dict):
-                yield _broken(number, f"a JSON {type(record).__name__}, not an object", line)
-            elif config.text_column not in record:
-                yield _broken(number, _missing(config.text_column, list(record)), line)
-            else:
-                yield number, record.get(config.id_column), record[config.text_column], line
+            yield number, record.get(config.id_column), record[config.text_column], line
 
 
-def _read_parquet(file: IO[bytes], shard: RawShard, config: CorpusConfig) -> Iterator[_Record | Broken]:
-    # Pages are read as they are needed (buffer_size), so a row group of any size is never in memory as a
-    # whole.
-    table = pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
-    schema = table.schema_arrow
+def _read_parquet(
+    file: IO[bytes], shard: RawShard, config: CorpusConfig, expansion: Expansion
+) -> Iterator[_Record | Broken]:
     at = f"{shard.path} (source {shard.source!r})"
-    if config.text_column not in schema.names:
+    try:
+        rows = ParquetRows(file, (config.text_column, config.id_column), config.max_expansion)
+    except RepeatedColumnError as twice:
+        raise CorpusError(f"{at}: {twice}") from twice
+    if config.text_column not in rows.columns:
         remedy = "set corpus.text_column"
-        raise CorpusError(f"{at}: {_missing(config.text_column, schema.names)}; {remedy}")
-    kind = schema.field(config.text_column).type
+        raise CorpusError(f"{at}: {_missing(config.text_column, rows.schema.names)}; {remedy}")
+    kind = rows.schema.field(config.text_column).type
     if not (_is_string(kind) or _is_binary(kind)):
         raise CorpusError(f"{at}: corpus.text_column={config.text_column!r} is of type {kind}, not a string")
-    columns = [name for name in (config.text_column, config.id_column) if name in schema.names]
     line = 0
-    for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns, use_threads=False):
-        texts = _as_bytes(batch.column(config.text_column))
-        names: list[Any] = [None] * len(texts)
-        if config.id_column in columns:
-            ids = batch.column(config.id_column)
-            names = _decoded(_as_bytes(ids)) if _is_string(ids.type) else ids.to_pylist()
-        for name, text in zip(names, texts, strict=True):
+    for batch in rows.batches():
+        texts = batch.column(config.text_column)
+        ids = batch.column(config.id_column) if config.id_column in rows.columns else None
+        for index in range(batch.num_rows):
             line += 1
-            if text is not None and len(text) > config.max_record_bytes:
-                yield _broken(line, f"longer than corpus.max_record_bytes={config.max_record_bytes:,}", text)
+            stored = stored_value(texts, index)
+            expansion.add(0 if stored is None else stored.size)
+            if stored is not None and stored.size > config.max_record_bytes:
+                first = stored[:KEPT_BYTES].to_pybytes()
+                yield _broken(line, f"longer than corpus.max_record_bytes={config.max_record_bytes:,}", first)
             else:
-                yield line, name, text, text or b""
+                text = None if stored is None else stored.to_pybytes()
+                yield line, None if ids is None else _id_at(ids, index), text, text or b""
+
+
+def _id_at(ids: pa.Array, index: int) -> Any:
+    """A text, a whole number or a truth value; None for anything else."""
+    if _is_string(ids.type):
+        name = stored_value(ids, index)
+        return None if name is None else name[:LONGEST_ID].to_pybytes().decode(errors="backslashreplace")
+    kind = _value_type(ids.type)
+    return ids[index].as_py() if pa.types.is_integer(kind) or pa.types.is_boolean(kind) else None
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType:
@@ -210,22 +220,14 @@ def _is_binary(kind: pa.DataType) -> bool:
     return _value_type(kind) in (pa.binary(), pa.large_binary(), pa.binary_view())
 
 
-def _as_bytes(column: pa.Array) -> list[bytes | None]:
-    """Strings in Parquet need not be valid UTF-8, and one that is not must not take the batch with it: casts to
-    strings check each value, casts to binary none."""
-    return column.cast(pa.large_binary()).to_pylist()
-
-
-def _decoded(names: list[bytes | None]) -> list[str | None]:
-    return [None if name is None else name.decode(errors="backslashreplace") for name in names]
-
-
-def _read_text(file: IO[bytes], shard: RawShard, config: CorpusConfig) -> Iterator[_Record]:
+def _read_text(
+    file: IO[bytes], shard: RawShard, config: CorpusConfig, expansion: Expansion
+) -> Iterator[_Record]:
     """One document per file; a longer one than `max_record_bytes` is cut at line feeds into several."""
-    stream = _decompressed(file, shard)
+    stream = _unpacked(file, shard, expansion)
     line, rest, last = 1, b"", False
     while not last:
-        more = b"".join(_read_exactly(stream, config.max_record_bytes + 1 - len(rest)))
+        more = b"".join(read_exactly(stream, config.max_record_bytes + 1 - len(rest)))
         text, last = rest + more, len(rest) + len(more) <= config.max_record_bytes
         end = len(text) if last else text.rfind(b"\n") + 1 or _character_start(text)
         if end or line == 1:
@@ -242,37 +244,12 @@ def _character_start(text: bytes) -> int:
     return end
 
 
-def _decompressed(file: IO[bytes], shard: RawShard) -> Any:
-    stream = pa.PythonFile(file, mode="r")
-    return pa.CompressedInputStream(stream, shard.compression) if shard.compression else stream
-
-
-def _read_exactly(stream: Any, num_bytes: int) -> Iterator[bytes]:
-    while num_bytes > 0 and (block := stream.read(min(num_bytes, BLOCK_BYTES))):
-        num_bytes -= len(block)
-        yield block
-
-
-def _lines(stream: Any, max_bytes: int) -> Iterator[bytes]:
-    """Lines without their line feeds; of a line longer than `max_bytes` somewhat more than that, no end."""
-    pieces: list[bytes] = []
-    held = 0
-    while block := stream.read(BLOCK_BYTES):
-        first, *others = block.split(b"\n")
-        for piece, ends in [(first, bool(others)), *((line, True) for line in others[:-1])]:
-            if held <= max_bytes:
-                pieces.append(piece)
-                held += len(piece)
-            if ends:
-                yield b"".join(pieces)
-                pieces, held = [], 0
-        if others:
-            pieces, held = [others[-1]], len(others[-1])
-    if held:
-        yield b"".join(pieces)
+def _unpacked(file: IO[bytes], shard: RawShard, expansion: Expansion) -> Any:
+    return Unpacked(file, shard.compression, expansion) if shard.compression else file
 
 
 def _missing(column: str, present: list[str]) -> str:
+    present = [key for key in present[:KEYS_COMPARED] if len(key) <= LONGEST_KEY]
     closest = nearest(column, present)
     shown = f"nearest: {closest!r}" if closest else f"present: {', '.join(present[:8])}"
     return f"no {column!r}; {shown}"

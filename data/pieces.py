@@ -38,8 +38,12 @@ from data.tokens import Encoder, FixedTokenizer, load_tokenizer
 FORMAT = 2
 # Large enough that calling the tokenizer costs nothing beside its work, small enough to stay in the cache.
 BATCH_CHARACTERS = 1_048_576
-# In a survey's record, which all are in memory together; the file of what was set aside has each.
+# In a survey's record, which all are in memory together; the file of what was set aside has the reason of each in it.
 REASONS_COUNTED, OTHER_REASONS = 100, "other reasons"
+# Of a piece. Of 100 broken records, 1,000 bytes each, the file has 0.1 to 0.6 MB; those beyond are counted, by reason.
+SET_ASIDE_RECORDS, SET_ASIDE_BYTES = 10_000, 16 << 20
+# Broken records of a piece from which on the limit acts while it is read: so many are no accident.
+BROKEN_RECORDS_TRIED = 10_000
 EMPTIED = "empty after the tokenizer's own normalisation"
 
 
@@ -101,6 +105,9 @@ def survey(piece: Piece, config: CorpusConfig) -> None:
     The record: documents, bytes by split, kinds of broken records with counts, shards that cannot be read to
     their end, how often each pattern of `splits` named a document, `pinned`, the digest of `_Pin`, and `content`, a
     digest of all texts in order.
+
+    Raises:
+        CorpusError: more of its records than `BROKEN_RECORDS_TRIED`, and a greater share than the limit, are broken.
     """
     prepared, name = open_store(config.prepared), piece.survey_digest(config)
     contents, splits, order, pin = bytearray(), bytearray(), hashlib.sha256(), _Pin()
@@ -114,6 +121,8 @@ def survey(piece: Piece, config: CorpusConfig) -> None:
                 reasons[record.kind if counted else OTHER_REASONS] += 1
                 if record.torn:
                     torn[shard.path] = record.reason
+                if _is_beyond(config, set_aside.num_records, len(splits)):
+                    break
                 continue
             split = split_of(config.splits, shard.path, record.id, record.content)
             contents += record.content
@@ -123,6 +132,8 @@ def survey(piece: Piece, config: CorpusConfig) -> None:
             bytes_of[split] += record.num_bytes
             if pattern := matching_pattern(config.splits, shard.path, record.id):
                 named["=".join(pattern)] += 1
+    if _is_beyond(config, set_aside.num_records, len(splits)):
+        raise CorpusError(_too_many_broken(config, shard, set_aside.num_records, len(splits), reasons))
     prepared.put(hashes_path(name), write_hashes(bytes(contents), bytes(splits)))
     summary = {
         "shards": [shard.path for shard in piece.shards],
@@ -160,12 +171,27 @@ def changed_since_survey(piece: Piece, config: CorpusConfig) -> CorpusError:
     return CorpusError(f"{paths}: changed while it was being prepared; run the same command again")
 
 
+def _is_beyond(config: CorpusConfig, broken: int, documents: int) -> bool:
+    return broken >= BROKEN_RECORDS_TRIED and broken > config.set_aside_limit * (broken + documents)
+
+
+def _too_many_broken(
+    config: CorpusConfig, shard: RawShard, broken: int, documents: int, reasons: Counter[str]
+) -> str:
+    common = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
+    return (
+        f"{shard.path} (source {shard.source!r}): {broken:,} of the first {broken + documents:,} records of its piece "
+        f"of work are broken, more than corpus.set_aside_limit={config.set_aside_limit}: {common}. The first of them "
+        f"are in {config.prepared}/set_aside/; leave the shard out by corpus.include, or raise the limit"
+    )
+
+
 class _SetAside:
-    """Broken records on their way to the store; on the local disk until then, however many there are."""
+    """Broken records on their way to the store: the first ones, on the local disk until then; all are counted."""
 
     def __init__(self, store: Store, path: str) -> None:
         self._store, self._path = store, path
-        self.num_records = 0
+        self.num_records = self._num_bytes = 0
         self._scratch = ExitStack()
 
     def __enter__(self) -> "_SetAside":
@@ -176,9 +202,13 @@ class _SetAside:
 
     def add(self, shard: RawShard, broken: Broken) -> None:
         self.num_records += 1
+        if self.num_records > SET_ASIDE_RECORDS or self._num_bytes >= SET_ASIDE_BYTES:
+            return
         where = {"source": shard.source, "shard": shard.path, "line": broken.line}
         with writing_locally():
-            self._file.write(json.dumps(where | {"reason": broken.reason, "raw": broken.raw}) + "\n")
+            self._num_bytes += self._file.write(
+                json.dumps(where | {"reason": broken.reason, "raw": broken.raw}) + "\n"
+            )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._scratch, writing_locally():

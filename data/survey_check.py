@@ -39,7 +39,8 @@ def _broken_records(config: CorpusConfig, surveys: Sequence[Mapping[str, Any]]) 
     common = "; ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common(3))
     yield (
         f"{set_aside:,} of {records:,} records are broken, more than corpus.set_aside_limit="
-        f"{config.set_aside_limit}, as in {shard}: {common}. All of them: {config.prepared}/set_aside/"
+        f"{config.set_aside_limit}, as in {shard}: {common}. Of each piece of work "
+        f"the first 10,000 are in {config.prepared}/set_aside/"
     )
 
 

@@ -149,6 +149,18 @@ def test_a_missing_field_is_named_with_the_nearest_one(tmp_path: Path) -> None:
         read(tmp_path, "a.parquet", parquet({"text": [1]}))
 
 
+@pytest.mark.parametrize("twice", ["text", "id"])
+def test_a_column_twice_is_refused_by_name_and_no_value_wins_silently(tmp_path: Path, twice: str) -> None:
+    line = f'{{"id": "a", "text": "b", "{twice}": "c", "more": 1, "more": 2}}'
+    records = read(tmp_path, "a.jsonl", f'{line}\n{{"text": "d", "more": 1, "more": 2}}'.encode())
+    assert broken(records) == [(1, f"has the column {twice!r} twice")] and texts(records) == ["d"]
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["id", "text", twice])
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    with pytest.raises(CorpusError, match=rf"a\.parquet.*'{twice}' twice"):
+        read(tmp_path, "a.parquet", sink.getvalue())
+
+
 def column_of(kind: pa.DataType) -> pa.Array:
     """A good text, one that is not UTF-8, null, and a good one."""
     if pa.types.is_dictionary(kind):
