@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cluster.config import to_dict
 from cluster.storage import Store, open_parent, open_store
+from cluster.store import former_version
 from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards
 from data.dedup import DOCUMENTS_PER_RANGE, Duplicates, HashFile
 from data.manifest import SPLITS, Manifest, ManifestError, read_manifest
@@ -32,6 +33,8 @@ from data.tokens import FixedTokenizer, fix_tokenizer
 
 # Records are a few KiB: at 10 to 30 ms a request, 10,000 pieces take some 15 s.
 READING_THREADS = 16
+# Parts of a file's version: modified, size, changed.
+FILE_TIMES = 3
 # Of a range of hashes, read one by one; of more pieces the files are merged in groups of as many, or of as many
 # documents as a range has.
 FILES_PER_RANGE = 1_000
@@ -236,14 +239,31 @@ def finished(
 ) -> Manifest | None:
     """As `existing_manifest`, for inputs that were already read."""
     store = open_store(config.prepared)
+    noted = inputs_path(config, shards, given)
+    if not store.exists(noted):
+        noted = _former_inputs_path(store, config, shards, given) or noted
     try:
-        record = json.loads(store.read(inputs_path(config, shards, given)))
+        record = json.loads(store.read(noted))
         manifest = read_manifest(store, record["manifest"])
     except (FileNotFoundError, ManifestError):
         return None  # preparing again makes it anew, from pieces that are done
     sizes = shard_sizes(store)
     whole = all(sizes.get(shard.path) == shard.num_bytes for shard in manifest.shards)
     return manifest if whole else None
+
+
+def _former_inputs_path(
+    store: Store, config: CorpusConfig, shards: Sequence[RawShard], given: FixedTokenizer | None
+) -> str | None:
+    """As `inputs_path` was before a file's version had its change time, if no file was changed since that was noted."""
+    former = [replace(shard, version=former_version(shard.version)) for shard in shards]
+    path = inputs_path(config, former, given)
+    written = [info.version for info in store.list(path)]
+    files = [version.split("-") for version in (*written, *(shard.version for shard in shards))]
+    if not written or any(len(times) != FILE_TIMES for times in files):
+        return None  # in a bucket nothing is named otherwise
+    noted_at = int(files[0][0])
+    return path if all(int(changed) < noted_at for _, _, changed in files[1:]) else None
 
 
 def shard_sizes(store: Store) -> dict[str, int]:

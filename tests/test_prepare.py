@@ -21,6 +21,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from cluster.config import ConfigError
 from cluster.session import PROJECT
 from cluster.storage import Store, open_store
+from cluster.store import former_version
+from data.assemble import given_tokenizer, inputs_path
 from data.corpus import CorpusConfig, CorpusError, group_shards, list_raw_shards
 from data.manifest import SPLITS, Manifest, read_manifest, write_manifest
 from data.manifest_table import FRAGMENT_DTYPES, Fragments
@@ -242,6 +244,20 @@ def test_a_shard_replaced_by_one_of_equal_size_and_time_is_noticed(config: Corpu
     after = prepare(config, fan_out=work)
     assert work.tokenized() == ["b.jsonl"] and after.digest != before.digest
     assert after.digest == prepared_afresh(config, "fresh").digest
+
+
+def test_a_corpus_that_was_finished_before_files_told_their_last_change_stands_until_one_is_changed(
+    config: CorpusConfig, raw: Store
+) -> None:
+    manifest, store = prepare(config, fan_out=one_by_one), open_store(config.prepared)
+    shards, given = list_raw_shards(config), given_tokenizer(config)
+    former = [replace(shard, version=former_version(shard.version)) for shard in shards]
+    store.put(inputs_path(config, former, given), store.read(inputs_path(config, shards, given)))
+    store.delete(inputs_path(config, shards, given))
+    found = existing_manifest(config)
+    assert found is not None and found.digest == manifest.digest
+    put_in_place(raw, "b.jsonl", raw.read("b.jsonl").replace(b"doc/1", b"DOC/1"))
+    assert existing_manifest(config) is None
 
 
 def test_a_copy_of_a_corpus_is_hashed_and_not_tokenized_again(
