@@ -80,8 +80,10 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
     except (
         yaml.YAMLError,
         ValueError,
-        OverflowError,
-    ) as error:  # the latter of dates and numbers out of range
+        OverflowError,  # of dates and numbers out of range
+        AttributeError,  # of `!!timestamp x`
+        KeyError,  # of `!!bool x`
+    ) as error:
         raise ConfigError([f"{where}: not YAML: {_told(error)}"]) from None
 
 

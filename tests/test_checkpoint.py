@@ -29,6 +29,7 @@ from trainers.checkpoint_commit import file_path, folder_name, read_record, seal
 from trainers.checkpoint_layout import CheckpointError
 from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import HEADER_ROOM_BYTES, CheckpointWriter
+from trainers.selection import Selection, record_best
 from trainers.state import StateSlice
 
 SHAPES = {"embed.weight": (11, 7), "layers.0.norm.weight": (5,), "scale": ()}
@@ -59,6 +60,10 @@ def save(
         with CheckpointWriter(store, config, rank=rank, **numbers) as writer:
             writer.save(step, slices_of(rank, world_size, state_at(step)), run)
     return folder_name(step, world_size, attempt)
+
+
+def put_best(store: Store, name: str) -> None:
+    record_best(store, Selection(1, 4.0), name)
 
 
 def assert_holds(store: Store, record, state: State) -> None:
@@ -380,7 +385,7 @@ def test_workers_share_the_verification_and_agree_on_its_outcome(folder: Store) 
 
 @pytest.mark.parametrize("which", ["best", "last", 100])
 def test_all_workers_take_the_checkpoint_that_worker_0_sees(folder: Store, which) -> None:
-    folder.put("best.json", json.dumps({"checkpoint": save(folder, 100)}).encode())
+    put_best(folder, save(folder, 100))
     behind = Interposed(folder, list=lambda prefix: [])  # as seen before worker 0 committed
     found = on_all_workers(
         2,
@@ -514,6 +519,7 @@ import torch
 from cluster.storage import open_store
 from trainers.checkpoint import CheckpointConfig, claim_attempt, latest_checkpoint
 from trainers.checkpoint_writer import HEADER_ROOM_BYTES, CheckpointWriter
+from trainers.selection import Selection, record_best
 from trainers.state import StateSlice
 
 store = open_store(sys.argv[1])
@@ -563,7 +569,7 @@ def test_the_last_the_best_and_every_nth_are_kept_and_nothing_of_the_others(fold
     )
     for step in range(10, 101, 10):
         if step == 40:
-            folder.put("best.json", json.dumps({"checkpoint": folder_name(30, 2, 1)}).encode())
+            put_best(folder, folder_name(30, 2, 1))
         save(folder, step, config=config)
     assert kept_steps(folder) == [30, 40, 80, 90, 100]
     assert len({info.path.split("/")[1] for info in folder.list("checkpoints/")}) == 5
@@ -620,7 +626,7 @@ def test_the_commit_hook_runs_before_older_checkpoints_are_deleted(folder: Store
                 step,
                 slices_of(0, 1, state_at(step)),
                 {},
-                on_commit=lambda name: folder.put("best.json", json.dumps({"checkpoint": name}).encode()),
+                on_commit=lambda name: put_best(folder, name),
             )
     assert kept_steps(folder) == [2]
 

@@ -17,7 +17,7 @@ from trainers import lease as leases
 from trainers.lease import FOLDER, RunTakenError, lease
 
 FIRST, SECOND = f"{FOLDER}/00000001.json", f"{FOLDER}/00000002.json"
-SUCCESSOR = b'{"host": "elsewhere", "pid": 7, "token": "another"}'
+SUCCESSOR = b'{"host": "elsewhere", "pid": 7, "process_started": 1.0, "token": "another"}'
 
 
 @pytest.fixture

@@ -148,5 +148,5 @@ def test_a_run_that_was_started_needs_no_raw_corpus_any_more(tmp_path):
     config = load(tmp_path, "causal")
     config = replace(config, run=replace(config.run, storage=f"{tmp_path}/runs"))
     assert any(f"{tmp_path}/raw" in problem for problem in problems_before_start(config))
-    run_store(config).put(MANIFEST, b'{"digest": "d"}')
+    run_store(config).put(MANIFEST, b'{"digest": "0123456789abcdef"}')
     assert list(problems_before_start(config)) == []

@@ -12,7 +12,8 @@ NEVER = 1e6
 
 
 def step_record(step, **values):
-    times = {"step_seconds": 2.0, "data_wait_seconds": 0.05, "time": 1_000.0 + 3 * step}
+    times = {"step_seconds": 2.0, "data_wait_seconds": 0.05, "checkpoint_stall_seconds": 0.0}
+    times |= {"tokens_per_second": 2_048.0, "time": 1_000.0 + 3 * step}
     return {"step": step, "loss": 4.0, "tokens": 4_096, "attempt": 1, **times, **values}
 
 

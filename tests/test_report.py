@@ -26,11 +26,19 @@ COUNTS = {
 FILES = {
     "config.yaml": yaml.safe_dump({"run": {"steps": 20}, "energy": {"overhead": 1.5}}),
     "manifest.json": json.dumps(
-        {"summary": {"splits": {"train": {"plays": COUNTS}}, "set_aside": {"plays": 3}}}
+        {"digest": "0" * 16, "summary": {"splits": {"train": {"plays": COUNTS}}, "set_aside": {"plays": 3}}}
     ),
     "environment.json": json.dumps({"watts_per_worker": 50.0, "hardware": {"memory_bytes": 2**34}}),
     "plan.txt": "tokens       20 steps",
-    "best.json": json.dumps({"step": 10, "bits_per_byte": 2.0, "loss": 4.0, "why": "lowest loss"}),
+    "best.json": json.dumps(
+        {
+            "step": 10,
+            "checkpoint": "step-00000010-w2-a1",
+            "bits_per_byte": 2.0,
+            "loss": 4.0,
+            "why": "lowest loss",
+        }
+    ),
     "test.json": json.dumps({"step": 10, "bits_per_byte": 1.9, "perplexity": 30.0}),
     "floor.json": json.dumps(
         {

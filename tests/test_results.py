@@ -179,10 +179,11 @@ def test_a_run_directory_is_read_with_whatever_it_holds(tmp_path):
     store = open_store(str(tmp_path))
     store.put("config.yaml", b"run: {steps: 10}\n")
     assert read_run(store).config == {"run": {"steps": 10}}
-    store.put("best.json", json.dumps({"step": 2}).encode())
+    best = {"step": 2, "checkpoint": "step-00000002-w2-a1", "loss": 4.0}
+    store.put("best.json", json.dumps(best).encode())
     store.put("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in RECORDS).encode())
     run = read_run(store)
-    assert run.best == {"step": 2} and len(run.attempts) == len(RECORDS) and run.test is None
+    assert run.best == best and len(run.attempts) == len(RECORDS) and run.test is None
 
 
 def test_a_place_without_a_run_is_named(tmp_path):

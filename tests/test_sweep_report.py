@@ -11,7 +11,7 @@ from tune.finalists import Finalist
 from tune.measure import Measure
 from tune.search_space import Dimension, SearchSpace
 from tune.sweep_report import importances, sweep_table, write_sweep_report
-from tune.trial_records import TrialRecord, read_trials, record_outcome
+from tune.trial_records import TrialRecord, read_trials, record_outcome, trial_name
 
 SPACE = SearchSpace(
     (
@@ -31,7 +31,9 @@ def sweep(tmp_path):
     for n in range(10):
         point = {"optimizer.learning_rate": 1 + n / 10, "adapt.dropout": (n * 7 % 10) / 40}
         point |= {"adapt.train": "lora", "adapt.lora_rank": 4 + n} if n % 2 else {"adapt.train": "full"}
-        record_outcome(store, TrialRecord(f"trial{n}", point, 0, n + 1, "finished", -(0.5 + n / 20), 1.0))
+        record_outcome(
+            store, TrialRecord(trial_name(point, 0), point, 0, n + 1, "finished", -(0.5 + n / 20), 1.0)
+        )
     return store
 
 

@@ -100,8 +100,8 @@ def prepared_with(folder, labels, kind="classification"):
 def put_run(run, answers, metric="accuracy"):
     """The files of a finished run that gave these answers."""
     run.put("answers.jsonl", "".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers).encode())
-    test = {"metrics": {metric: 0.5}, "records": len(answers), "truncated": 0}
-    result = {"best_step": 1, "steps": 2, "validation": {metric: 0.25}, "test": test}
+    test = {"step": 1, "metrics": {metric: 0.5}, "records": len(answers), "truncated": 0}
+    result = {"seed": 0, "best_step": 1, "steps": 2, "validation": {metric: 0.25}, "test": test}
     run.put("result.json", json.dumps(result | {"train_records": 40, "validation_records": 6}).encode())
     run.put("config.yaml", b"run: {}")
 
@@ -183,7 +183,7 @@ def test_a_page_is_written_for_texts_with_any_separator_and_metrics_that_validat
         {"id": "1", "text": "a\u2028b", "pair": "", "target": "x\u0085y", "answer": "z", "confidence": None}
     ]
     put_run(run, answers)
-    test = {"metrics": {"loss": 1.5, "chrf": 0.25}, "records": 1, "truncated": 0}
+    test = {"step": 1, "metrics": {"loss": 1.5, "chrf": 0.25}, "records": 1, "truncated": 0}
     result = json.loads(run.read("result.json")) | {"validation": {"loss": 1.25}, "test": test}
     run.put("result.json", json.dumps(result).encode())
     write_task_report(run, written)

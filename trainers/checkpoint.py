@@ -5,7 +5,6 @@ checkpoints, whatever stands in them. All functions take the run's store, which 
 `best.json`.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.storage import Store
+from cluster.stored_file import DamagedFileError, place_of, read_json
 from trainers.checkpoint_commit import (
     FOLDER,
     RECORD,
@@ -24,6 +24,7 @@ from trainers.checkpoint_commit import (
     read_record,
 )
 from trainers.checkpoint_layout import CheckpointError
+from trainers.run_files import Best
 
 BEST = "best.json"
 ATTEMPTS = "attempts"
@@ -83,21 +84,21 @@ def claim_attempt(store: Store, world_size: int = 1) -> int:
 
 
 def latest_attempt(store: Store) -> int:
-    """The number claimed last; 0 if none was."""
-    names = (info.path.removeprefix(f"{ATTEMPTS}/") for info in store.list(f"{ATTEMPTS}/"))
-    return max((int(name) for name in names if re.fullmatch("[0-9]{5,9}", name)), default=0)
+    """The number claimed last; 0 if none was. Files with other names are nobody's claim."""
+    claims = (re.fullmatch(rf"{ATTEMPTS}/(\d{{5,9}})", info.path) for info in store.list(f"{ATTEMPTS}/"))
+    return max((int(claim[1]) for claim in claims if claim), default=0)
 
 
 def latest_world_size(store: Store) -> int:
-    """Workers of the newest start; 0 before the first."""
-    attempt = latest_attempt(store)
+    """Workers of the newest start; 0 before the first. Raises `DamagedFileError`."""
+    if not (attempt := latest_attempt(store)):
+        return 0
     path = f"{ATTEMPTS}/{attempt:05d}"
-    size = (store.read(path) or b"1") if attempt else b"0"
-    if not re.fullmatch(rb"[0-9]{1,9}", size):
-        raise CheckpointError(
-            f"{store.uri}/{path} is damaged: it holds no number of workers; write theirs there"
-        )
-    return int(size)
+    content = store.read(path)  # of older runs it is empty
+    if not re.fullmatch(rb"\d{0,9}", content):
+        wrong = f"{content[:20]!r} is no number of workers"
+        raise DamagedFileError(place_of(store, path), wrong, "the next start of the run writes another")
+    return int(content or 1)
 
 
 def committed(store: Store) -> list[str]:
@@ -161,9 +162,19 @@ def checkpoint_at(
 
 
 def best_name(store: Store) -> str | None:
-    """Name of the checkpoint in `best.json` (its key `checkpoint`); None before the first validation."""
+    """Name of the checkpoint in `best.json` (its key `checkpoint`); None before the first validation. Raises
+    `DamagedFileError`."""
+    best = read_best(store)
+    return best and best["checkpoint"]
+
+
+def read_best(store: Store) -> Best | None:
+    """Content of `best.json`; None before the first validation. Raises `DamagedFileError`."""
+    remedy = (
+        "delete it: the next validation that is better writes it anew, and until then name a step, not best"
+    )
     try:
-        return json.loads(store.read(BEST))["checkpoint"]
+        return read_json(store, BEST, Best, remedy)
     except FileNotFoundError:
         return None
 

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 
 from cluster.storage import Store, open_store
+from cluster.stored_file import read_json
 from data.manifest import Manifest
 from data.ngram import NGram, fit
 from data.permutation import permute
@@ -18,6 +19,7 @@ from data.tokens import read_tokenizer
 from trainers.config import PretrainConfig
 from trainers.export import load_exported
 from trainers.generate import SamplingConfig, complete, room_after
+from trainers.run_files import MADE_ANEW, Sample
 from trainers.verdict import EXPORT
 
 FLOOR, SAMPLES = "floor.json", "samples.json"
@@ -61,7 +63,7 @@ def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
     """Let the exported model continue the prompts of the configuration; kept as `samples.json`. An encoder
     continues nothing, and a model too large for this host's memory is left alone."""
     if run.exists(SAMPLES):
-        return json.loads(run.read(SAMPLES))
+        return read_json(run, SAMPLES, list[Sample], MADE_ANEW)
     if config.objective.is_encoder or not fits_here(run.child(EXPORT)):
         return []
     exported = load_exported(run.child(EXPORT))

@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from cluster.config import from_dict, run_entry
+from cluster.config import run_entry
 from cluster.storage import Store, open_store
-from cluster.strict_yaml import read_yaml
+from cluster.stored_file import DamagedFileError, as_config, place_of, read_json, read_yaml
 from data.manifest import read_manifest
 from data.tokenizer_file import parse_tokenizer
 from data.tokens import SpecialIds, fix_tokenizer, read_tokenizer, special_ids
@@ -44,6 +44,7 @@ from trainers.formats import (
 from trainers.model import Backbone, build_empty
 from trainers.model_files import INDEX, WEIGHTS
 from trainers.objectives import ObjectiveConfig
+from trainers.run_files import PUT_BACK, Pinned, StoredConfig
 from trainers.shape import ModelConfig
 
 MAX_FILE_BYTES = 2 << 30
@@ -231,14 +232,19 @@ def export_run(
         ValueError: without `overwrite`, another's model is there.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    sections = read_yaml(run, "config.yaml")
-    corpus = open_store(sections["corpus"]["prepared"])
-    manifest = read_manifest(corpus, json.loads(run.read("manifest.json"))["digest"])
-    config = from_dict(ModelConfig, sections["model"])
+    sections: dict[str, Any] = read_yaml(run, "config.yaml", StoredConfig, PUT_BACK)
+    prepared = sections.get("corpus", {}).get("prepared")
+    if not prepared or "model" not in sections:
+        raise DamagedFileError(place_of(run, "config.yaml"), "corpus.prepared or model is missing", PUT_BACK)
+    corpus = open_store(prepared)
+    manifest = read_manifest(corpus, read_json(run, "manifest.json", Pinned, PUT_BACK)["digest"])
+    config = as_config(ModelConfig, sections["model"], place_of(run, "config.yaml"), PUT_BACK)
     config = replace(config, vocab_size=config.vocab_size or manifest.vocab_size)
     record = checkpoint_at(run, which)
     tokenizer = read_tokenizer(corpus, manifest.tokenizer)
-    objective = from_dict(ObjectiveConfig, sections.get("objective", {}))
+    objective = as_config(
+        ObjectiveConfig, sections.get("objective", {}), place_of(run, "config.yaml"), PUT_BACK
+    )
     values = CheckpointReader(run, record).values()
     export(values, config, tokenizer, manifest.boundary_id, target, objective=objective, overwrite=overwrite)
     return record.name

@@ -6,7 +6,6 @@ The same command goes on where an interrupted run was. SIGTERM, Ctrl-C, or an ob
 it after the step, with all saved. --backbone.from_scratch is the control.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,19 +20,19 @@ try:
 
     from cluster.config import ConfigError, load_config, run_entry, to_dict
     from cluster.storage import Store, open_store
-    from cluster.strict_yaml import parse_yaml, read_yaml
+    from cluster.stored_file import parse_yaml, place_of, read_json, read_yaml
     from trainers.config import changed_keys
     from trainers.export_folder import foreign_problem
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
-    from trainers.finetune_end import RESULT
     from trainers.finetune_group import check_records, place_to_train, train_in_group
     from trainers.finetune_loop import OnValidation
     from trainers.finetune_order import ORIGIN, FinetuneOrder, origin_of
-    from trainers.finetune_result import FinetuneResult
+    from trainers.finetune_result import RESULT, FinetuneResult, read_result
     from trainers.finetune_worker import work_alone
     from trainers.guard import TrainingDiverged
     from trainers.lease import lease
+    from trainers.run_files import PUT_BACK
     from trainers.run_folder import CONFIG
     from trainers.stopping import STOP, RunFailed, RunStopped, stop_on_signal
     from trainers.task import load_task
@@ -85,7 +84,7 @@ def finetune(
                 train_in_group(order, run, on_validation)
         if not run.exists(RESULT):
             raise RunStopped(run.uri)
-        results.append(json.loads(run.read(RESULT)))
+        results.append(read_result(run, task.task.judged_by))
     return FinetuneResult(task.task.judged_by, results)
 
 
@@ -113,8 +112,8 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
     if not run.exists(CONFIG):
         return
     # A section that an older run has not written down had no other values.
-    changed = changed_keys(to_dict(config) | read_yaml(run, CONFIG), config)
-    before = json.loads(run.read(ORIGIN)) if run.exists(ORIGIN) else {}
+    changed = changed_keys(to_dict(config) | read_yaml(run, CONFIG, dict[str, Any], PUT_BACK), config)
+    before = read_json(run, ORIGIN, dict[str, str], PUT_BACK) if run.exists(ORIGIN) else {}
     now = origin_of(task, backbone)
     before = now | before  # an older run has not written all of them down
     if before["task"] != now["task"]:
@@ -127,7 +126,12 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
             "run.name"
         )
     if before["prompt"] != now["prompt"]:
-        prompt = changed_keys(parse_yaml(before["prompt"], f"{run.uri}/{ORIGIN}"), task.task.prompt)
+        prompt = changed_keys(
+            parse_yaml(
+                before["prompt"].encode(), dict[str, Any], f"prompt in {place_of(run, ORIGIN)}", PUT_BACK
+            ),
+            task.task.prompt,
+        )
         changed += [f"prompt.{line}" for line in prompt]
     if before["backbone"] != now["backbone"]:
         changed.append(

@@ -15,24 +15,26 @@ import torch
 
 from cluster.hardware import device_here
 from cluster.storage import Store
+from cluster.stored_file import read_json
 from trainers.checkpoint_commit import FOLDER as CHECKPOINTS
 from trainers.export import Exported
 from trainers.export_folder import foreign_problem
 from trainers.finetune_backbone import load_backbone, make_encoder
 from trainers.finetune_loop import Choice, Progress, beating, best_path, is_state
 from trainers.finetune_order import FinetuneOrder, origin_of
+from trainers.finetune_result import RESULT, TaskVerdict
 from trainers.heartbeat import Heartbeat
 from trainers.lora import merge_lora
 from trainers.model_files import read_weights
+from trainers.run_files import PUT_BACK
 from trainers.task_encoding import Encoder
 from trainers.task_evaluation import answers_to, asked, score_of
 from trainers.task_export import export_task_model
 from trainers.task_metrics import Answer, judged_interval
 from trainers.task_model import TaskModel
 from trainers.task_records import Example
-from trainers.verdict import EXPORT, VERDICT, claim_test_split, record_verdict
+from trainers.verdict import CLAIM, EXPORT, VERDICT, claim_test_split, record_verdict
 
-RESULT = "result.json"
 CHOSEN = "chosen.json"
 ANSWERS = "answers.jsonl"
 
@@ -71,11 +73,14 @@ def read_chosen(order: FinetuneOrder, run: Store) -> Chosen | None:
     """What an earlier start kept; None before the end of training, or where it kept no weights and they are needed."""
     if not run.exists(CHOSEN):
         return None
-    stored = json.loads(run.read(CHOSEN))
-    choice = Choice(**stored.pop("choice"))
-    if (order.judge or order.keep_model) and not run.exists(best_path(choice.best_step)):
+    remedy = (
+        f"where the run holds no {CLAIM}, delete it, and training goes on from the newest checkpoint; else choose a "
+        "new run.name"
+    )
+    chosen: Chosen = read_json(run, CHOSEN, Chosen, remedy, not_finite=True)
+    if (order.judge or order.keep_model) and not run.exists(best_path(chosen.choice.best_step)):
         return None
-    return Chosen(**stored | {"choice": choice, "scale": tuple(stored["scale"])})
+    return chosen
 
 
 def conclude(order: FinetuneOrder, run: Store, chosen: Chosen, heartbeat: Heartbeat) -> None:
@@ -106,7 +111,7 @@ def conclude(order: FinetuneOrder, run: Store, chosen: Chosen, heartbeat: Heartb
                 model, encoder, exported.boundary_id, target, overwrite=not foreign_problem(target)
             )
     if run.exists(VERDICT):
-        result["test"] = json.loads(run.read(VERDICT))
+        result["test"] = read_json(run, VERDICT, TaskVerdict, PUT_BACK, not_finite=True)
     run.put(RESULT, json.dumps(result, indent=2).encode())
     # The run is finished: nobody goes on from them.
     for info in [*run.list(f"{CHECKPOINTS}/"), *run.list("best/")]:

@@ -1,7 +1,52 @@
 """What a fine-tuning command came to."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+import pydantic
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from cluster.storage import Store
+from cluster.stored_file import WITH_OTHER_KEYS, DamagedFileError, place_of, read_json
+from trainers.metric_records import Count
+from trainers.run_files import PUT_BACK
+
+RESULT = "result.json"
+Metrics = dict[str, float]
+
+
+@pydantic.with_config(WITH_OTHER_KEYS)
+class TaskVerdict(TypedDict):
+    """`test.json`: what the test split says of the chosen model."""
+
+    step: Count
+    metrics: Metrics
+    records: Count
+    truncated: Count
+    interval: NotRequired[Annotated[list[float], Field(min_length=2, max_length=2)]]
+
+
+@pydantic.with_config(WITH_OTHER_KEYS)
+class SeedResult(TypedDict):
+    """`result.json`: what one seed came to."""
+
+    seed: int
+    best_step: Count
+    steps: Count
+    validation: Metrics
+    train_records: Count
+    validation_records: Count
+    test: NotRequired[TaskVerdict]
+
+
+def read_result(run: Store, metric: str) -> dict[str, Any]:
+    """What a finished run came to. Raises `DamagedFileError`, also where it has no such metric."""
+    result = read_json(run, RESULT, SeedResult, PUT_BACK, not_finite=True)
+    measured = [result["validation"], *([result["test"]["metrics"]] if "test" in result else [])]
+    if any(metric not in each for each in measured):
+        raise DamagedFileError(place_of(run, RESULT), f"it has no {metric}", PUT_BACK)
+    return result
 
 
 @dataclass(frozen=True)

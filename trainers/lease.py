@@ -21,6 +21,7 @@ gone.
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -28,12 +29,16 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
+import pydantic
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from cluster.config import ConfigError
 from cluster.storage import StorageError, Store
+from cluster.stored_file import WITH_OTHER_KEYS, DamagedFileError, read_json
 
 FOLDER = "drivers"
 RENEW_SECONDS = 5.0
@@ -114,14 +119,26 @@ def path_of(number: int, what: str) -> str:
     return f"{FOLDER}/{number:08d}.{what}"
 
 
-def number_of(path: str) -> int:
-    return int(path.removeprefix(f"{FOLDER}/").partition(".")[0])
-
-
 def newest(run: Store) -> int:
-    """The number of the newest lease; 0 if there is none."""
-    leases = (info.path for info in run.list(f"{FOLDER}/") if info.path.endswith(".json"))
-    return max(map(number_of, leases), default=0)
+    """The number of the newest lease; 0 if there is none. Files with other names are nobody's lease."""
+    leases = (re.fullmatch(rf"{FOLDER}/(\d{{8,12}})\.json", info.path) for info in run.list(f"{FOLDER}/"))
+    return max((int(lease[1]) for lease in leases if lease), default=0)
+
+
+@pydantic.with_config(WITH_OTHER_KEYS)
+class Holder(TypedDict):
+    """Who drives: content of `NUMBER.json`, beside `place()`."""
+
+    host: str
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    process_started: float
+    token: str
+
+
+def read_holder(run: Store, number: int) -> dict[str, Any]:
+    """Raises FileNotFoundError, or DamagedFileError."""
+    remedy = "it is held for as long as its driver renews it"
+    return read_json(run, path_of(number, "json"), Holder, remedy)
 
 
 def place() -> dict[str, str]:
@@ -139,13 +156,15 @@ def seconds_after_boot(process: psutil.Process) -> float:
 
 
 def is_held(run: Store, number: int, own: dict[str, Any]) -> bool:
-    """Whether the newest lease is this driver's."""
+    """Whether the newest lease is this driver's. A damaged one is: who takes over writes another."""
     if newest(run) != number:
         return False
     try:
-        return json.loads(run.read(path_of(number, "json")))["token"] == own["token"]
+        return read_holder(run, number)["token"] == own["token"]
     except FileNotFoundError:
         return False
+    except DamagedFileError:
+        return True
 
 
 def renew(
@@ -168,10 +187,12 @@ def renew(
 
 def lost(run: Store) -> str:
     try:
-        holder = json.loads(run.read(path_of(newest(run), "json")))
+        holder = read_holder(run, newest(run))
         who = f"process {holder['pid']} on {holder['host']} drives it now"
     except FileNotFoundError:
         who = f"its {FOLDER}/ is gone"
+    except DamagedFileError:
+        who = "by whom cannot be read"
     return (
         f"{run.uri}: this driver did not answer for so long that the run was taken from it ({who}); it ends without "
         "saving; run the same command again only if no other goes on with the run"
@@ -180,10 +201,13 @@ def lost(run: Store) -> str:
 
 def refuse_living(run: Store, number: int, say: Callable[[str], None], patience: float) -> None:
     """Return once that lease's holder has left, or is dead; RunTakenError if it lives."""
-    holder = json.loads(run.read(path_of(number, "json")))
     if run.exists(path_of(number, "ended")):
         return
-    who = f"process {holder['pid']} on {holder['host']}"
+    try:
+        holder = read_holder(run, number)
+        who = f"process {holder['pid']} on {holder['host']}"
+    except DamagedFileError as damaged:
+        holder, who = {}, f"an unknown process ({damaged})"
     if place().items() <= holder.items():
         if not lives(holder):
             return

@@ -20,7 +20,8 @@ from cluster.storage import StorageError, Store
 from trainers.background import Background
 from trainers.config import SCRAPE_SECONDS_VARIABLE
 from trainers.goodput import Accounts
-from trainers.metrics import Record, finite
+from trainers.metric_records import METERED, Record
+from trainers.metrics import finite
 from trainers.progress import Tail
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class LiveGoodput(Background):
         # At the end it may read from a storage that does not answer: that is not waited for.
         super().__init__("live goodput", join_seconds=REFRESH_SECONDS)
         self._name, self._now, self._lacks_nodes = run, now, lacks_nodes
-        self._tail, self._accounts = Tail(store, whole=True), Accounts()
+        self._tail, self._accounts = Tail(store, whole=True, needed=METERED), Accounts()
         name = "spent_seconds"
         self._gauge = Gauge(PREFIX + name, DRIVER_GAUGES[name], ("run", "part"))
 

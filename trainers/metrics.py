@@ -27,11 +27,8 @@ from typing import Any
 
 from cluster.storage import StorageError, Store
 from trainers.event_files import EventFile
+from trainers.metric_records import FOLDER, MERGED, Record, parse
 
-Record = dict[str, Any]
-
-FOLDER = "metrics"
-MERGED = "metrics.jsonl"
 SEGMENT_LINES = 1_000
 MAX_PENDING = 20_000
 """Records that wait for a storage that does not answer: about 20 MB. More are dropped, and counted."""
@@ -214,11 +211,12 @@ class Segment:
 def in_words(found: Record) -> str:
     """What a validation found."""
     if found.get("bits_per_byte") is not None:
-        bits, perplexity = found["bits_per_byte"], found["perplexity"] or math.inf
+        bits, perplexity = found["bits_per_byte"], found.get("perplexity") or math.inf
         parts = [f"{bits:.3f} bits per byte", f"perplexity {perplexity:,.2f}"]
     else:
-        parts = [f"loss {math.inf if found['loss'] is None else found['loss']:.3f}"]
-    accuracies = [key for key in found if key.endswith("_accuracy")]
+        loss = found.get("loss")
+        parts = [f"loss {math.inf if loss is None else loss:.3f}"]
+    accuracies = [key for key in found if key.endswith("_accuracy") and found[key] is not None]
     return ", ".join([*parts, *(f"{key.replace('_', ' ')} {found[key]:.1%}" for key in accuracies)])
 
 
@@ -231,23 +229,22 @@ def finite(value: Any) -> Any:
     return value
 
 
-def parse(data: bytes) -> list[Record]:
-    return [json.loads(line) for line in data.splitlines()]
-
-
 def segment_attempt(path: str) -> int | None:
     """The attempt that wrote the segment at this path; None for anything else."""
     match = re.fullmatch(rf"{FOLDER}/\d{{8,}}-(\d+)\.jsonl", path)
     return int(match[1]) if match else None
 
 
-def read_attempts(store: Store) -> list[Record]:
-    """Every record that any attempt of the run wrote, in the order written; `store` is the run's."""
+def read_attempts(store: Store, needed: tuple[str, ...] = ()) -> list[Record]:
+    """Every record that any attempt of the run wrote, in the order written; `store` is the run's.
+
+    Lines that are damaged, or of steps that lack what is `needed`, are left out with a warning.
+    """
     paths = [info.path for info in store.list(f"{FOLDER}/")]
     paths = [path for path in paths if segment_attempt(path) is not None]
     if not paths:  # a copy of the run without its segments, or a run that has not begun
-        return parse(store.read(MERGED)) if store.exists(MERGED) else []
-    records = [record for path in paths for record in parse(store.read(path))]
+        return parse(store.read(MERGED), MERGED, needed) if store.exists(MERGED) else []
+    records = [record for path in paths for record in parse(store.read(path), path, needed)]
     return sorted(records, key=lambda record: record["attempt"])
 
 

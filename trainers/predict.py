@@ -20,12 +20,15 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from typing_extensions import TypedDict
+
 from cluster.bounds import finite_number
 from cluster.config import ConfigError, run_entry
 from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import ray_session
 from cluster.storage import Store, open_store
 from cluster.store import former_version
+from cluster.stored_file import read_json
 from cluster.workers import ClusterConfig, shortages
 from trainers.lease import RunTakenError, lease
 from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
@@ -34,6 +37,14 @@ from trainers.task_export import read_stored_task
 from trainers.task_records import find_files
 
 JOB = "predict.json"
+
+
+class Job(TypedDict):
+    """`predict.json`: what the answers are of."""
+
+    model: str
+    max_new_tokens: int
+    input: dict[str, str]
 
 
 class PieceAnswers:
@@ -141,7 +152,7 @@ def pin(output: Store, model: Store, options: argparse.Namespace) -> None:
     job = {"model": listing_digest(model), "max_new_tokens": options.max_new_tokens, "input": versions}
     if output.put_if_absent(JOB, json.dumps(job, indent=2).encode()):
         return
-    before = json.loads(output.read(JOB))
+    before = read_json(output, JOB, Job, "put it back from a copy, or choose another folder")
     problems = [
         f"{key} is {job[key]} now, the answers there were made with {before[key]}"
         for key in ("model", "max_new_tokens")

@@ -11,13 +11,17 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+import pydantic
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from cluster.hardware import device_here
 from cluster.storage import Store, open_store
 from cluster.store import former_version
+from cluster.stored_file import WITH_OTHER_KEYS, DamagedFileError, place_of, read_json, read_json_lines
 from trainers.local_copy import local_copy
 from trainers.prediction_rows import Piece, Row, rows_of
 from trainers.task_encoding import Encoded
@@ -37,10 +41,10 @@ as_json = json.JSONEncoder(ensure_ascii=False).encode
 class Counts:
     """How records ended."""
 
-    answered: int = 0
-    refused: int = 0
+    answered: Annotated[int, Field(ge=0)] = 0
+    refused: Annotated[int, Field(ge=0)] = 0
     """Those that are no example: their line holds the error."""
-    truncated: int = 0
+    truncated: Annotated[int, Field(ge=0)] = 0
     """Answered ones that were cut: longer than the model's positions, or than an answer to write leaves of them."""
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -49,12 +53,25 @@ class Counts:
         )
 
 
+@pydantic.with_config(WITH_OTHER_KEYS)
+class Line(TypedDict):
+    """Of a part: the answer to a record, or its error."""
+
+    place: str
+    error: NotRequired[str]
+
+
 def finished_pieces(output: Store) -> dict[str, Counts]:
-    """Names of the pieces whose answers are all there, with their counts."""
-    return {
-        info.path.removeprefix(FINISHED): Counts(**json.loads(output.read(info.path)))
-        for info in output.list(FINISHED)
-    }
+    """Names of the pieces whose answers are all there, with their counts. A damaged count is told, and none."""
+    found = {}
+    for info in output.list(FINISHED):
+        try:
+            counts = read_json(output, info.path, Counts, "its records are counted again")
+        except DamagedFileError as damaged:
+            print(damaged)
+        else:
+            found[info.path.removeprefix(FINISHED)] = counts
+    return found
 
 
 class Predictor:
@@ -82,8 +99,9 @@ class Predictor:
             if number and not part:
                 break
             path = f"{piece.name}-{number:05d}.jsonl"
-            if path in there:
-                total += counts_of(map(json.loads, self._output.read(path).splitlines()))
+            lines = self._answered(path, part) if path in there else None
+            if lines is not None:
+                total += counts_of(lines)
                 continue
             lines = self.lines(part)
             content = "".join(as_json(line) + "\n" for line in lines).encode()
@@ -92,6 +110,18 @@ class Predictor:
             total += counts
             yield counts
         self._output.put(f"{FINISHED}{piece.name}", json.dumps(asdict(total)).encode())
+
+    def _answered(self, path: str, rows: list[Row]) -> list[dict[str, Any]] | None:
+        """The lines of a part that is there; None where it is damaged, and to be answered again."""
+        remedy = "its records are answered again"
+        try:
+            lines = read_json_lines(self._output, path, Line, remedy, not_finite=True)
+            if [line["place"] for line in lines] != [place for place, _ in rows]:
+                raise DamagedFileError(place_of(self._output, path), "it holds other records", remedy)
+        except DamagedFileError as damaged:
+            print(damaged)
+            return None
+        return lines
 
     def lines(self, rows: list[Row]) -> list[dict[str, Any]]:
         """A line for each record, in their order; one that is no example is answered with its error."""

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.storage import StorageError, Store
-from trainers.metrics import FOLDER, Record, in_words, parse, segment_attempt
+from trainers.metric_records import FOLDER, METERED, Record, parse
+from trainers.metrics import in_words, segment_attempt
 from trainers.units import count, duration
 
 RECENT_STEPS = 50
@@ -26,9 +27,9 @@ logger = logging.getLogger(__name__)
 class Tail:
     """Yields what is new in a run's metrics: one listing, and one read per segment that changed."""
 
-    def __init__(self, store: Store, whole: bool = False) -> None:
-        """Takes the run's store, and whether the first call reads all segments."""
-        self._store = store
+    def __init__(self, store: Store, whole: bool = False, needed: tuple[str, ...] = ()) -> None:
+        """Takes the run's store, whether the first call reads all segments, and what a step must have to count."""
+        self._store, self._needed = store, needed
         self._is_first = not whole
         self._versions: dict[str, str] = {}
         self._num_read: dict[str, int] = {}
@@ -44,7 +45,7 @@ class Tail:
             self._is_first = False
             self._versions = {path: found[path] for path in paths[:-1]}
         changed = [path for path in paths if self._versions.get(path) != found[path]]
-        read = {path: parse(self._store.read(path)) for path in changed}
+        read = {path: parse(self._store.read(path), path, self._needed) for path in changed}
         new = [record for path in changed for record in read[path][self._num_read.get(path, 0) :]]
         # Not before all are read: what a failure cuts off is told by the next call.
         self._num_read |= {path: len(records) for path, records in read.items()}
@@ -85,7 +86,7 @@ class Status:
         if self._validation:
             found = self._validation["validation"]
             bits = found.get("bits_per_byte")
-            short = _decimal(found["loss"]) if bits is None else f"{bits:.3f} bits/byte"
+            short = _decimal(found.get("loss")) if bits is None else f"{bits:.3f} bits/byte"
             parts.append(f"validation {short}")
         parts += [
             f"{count(round(rate))} tokens/s",
@@ -139,7 +140,7 @@ class Progress:
         poll_seconds: float = 2.0,
     ) -> None:
         """Takes the run's store; `line_seconds` lie between two lines where the output is not a terminal."""
-        self._tail = Tail(store)
+        self._tail = Tail(store, needed=METERED)
         self._status = Status(total_steps)
         self._console = console or Console(soft_wrap=True)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None

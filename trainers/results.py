@@ -3,7 +3,6 @@
 Everything may be missing, for a run is looked at while it goes on; what is not known is None.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,8 +12,9 @@ from rich.table import Table
 from cluster.config import from_dict
 from cluster.hardware import Energy, EnergyConfig, estimate_energy
 from cluster.storage import Store
-from cluster.strict_yaml import read_yaml
+from cluster.stored_file import as_config, place_of, read_json, read_text, read_yaml
 from trainers.goodput import goodput_line, goodput_of
+from trainers.metric_records import METERED
 from trainers.metrics import (
     Record,
     attempt_starts,
@@ -24,7 +24,22 @@ from trainers.metrics import (
     steps_of,
     validations_of,
 )
+from trainers.run_files import (
+    LEFT_OUT,
+    MADE_ANEW,
+    PUT_BACK,
+    Baselines,
+    Best,
+    Environment,
+    Floor,
+    Pinned,
+    Sample,
+    StoredConfig,
+    Verdict,
+)
 from trainers.units import count, duration, energy, mass
+
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -52,26 +67,31 @@ class RunFiles:
 
 
 def read_run(store: Store) -> RunFiles:
-    """Reads the directory of a run, finished or under way. ValueError if nothing of a run is there."""
+    """Reads the directory of a run, finished or under way.
 
-    def text(path: str) -> str | None:
-        return store.read(path).decode() if store.exists(path) else None
+    Raises:
+        DamagedFileError: a file does not hold what the run writes there.
+        ValueError: nothing of a run is there.
+    """
 
-    def parsed(path: str) -> Any:
-        content = text(path)
-        return None if content is None else json.loads(content)
+    def parsed(path: str, shape: Any, remedy: str, not_finite: bool = False) -> Any:
+        if not store.exists(path):
+            return None
+        return read_json(store, path, shape, remedy, not_finite=not_finite)
 
+    config = read_yaml(store, CONFIG, StoredConfig, LEFT_OUT) if store.exists(CONFIG) else None
+    as_config(EnergyConfig, (config or {}).get("energy") or {}, place_of(store, CONFIG), LEFT_OUT)
     run = RunFiles(
-        config=read_yaml(store, "config.yaml") if store.exists("config.yaml") else None,
-        manifest=parsed("manifest.json"),
-        environment=parsed("environment.json"),
-        plan=text("plan.txt"),
-        best=parsed("best.json"),
-        test=parsed("test.json"),
-        samples=parsed("samples.json"),
-        floor=parsed("floor.json"),
-        attempts=read_attempts(store),
-        baselines=parsed("baselines.json"),
+        config=config,
+        manifest=parsed("manifest.json", Pinned, LEFT_OUT),
+        environment=parsed("environment.json", Environment, LEFT_OUT),
+        plan=read_text(store, "plan.txt", LEFT_OUT) if store.exists("plan.txt") else None,
+        best=parsed("best.json", Best, LEFT_OUT),
+        test=parsed("test.json", Verdict, PUT_BACK, not_finite=True),
+        samples=parsed("samples.json", list[Sample], MADE_ANEW),
+        floor=parsed("floor.json", Floor, MADE_ANEW),
+        attempts=read_attempts(store, needed=METERED),
+        baselines=parsed("baselines.json", Baselines, MADE_ANEW),
     )
     if run.config is None and not run.attempts:
         raise ValueError(

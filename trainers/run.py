@@ -28,6 +28,7 @@ from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import draining_nodes
 from cluster.storage import Store
 from cluster.store import StorageError
+from cluster.stored_file import DamagedFileError
 from cluster.workers import ClusterConfig, fitting_workers, worker_resources
 from trainers.checkpoint import latest_attempt, latest_world_size
 from trainers.clock import RunClock
@@ -220,7 +221,7 @@ class NodeWatch:
             try:
                 if self._ask():
                     return
-            except (StorageError, RayError) as error:
+            except (StorageError, RayError, DamagedFileError) as error:
                 logger.warning("cannot look at the nodes, training goes on: %s", error)
 
     def _ask(self) -> bool:

@@ -21,10 +21,11 @@ from cluster.config import ConfigError, to_yaml
 from cluster.hardware import this_host, worker_watts
 from cluster.session import PROJECT
 from cluster.storage import Store
-from cluster.strict_yaml import read_yaml
+from cluster.stored_file import read_json, read_yaml
 from data.manifest import Manifest
 from trainers.config import PretrainConfig, changed_keys
 from trainers.export_folder import foreign_problem
+from trainers.run_files import PUT_BACK, Pinned
 from trainers.verdict import CLAIM, EXPORT, VERDICT
 
 CONFIG, MANIFEST, ENVIRONMENT, PLAN = "config.yaml", "manifest.json", "environment.json", "plan.txt"
@@ -34,7 +35,7 @@ PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "tokenizers", "safetensors",
 def pinned_manifest(run: Store) -> str | None:
     """Digest of the manifest that the run was started on; None before its first start."""
     try:
-        return json.loads(run.read(MANIFEST))["digest"]
+        return read_json(run, MANIFEST, Pinned, PUT_BACK)["digest"]
     except FileNotFoundError:
         return None
 
@@ -48,7 +49,7 @@ def check_unchanged(run: Store, config: PretrainConfig) -> None:
     if not run.exists(VERDICT) and (problem := foreign_problem(run.child(EXPORT))):
         raise ConfigError([problem])
     try:
-        before = read_yaml(run, CONFIG)
+        before = read_yaml(run, CONFIG, dict[str, Any], PUT_BACK)
     except FileNotFoundError:
         return
     if changed := changed_keys(before, config, judged=run.exists(CLAIM)):

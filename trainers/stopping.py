@@ -105,7 +105,7 @@ class RunFailed(RuntimeError):
 def raise_final(run: Store) -> None:
     """RunFailed if a worker wrote down that no restart would help."""
     if run.exists(FAILURE):
-        raise RunFailed(run.read(FAILURE).decode())
+        raise RunFailed(run.read(FAILURE).decode(errors="replace"))
 
 
 @contextmanager

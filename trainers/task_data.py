@@ -9,21 +9,45 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
+import pydantic
+from typing_extensions import TypedDict
 
 from cluster.config import to_dict
 from cluster.storage import Store
+from cluster.stored_file import WITH_OTHER_KEYS, read_json
 from data.clean import content_hash
 from data.near_duplicates import folded, group_near_duplicates
 from data.splits import KEEPING_ORDER, keyed_points
+from trainers.metric_records import Count
+from trainers.stored_records import read_split
 from trainers.task import SPLITS, TaskConfig
 from trainers.task_labels import checked_labels, several_labels, unvalidated_labels, warn_of_unvalidated
-from trainers.task_records import Example, from_lines, read_examples, to_lines
+from trainers.task_records import Example, read_examples, to_lines
 
 RECORD = "task.json"
 CONTRADICTIONS = "contradictions.jsonl"
+
+
+REMADE = "delete the folder that it lies in, and run the same command again: the same split is made anew"
+
+
+class SplitCounts(TypedDict):
+    train: Count
+    validation: Count
+    test: Count
+
+
+@pydantic.with_config(WITH_OTHER_KEYS)
+class SplitRecord(TypedDict):
+    """`task.json`."""
+
+    labels: list[str]
+    counts: SplitCounts
+    left_out: dict[str, Count]
+    unvalidated: NotRequired[list[str]]
 
 
 @dataclass(frozen=True)
@@ -42,11 +66,14 @@ class PreparedTask:
     def read(self, split: str) -> list[Example]:
         """The examples of train or validation; the test split is refused, see `read_test`."""
         assert split in ("train", "validation"), split
-        return from_lines(self.store.read(f"{split}.jsonl"))
+        return self._examples(f"{split}.jsonl")
 
     def read_test(self) -> list[Example]:
         """The examples that judge. Call `trainers.verdict.claim_test_split` first."""
-        return from_lines(self.store.read("test.jsonl"))
+        return self._examples("test.jsonl")
+
+    def _examples(self, path: str) -> list[Example]:
+        return read_split(self.store, path, self.task, REMADE)
 
 
 def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
@@ -60,7 +87,7 @@ def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
     digest = digest_of(task, given, contradicting)
     store = prepared.child(f"{task.name}-{digest}")
     if store.exists(RECORD):
-        record = json.loads(store.read(RECORD))
+        record = read_json(store, RECORD, SplitRecord, REMADE)
         task = replace(task, labels=tuple(record["labels"]))
         warn_of_unvalidated(task, record.get("unvalidated", []))
         return PreparedTask(task, store, digest, record["counts"], record["left_out"])

@@ -270,9 +270,5 @@ def _span(column: str, value: Any, context: str) -> dict[str, Any]:
 
 
 def to_lines(examples: Sequence[Example]) -> bytes:
-    """JSON lines that `from_lines` reads back."""
+    """JSON lines that `trainers/stored_records.py` reads back."""
     return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples).encode()
-
-
-def from_lines(data: bytes) -> list[Example]:
-    return [Example(**json.loads(line)) for line in data.decode().split("\n") if line]

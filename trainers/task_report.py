@@ -1,6 +1,5 @@
 """What a task holds before training, and what a fine-tuning run came to: tables and one page."""
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,13 @@ import numpy as np
 from rich.table import Table
 
 from cluster.storage import Store
+from cluster.stored_file import read_text
 from trainers.charts import ORANGE, Chart, draw_plain
-from trainers.finetune_result import FinetuneResult
+from trainers.finetune_result import FinetuneResult, read_result
 from trainers.metrics import read_metrics, validations_of
 from trainers.report import REPORT, page_environment
+from trainers.run_files import PUT_BACK
+from trainers.stored_records import read_answers
 from trainers.task import TaskConfig
 from trainers.task_data import PreparedTask, target_text
 from trainers.task_encoding import Encoder
@@ -93,8 +95,8 @@ def results_table(result: FinetuneResult) -> Table:
 def write_task_report(run: Store, prepared: PreparedTask) -> str:
     """Make the page of one seed's run and put it there; returns its URI."""
     task = prepared.task
-    result = json.loads(run.read("result.json"))
-    answers = [json.loads(line) for line in run.read("answers.jsonl").decode().split("\n") if line]
+    result = read_result(run, task.judged_by)
+    answers = read_answers(run, "answers.jsonl", task, PUT_BACK)
     curve = [(r["step"], r["validation"][task.judged_by]) for r in validations_of(read_metrics(run))]
     page = {
         "name": run.uri.rstrip("/").rpartition("/runs/")[2] or run.uri,
@@ -106,7 +108,7 @@ def write_task_report(run: Store, prepared: PreparedTask) -> str:
         "errors": list(errors(task, answers)),
         "wrong": sum(not is_right(task, answer) for answer in answers),
         "prepared": prepared,
-        "config": run.read("config.yaml").decode(),
+        "config": read_text(run, "config.yaml", PUT_BACK),
         "text": target_text,
     }
     run.put(REPORT, page_environment().get_template("task_report.html").render(page).encode())

@@ -9,6 +9,8 @@ from typing import Any
 
 from cluster.config import UserError
 from cluster.storage import Store
+from cluster.stored_file import read_json
+from trainers.run_files import PUT_BACK, Claim
 
 CLAIM = "test.claim.json"
 VERDICT = "test.json"
@@ -36,7 +38,7 @@ def claim_test_split(run: Store, checkpoint: str) -> None:
         )
     claim = {"checkpoint": checkpoint}
     if not run.put_if_absent(CLAIM, json.dumps(claim).encode()):
-        first = json.loads(run.read(CLAIM))
+        first = read_json(run, CLAIM, Claim, PUT_BACK)
         if first != claim:
             raise TestSplitError(
                 f"the test split was opened to judge {first['checkpoint']}, and cannot judge {checkpoint} too; "

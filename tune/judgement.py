@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from cluster.config import ConfigError
 from cluster.storage import Store
-from cluster.strict_yaml import read_yaml
+from cluster.stored_file import read_json, read_yaml
 from trainers.finetune import finetune
 from trainers.finetune_config import FinetuneConfig, seed_store
 from trainers.finetune_group import place_to_train
@@ -18,7 +20,7 @@ from trainers.task_data import PreparedTask
 from trainers.task_report import write_task_report
 from tune.search_space import Point
 from tune.sweep_config import SweepRunConfig
-from tune.sweep_folder import CONFIG
+from tune.sweep_folder import CONFIG, PUT_BACK, StoredSweep
 
 JUDGED = "judged.json"
 CHOOSES_NOTHING = ("name", "storage", "max_concurrent", "judge")
@@ -35,8 +37,8 @@ def refuse_after_judgement(store: Store, sweep: SweepRunConfig) -> None:
 def _chooses_anew(store: Store, sweep: SweepRunConfig) -> Iterator[str]:
     if not (store.exists(JUDGED) and store.exists(CONFIG)):
         return
-    judged = json.loads(store.read(JUDGED))["point"]
-    before = read_yaml(store, CONFIG)["sweep"]
+    judged = read_judged(store)
+    before = read_yaml(store, CONFIG, StoredSweep, PUT_BACK)["sweep"]
     for key, value in asdict(sweep).items():
         if key not in CHOOSES_NOTHING and value != before.get(key, value):
             yield (
@@ -45,11 +47,22 @@ def _chooses_anew(store: Store, sweep: SweepRunConfig) -> Iterator[str]:
             )
 
 
+class Judged(TypedDict):
+    """`judged.json`."""
+
+    point: Point
+
+
+def read_judged(store: Store) -> Point:
+    """The point that the test split judges. Raises `DamagedFileError`."""
+    return read_json(store, JUDGED, Judged, PUT_BACK)["point"]
+
+
 def claim_judgement(store: Store, point: Point) -> None:
     """Write down which point the test split judges; of a sweep it judges one. Raises `ConfigError` for another."""
     if store.put_if_absent(JUDGED, json.dumps({"point": point}, sort_keys=True).encode()):
         return
-    if (first := json.loads(store.read(JUDGED))["point"]) != point:
+    if (first := read_judged(store)) != point:
         raise ConfigError(
             [f"the test split was opened to judge {first}, and cannot judge {point} too; {REMEDY}"]
         )

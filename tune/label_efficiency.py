@@ -23,6 +23,7 @@ try:
     from cluster.bounds import folder_problems
     from cluster.config import ConfigError, load_config, run_entry
     from cluster.storage import StorageError, Store, open_store
+    from cluster.stored_file import DamagedFileError, read_json
     from data.corpus import CorpusError
     from data.overlap import texts_within
     from trainers.finetune import finetune
@@ -179,13 +180,13 @@ def value_of(
     metric = prepared.task.judged_by
     if arm in NEURAL:
         arm_run = arm_config(config, store, arm, budget, seed)
-        found = finetune(
+        result = finetune(
             arm_run, prepared=prepared, keep_model=False, alone=trains_alone(config.base.cluster)
         )
-        return found.seeds[0]["test"]["metrics"][metric]
+        return result.seeds[0]["test"]["metrics"][metric]
     rows = validation_rows(config, budget)
     path = f"{arm}-{budget}-{seed}-{rows}-{prepared.digest}.json"
-    if not store.exists(path):
+    if (found := value_at(store, path, metric)) is None:
         train = choose_budget(prepared.task, prepared.read("train"), budget, seed)
         validation = choose_budget(prepared.task, prepared.read("validation"), rows, seed=0)
         test = prepared.read_test()
@@ -195,7 +196,22 @@ def value_of(
             else majority(prepared.task, train, test)
         )
         store.put(path, json.dumps(answers).encode())
-    return json.loads(store.read(path))[metric]
+        found = answers[metric]
+    return found
+
+
+def value_at(store: Store, path: str, metric: str) -> float | None:
+    """What a model without a run of its own came to; None where that is not known yet, or damaged: it takes seconds."""
+    try:
+        found: dict[str, float] = read_json(
+            store, path, dict[str, float], "it is measured again", not_finite=True
+        )
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as damaged:
+        print(damaged)
+        return None
+    return found.get(metric)
 
 
 def validation_rows(config: LabelEfficiencyConfig, budget: int) -> int:

@@ -1,11 +1,11 @@
 """Trials that pretrain: a small run on Ray's workers each, all over one set of token shards."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.storage import Store
-from trainers.checkpoint import BEST
+from trainers.checkpoint import read_best
 from trainers.config import PretrainConfig
 from trainers.stopping import raise_final
 from trainers.watching import watched
@@ -60,10 +60,11 @@ class PretrainTrials:
             report(step / config.run.steps, -found["loss"], numbers(found))
 
         watched(folder, train, seen)
-        best = json.loads(folder.read(BEST))
+        best = read_best(folder)
+        assert best is not None, "the run came to its end, where it is validated"
         return Score(-best["loss"], numbers(best))
 
 
-def numbers(found: Mapping[str, float]) -> dict[str, float]:
+def numbers(found: Mapping[str, Any]) -> dict[str, float]:
     """What was measured, without names and counts."""
     return {key: found[key] for key in ("loss", "bits_per_byte") if found.get(key) is not None}

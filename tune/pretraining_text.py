@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from cluster.storage import Store, open_store
-from cluster.strict_yaml import read_yaml
+from cluster.stored_file import read_yaml
+from trainers.run_files import StoredConfig
 from trainers.run_folder import CONFIG
 
 
@@ -38,9 +39,10 @@ def pretraining_text(backbone_uri: str) -> PretrainingText:
 
 
 def stored_config(run: Store) -> dict | None:
-    """The configuration of a pretraining run; None where there is none."""
+    """The configuration of a pretraining run; None where there is none. Raises `DamagedFileError`."""
+    remedy = "put it back, or name the text by curve.pretraining_text"
     try:
-        config = read_yaml(run, CONFIG)
+        config = read_yaml(run, CONFIG, StoredConfig, remedy)
     except FileNotFoundError:
         return None
-    return config if isinstance(config, dict) and isinstance(config.get("corpus"), dict) else None
+    return config if "corpus" in config else None

@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from cluster.config import ConfigError, to_dict, to_yaml
 from cluster.storage import Store
-from cluster.strict_yaml import read_yaml
+from cluster.stored_file import read_json, read_yaml
 from trainers.config import flatten
 
 CONFIG, ORIGIN = "config.yaml", "origin.json"
@@ -30,6 +32,17 @@ CHANGEABLE = (
 """Keys of what is searched over that change no score."""
 
 
+PUT_BACK = "put the file back from a copy, or choose a new sweep.name"
+
+
+class StoredSweep(TypedDict):
+    """`config.yaml`."""
+
+    sweep: dict[str, Any]
+    base: dict[str, Any]
+    space: dict[str, Any]
+
+
 def pin(sweep: Store, config: Any, origin: Mapping[str, str]) -> None:
     """Write down configuration and origin (digests of what is read, by name) at the first start, and hold later ones
     against them. How many trials there are, and how they are chosen, may change.
@@ -47,13 +60,14 @@ def pin(sweep: Store, config: Any, origin: Mapping[str, str]) -> None:
 
 def changes(sweep: Store, config: Any, origin: Mapping[str, str]) -> Iterator[str]:
     """One line for each key whose trials would not be comparable."""
-    before = json.loads(sweep.read(ORIGIN))
+    before = read_json(sweep, ORIGIN, dict[str, str], PUT_BACK)
     for name, digest in origin.items():
         if before.get(name) != digest:
             yield f"{name} is {digest} now, its trials were made with {before.get(name)}"
     if not sweep.exists(CONFIG):
         return  # the first start was cut off before its first trial
-    old, new = searched_over(read_yaml(sweep, CONFIG)), searched_over(to_dict(config))
+    old = searched_over(read_yaml(sweep, CONFIG, StoredSweep, PUT_BACK))
+    new = searched_over(to_dict(config))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE):
             yield f"{key}={new.get(key)!r}, its trials were made with {old.get(key)!r}"

@@ -10,9 +10,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from cluster.storage import Store
+from cluster.stored_file import DamagedFileError, place_of, read_json
 from trainers.finetune_loop import is_state
 from tune.search_space import Point
 
@@ -62,14 +63,22 @@ def record_outcome(sweep: Store, record: TrialRecord) -> None:
 
 def read_trials(sweep: Store) -> list[TrialRecord]:
     """All trials of the sweep, in the order of starting."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, TrialRecord] = {}
     for info in sweep.list(f"{FOLDER}/"):
         _, name, *file = info.path.split("/")
-        if file in ([STARTED], [OUTCOME]):
-            content = json.loads(sweep.read(info.path))
-            if file == [OUTCOME] or name not in found:
-                found[name] = content
-    return sorted((TrialRecord(**content) for content in found.values()), key=lambda record: record.number)
+        if file in ([STARTED], [OUTCOME]) and (file == [OUTCOME] or name not in found):
+            found[name] = read_trial(sweep, name, info.path)
+    return sorted(found.values(), key=lambda record: record.number)
+
+
+def read_trial(sweep: Store, name: str, path: str) -> TrialRecord:
+    """What a file says of the trial of that name. Raises `DamagedFileError`."""
+    remedy = f"put it back from a copy, or delete {FOLDER}/{name}/: the trial is done anew"
+    record: TrialRecord = read_json(sweep, path, TrialRecord, remedy, not_finite=True)
+    if not record.name == name == trial_name(record.point, record.seed):
+        wrong = f"it is of the point {trial_name(record.point, record.seed)}"
+        raise DamagedFileError(place_of(sweep, path), wrong, remedy)
+    return record
 
 
 def discard_checkpoints(sweep: Store, name: str) -> None:

@@ -129,7 +129,7 @@ class Source(Searcher):
         """Why a trial failed, by its own words or by Tune's; empty if it did not."""
         path = f"{FOLDER}/{name}/{ERROR}"
         if self._sweep.exists(path):
-            return self._sweep.read(path).decode()
+            return self._sweep.read(path).decode(errors="replace")
         return self._cause(trial_id) if gave_up else ""
 
     def __getstate__(self) -> dict[str, Any]:
