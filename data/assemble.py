@@ -274,7 +274,8 @@ def shard_sizes(store: Store) -> dict[str, int]:
 def inputs_path(config: CorpusConfig, shards: Sequence[RawShard], given: FixedTokenizer | None) -> str:
     """Where the manifest made of these inputs is noted."""
     settings = to_dict(config)
-    for without_effect in ("prepared", "cpus_per_piece"):
+    # On what is prepared: a bound on unpacking refuses a shard, or does nothing.
+    for without_effect in ("prepared", "cpus_per_piece", "max_expansion"):
         del settings[without_effect]
     tokenizer = given.fingerprint if given else None
     return record_path(

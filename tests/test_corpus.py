@@ -202,6 +202,33 @@ def test_an_id_that_is_no_unicode_costs_no_document(tmp_path: Path) -> None:
     assert record.id.encode()
 
 
+EXTREME = pa.array([-(2**62), 2**62, None], pa.int64())
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        *(
+            EXTREME.view(kind)
+            for kind in (pa.timestamp("us"), pa.timestamp("ms", "No/City"), pa.duration("us"))
+        ),
+        EXTREME.view(pa.date64()),
+        pa.array([-(2**31), 2**31 - 1, None], pa.int32()).view(pa.date32()),
+        EXTREME.view(pa.time64("us")),
+        pa.array([float("nan"), -float("inf"), None]),
+        pa.array([[1], [], None]),
+        pa.array([{"a": 1}, {"a": None}, None]),
+        pa.array([None, None, None], pa.null()),
+        pa.array([b"\xff", b"", None]),
+    ],
+    ids=lambda ids: str(ids.type),
+)
+def test_an_id_in_parquet_that_is_no_name_costs_no_document(tmp_path: Path, ids: pa.Array) -> None:
+    records = read(tmp_path, "a.parquet", parquet({"text": TEXTS[:3], "id": ids}))
+    assert texts(records) == TEXTS[:3]
+    assert [record.id for record in records] == [f"a.parquet:{line}" for line in (1, 2, 3)]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 def test_a_torn_compressed_shard_gives_what_is_whole_and_says_so(tmp_path: Path, name: str) -> None:
     lines = [{"text": f"{number:09} {number**5}"} for number in range(20_000)]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.storage import open_store
+from data.assemble import inputs_path
 from data.corpus import CorpusConfig, RawShard
 from data.pieces import OTHER_REASONS, REASONS_COUNTED, Piece, digest_of, record_path, survey
 from data.splits import SplitConfig
@@ -58,6 +59,7 @@ def test_the_names_of_finished_pieces_never_change():
     assert PIECE.survey_digest(CONFIG) == SURVEY
     assert PIECE.former_survey_digest(CONFIG) == FORMER_SURVEY
     assert digest_of("tokens", "a", 1) == TOKENS
+    assert inputs_path(CONFIG, PIECE.shards, None) == record_path("inputs", INPUTS)
 
 
 def test_a_survey_done_twice_writes_the_same_bytes_and_its_record_last(tmp_path):
@@ -104,3 +106,4 @@ def test_a_record_holds_a_bounded_number_of_reasons_that_count_every_broken_reco
 
 
 SURVEY, FORMER_SURVEY, TOKENS = "03f56e5421fd106d", "1f59bafeac1627b7", "642eb5dfb4a2132b"
+INPUTS = "692d27f735ce50b0"
