@@ -33,6 +33,7 @@ from cluster.keys import (
     type_name,
 )
 from cluster.layers import flatten, read_arguments
+from cluster.printable import printable, printable_output, printable_traceback
 from cluster.strict_yaml import ConfigDumper
 
 __all__ = [
@@ -119,24 +120,30 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def run_entry(main: Callable[[], object], *expected: type[Exception]) -> None:
-    """Call an entry's `main`. What its user can mend is told without a traceback.
+    """Call an entry's `main`. What its user can mend is told without a traceback; what it prints is `printable`.
 
-    That is a `UserError`, what a store or a file system refuses (`OSError`), and what the entry `expected` beside them.
-    The exit status is 2 for a bad configuration, 130 after Ctrl-C, else 1.
+    To be mended are a `UserError`, what a store or a file system refuses (`OSError`), and what the entry `expected`
+    beside them. The exit status is 2 for a bad configuration, 130 after Ctrl-C, else 1.
     """
     command = Path(sys.argv[0]).stem
     to_mend: tuple[type[Exception], ...] = (UserError, OSError, *expected)
-    try:
-        main()
-        return
-    except ConfigError as error:
-        status, told = 2, str(error)
-    except to_mend as error:
-        status, told = 1, f"{command}: {error}"
-    except KeyboardInterrupt:
-        status, told = INTERRUPTED, f"{command}: interrupted"
-    print(told, file=sys.stderr)
-    raise SystemExit(status)
+    sys.excepthook = printable_traceback
+    with printable_output():
+        try:
+            main()
+            return
+        except ConfigError as error:
+            status, told = 2, str(error)
+        except to_mend as error:
+            status, told = 1, printable(f"{command}: {error}", lines=True)
+        except KeyboardInterrupt:
+            status, told = INTERRUPTED, f"{command}: interrupted"
+        except SystemExit as end:
+            if not isinstance(end.code, str):
+                raise
+            status, told = 1, end.code
+        print(told, file=sys.stderr)
+        raise SystemExit(status)
 
 
 def _fill(cls: type[C], values: Mapping[str, Any], problems: list[str]) -> C:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from cluster.printable import printable
+
 
 class UserError(Exception):
     """Base class of errors that a user can mend: the message names what, where and the remedy."""
@@ -11,7 +13,7 @@ class ConfigError(UserError, ValueError):
     """The configuration cannot be used; its message has one line for each problem."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__(list(problems))
+        super().__init__([printable(problem, lines=True) for problem in problems])
 
     @property
     def problems(self) -> list[str]:

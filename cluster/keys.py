@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
+from cluster.printable import printable
+
 
 @dataclass(frozen=True)
 class Key:
@@ -74,7 +76,7 @@ def type_name(hint: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value in a message: JSON, cut to 60 characters."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    text = printable(json.dumps(value, default=str, ensure_ascii=False))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

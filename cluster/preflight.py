@@ -20,6 +20,7 @@ from cluster.config import load_config, run_entry
 from cluster.node_facts import PROBE_BYTES, Finding, Limits, NodeFacts, judge, rounds, slow_nodes, transports
 from cluster.nodes import Node, last_line, look_at, staying, witnesses
 from cluster.session import ray_session
+from cluster.storage import open_store
 from cluster.workers import ClusterConfig, shortages
 
 QUICK_BYTES = 1 << 16
@@ -53,6 +54,11 @@ class PreflightConfig:
             yield f"bandwidth_bytes={self.bandwidth_bytes} must not be negative; 0 measures no network"
         if self.pair_seconds <= 0:
             yield f"pair_seconds={self.pair_seconds:g} must be positive"
+        for uri in self.storage:
+            try:
+                open_store(uri)
+            except ValueError as unusable:
+                yield f"storage: {unusable}"
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ import logging
 import os
 import random
 import time
+import traceback
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
 
+from cluster.printable import printable, without_keys
 from cluster.store import READ_AHEAD_BYTES, Store
 
 T = TypeVar("T")
@@ -55,13 +57,20 @@ class RemoteStore(Store):
                 if failure.is_absent:
                     raise self._absent(path) from None
                 if failure.is_passing and first_failure is None and patience:
-                    at = f"{operation} {self.uri}/{path}"
-                    logger.warning("cannot %s yet (%s); trying for %g s", at, failure.cause, patience)
+                    told = printable(f"cannot {operation} {self.uri}/{path} yet ({failure.cause})")
+                    logger.warning("%s; trying for %g s", told, patience)
                 first_failure = first_failure or time.monotonic()
                 if not failure.is_passing or time.monotonic() >= first_failure + patience:
-                    raise self._error(operation, path, failure.cause, failure.remedy) from error
+                    failed = self._error(operation, path, failure.cause, failure.remedy)
+                    raise failed from (None if _shows_keys(error) else error)
             time.sleep(backoff * random.uniform(0.5, 1))
             backoff = min(2 * backoff, LONGEST_BACKOFF_SECONDS)
+
+
+def _shows_keys(error: Exception) -> bool:
+    """Whether a traceback that goes on to `error` would show what its message hides: an endpoint with a password."""
+    told = "".join(traceback.format_exception(error))
+    return without_keys(told) != told
 
 
 class _Remote(io.RawIOBase):

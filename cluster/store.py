@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from cluster.printable import printable
+
 logger = logging.getLogger(__name__)
 
 # Of a file from `open`: at 30 ms a request, 1 MiB is 33 MB/s; who needs more reads larger ranges.
@@ -190,12 +192,11 @@ class Store(ABC):
             raise self._error(operation, path, error.strerror or str(error), remedy) from error
 
     def _error(self, operation: str, path: str, cause: str, remedy: str) -> StorageError:
-        return StorageError(
-            f"{self.uri.rstrip('/')}/{printable(path)}: cannot {operation}: {cause}; {remedy}"
-        )
+        told = f"{self.uri.rstrip('/')}/{path}: cannot {operation}: {cause}; {remedy}"
+        return StorageError(printable(told))
 
     def _absent(self, path: str) -> FileNotFoundError:
-        return FileNotFoundError(f"{self.uri.rstrip('/')}/{printable(path)}: no such object")
+        return FileNotFoundError(printable(f"{self.uri.rstrip('/')}/{path}: no such object"))
 
     def _whole(self, path: str, data: bytes, start: int, length: int) -> bytes:
         if len(data) != length:
@@ -221,16 +222,6 @@ def name_problem(path: str) -> str | None:
     except UnicodeEncodeError:
         return "its name is not UTF-8; rename it"
     return None
-
-
-def printable(path: str) -> str:
-    """A path as it can be shown in a line, with the bytes of other characters written as \\xff."""
-    return "".join(
-        each
-        if each.isprintable()
-        else "".join(f"\\x{byte:02x}" for byte in each.encode(errors="surrogateescape"))
-        for each in path
-    )
 
 
 @cache

@@ -9,8 +9,9 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from cluster.config import UserError
+from cluster.printable import printable
 from cluster.storage import open_store
-from cluster.store import name_problem, printable
+from cluster.store import name_problem
 from data.clean import Normalization
 from data.splits import SplitConfig
 from data.tokens import TokenizerConfig

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
@@ -39,6 +38,7 @@ from cluster.config import ConfigError, load_config, run_entry
 from cluster.scratch import problem_writing_locally
 from cluster.session import ray_session
 from cluster.storage import StorageError, Store, open_store
+from cluster.terminal import Terminal
 from cluster.workers import ClusterConfig
 from data.assemble import (
     assemble,
@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_config(
         PrepareConfig, sys.argv[1:] if argv is None else argv, description=__doc__ or "", extra_flags=flags
     )
-    config, console = loaded.config, Console()
+    config, console = loaded.config, Terminal()
     if problems := corpus_problems(config.corpus):
         raise ConfigError(problems)
     if "dry-run" in loaded.flags:

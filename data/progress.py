@@ -52,7 +52,7 @@ def progress_line(console: Console) -> Iterator[Callable[[PassProgress], None]]:
     if not console.is_terminal:
         yield _Log(console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("listing", total=None)
         yield lambda at: bar.update(task, description=str(at), completed=at.done, total=max(at.total, 1))

@@ -188,4 +188,4 @@ def test_a_page_is_written_for_texts_with_any_separator_and_metrics_that_validat
     run.put("result.json", json.dumps(result).encode())
     write_task_report(run, written)
     page = run.read("report.html").decode()
-    assert "0.2500" in page and "1.2500" in page and "x\u0085y" in page
+    assert "0.2500" in page and "1.2500" in page and "x\\u0085y" in page

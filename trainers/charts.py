@@ -13,10 +13,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from cluster.printable import printable
 from trainers.metrics import Record, events_of, steps_of, validations_of
 from trainers.units import count, duration
 
@@ -37,6 +39,7 @@ STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
     "text.color": INK,
+    "text.parse_math": False,  # the name of a metric or label may hold a $
 }
 
 
@@ -60,7 +63,7 @@ class Chart:
     title: str
     caption: str
     """What is shown, in words that stand without the picture."""
-    svg: str
+    svg: Markup
     """An SVG element."""
 
 
@@ -281,12 +284,19 @@ def _label_apart(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> N
         _label(axes, step, at, text, color)
 
 
-def _embeddable(document: str, title: str) -> str:
-    """The SVG element alone, named for those who cannot see it, in the page's font, as wide as its place."""
-    svg = document[document.index("<svg") :]
+def _embeddable(document: str, title: str) -> Markup:
+    """The SVG element alone, named for those who cannot see it, in the page's font, as wide as its place.
+
+    Markup: its text is escaped by matplotlib, and only tags are changed here.
+    """
+    svg = printable(document[document.index("<svg") :], lines=True)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
     salt = re.sub(r"\W+", "-", title.lower())  # ids must be unique in the page
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{salt}-", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+
+    def changed(tag: re.Match[str]) -> str:
+        in_page_font = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", tag[0])
+        return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{salt}-", in_page_font)
+
+    svg = re.sub(r"<[^>]*>", changed, svg)
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(printable(title))}" ', 1))

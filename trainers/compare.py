@@ -12,11 +12,11 @@ from typing import get_args
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.console import Console
 from rich.table import Table
 
 from cluster.config import run_entry
 from cluster.storage import open_store
+from cluster.terminal import Terminal
 from data.manifest import read_manifest
 from data.words import WordKind
 from trainers.evaluate import WORDS_HELP, number_problems, score
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unnamed := [each for each in options.model if "=" not in each]:
         parser.error(f"--model {unnamed[0]} has no name; write NAME=URI, as before={unnamed[0]}")
     models = dict(each.split("=", 1) for each in options.model)
-    Console(soft_wrap=True).print(table(losses(models, options)))
+    Terminal(soft_wrap=True).print(table(losses(models, options)))
 
 
 def losses(models: Mapping[str, str], options: argparse.Namespace) -> dict[str, dict[str, Evaluation]]:

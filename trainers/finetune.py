@@ -16,11 +16,10 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 try:
-    from rich.console import Console
-
     from cluster.config import ConfigError, load_config, run_entry, to_dict
     from cluster.storage import Store, open_store
     from cluster.stored_file import parse_yaml, place_of, read_json, read_yaml
+    from cluster.terminal import Terminal
     from trainers.config import changed_keys
     from trainers.export_folder import foreign_problem
     from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
@@ -146,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune from the command line."""
     arguments = sys.argv[1:] if argv is None else argv
     loaded = load_config(FinetuneConfig, arguments, description=__doc__ or "", extra_flags=FLAGS)
-    config, console = absolute(loaded.config), Console(soft_wrap=True)
+    config, console = absolute(loaded.config), Terminal(soft_wrap=True)
     prepared = prepare_task(load_task(config.run.task), open_store(config.run.prepared))
     facts = read_facts(config)
     encoder = make_encoder(config, prepared.task, facts)

@@ -22,12 +22,12 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 import numpy as np
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ConfigError, run_entry
 from cluster.hardware import device_here
 from cluster.storage import open_store
+from cluster.terminal import Terminal
 from trainers.evaluate import number_problems
 from trainers.export import Exported, load_exported
 from trainers.few_shot import (
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         put_lm_eval_task(folder, asked)
     model = source.uri.removeprefix("file://")
     theirs = lm_eval_scores(folder, model, all_asked, options.rows_per_batch)
-    Console().print(table_of(all_asked, ours, theirs))
+    Terminal().print(table_of(all_asked, ours, theirs))
     print(NOTE)
     if problems := [
         line for three in zip(all_asked, ours, theirs, strict=True) for line in differences(*three)

@@ -17,13 +17,13 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.console import Console
 from rich.table import Table
 
 from cluster.config import load_config, run_entry
 from cluster.fleet import GPUS, Gpu
 from cluster.hardware import Peak, estimate_energy
 from cluster.keys import nearest
+from cluster.terminal import Terminal
 from data.corpus import CorpusConfig
 from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.config import PretrainConfig
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table and what follows from its first line."""
     arguments = sys.argv[1:] if argv is None else argv
     config = load_config(ClusterPlanConfig, arguments, description=__doc__ or "").config
-    console, gpu = Console(soft_wrap=True), GPUS[config.gpu]
+    console, gpu = Terminal(soft_wrap=True), GPUS[config.gpu]
     console.width = max(console.width, TABLE_WIDTH)
     found = options(config)
     fitting = [option for option in found if option.fits]

@@ -15,12 +15,13 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 try:
     from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
     from cluster.config import ConfigError, load_config, run_entry
     from cluster.preflight import problems_of_nodes
     from cluster.session import ray_session
     from cluster.storage import open_store
+    from cluster.terminal import Terminal
     from cluster.workers import Resources, shortages
     from data.manifest import Manifest, read_manifest
     from data.prepare import EXPECTED, corpus_table, prepare
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_config(PretrainConfig, arguments, description=__doc__ or "", extra_flags=FLAGS)
     if misplaced := list(place_problems(loaded.config)):
         raise ConfigError(misplaced)
-    config, console = with_initial(absolute(loaded.config)), Console(soft_wrap=True)
+    config, console = with_initial(absolute(loaded.config)), Terminal(soft_wrap=True)
     run = run_store(config)
     problems = list(problems_before_start(config))
     if not problems:
@@ -137,9 +138,7 @@ def close(config: PretrainConfig, console: Console) -> None:
     write_report(run)
     console.print(results_table(read_run(run)))
     for sample in samples:
-        console.print(
-            f"[bold]{escape(sample['prompt'])}[/bold]{escape(sample['continuation'])}\n", highlight=False
-        )
+        console.print(Text.assemble((sample["prompt"], "bold"), sample["continuation"], "\n"))
     console.print(
         f"the run is finished; report: {run.uri.removeprefix('file://')}/report.html", highlight=False
     )

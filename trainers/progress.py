@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.storage import StorageError, Store
+from cluster.terminal import Terminal
 from trainers.metric_records import FOLDER, METERED, Record, parse
 from trainers.metrics import in_words, segment_attempt
 from trainers.units import count, duration
@@ -142,7 +143,7 @@ class Progress:
         """Takes the run's store; `line_seconds` lie between two lines where the output is not a terminal."""
         self._tail = Tail(store, needed=METERED)
         self._status = Status(total_steps)
-        self._console = console or Console(soft_wrap=True)
+        self._console = console or Terminal(soft_wrap=True)
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._polls_per_line = max(1, round(line_seconds / poll_seconds))
         self._poll_seconds = poll_seconds

@@ -16,8 +16,10 @@ if __name__ == "__main__":  # run as a file: the project's root is not on the pa
 
 import jinja2
 import yaml
+from markupsafe import Markup
 
 from cluster.config import run_entry
+from cluster.printable import printable
 from cluster.storage import Store, open_store
 from trainers.charts import draw_charts
 from trainers.goodput import goodput_of, parts_of
@@ -63,9 +65,13 @@ def render(run: RunFiles, name: str) -> str:
 
 
 def page_environment() -> jinja2.Environment:
-    """How the pages of this folder are rendered: whole in themselves, with the style of `page.css`."""
+    """How the pages of this folder are rendered: whole in themselves, with the style of `page.css`.
+
+    All that is filled in is escaped, without keys and control characters; only a chart is markup.
+    """
     return jinja2.Environment(
         autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value), lines=True),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

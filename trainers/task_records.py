@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 
 from cluster.config import ConfigError
 from cluster.keys import nearest
+from cluster.printable import printable
 from cluster.storage import Store, open_parent, open_store
-from cluster.store import name_problem, printable
+from cluster.store import name_problem
 from data.clean import normalise
 from trainers.delimited import csv_rows
 from trainers.task import TaskConfig

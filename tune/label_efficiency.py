@@ -24,6 +24,7 @@ try:
     from cluster.config import ConfigError, load_config, run_entry
     from cluster.storage import StorageError, Store, open_store
     from cluster.stored_file import DamagedFileError, read_json
+    from cluster.terminal import Terminal
     from data.corpus import CorpusError
     from data.overlap import texts_within
     from trainers.finetune import finetune
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     config = load_config(LabelEfficiencyConfig, arguments, description=__doc__ or "").config
     config = replace(config, base=absolute(config.base))
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     task = load_task(config.base.run.task)
     if task.kind not in ("classification", "pairs") or task.multi_label:
         raise ConfigError([f"kind={task.kind}: a curve needs one label per record, for the linear model"])

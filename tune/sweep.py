@@ -19,6 +19,7 @@ try:
     from cluster.config import ConfigError, load_config, run_entry, to_yaml
     from cluster.session import ray_session
     from cluster.storage import Store, open_store
+    from cluster.terminal import Terminal
     from trainers.finetune_backbone import backbone_digest
     from trainers.finetune_config import FinetuneConfig, absolute
     from trainers.finetune_order import origin_of
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a sweep from the command line."""
     arguments = sys.argv[1:] if argv is None else argv
     config = load_config(SweepConfig, arguments, description=__doc__ or "").config
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     config = replace(config, base=absolute(config.base))
     store = open_store(config.sweep.storage).child(config.sweep.name)
     space = parse_space(config.space, config.base)

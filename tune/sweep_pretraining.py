@@ -22,6 +22,7 @@ try:
     from cluster.config import ConfigError, load_config, run_entry, to_yaml
     from cluster.session import ray_session
     from cluster.storage import Store, open_store
+    from cluster.terminal import Terminal
     from data.manifest import Manifest
     from data.order import Order, OrderError
     from data.prepare import EXPECTED, corpus_table, prepare
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a sweep from the command line."""
     arguments = sys.argv[1:] if argv is None else argv
     config = load_config(PretrainSweepConfig, arguments, description=__doc__ or "").config
-    console = Console(soft_wrap=True)
+    console = Terminal(soft_wrap=True)
     store = open_store(config.sweep.storage).child(config.sweep.name)
     given = absolute(config.base)
     base = with_initial(replace(given, run=replace(given.run, storage=store.uri, name="trials")))
