@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -425,6 +426,29 @@ def test_what_other_tools_hide_in_a_folder_is_no_corpus_and_is_counted(
     hidden = sum(not path.is_symlink() for path in raw.rglob("*") if path.is_file()) - len(expected)
     [line] = caplog.messages
     assert f"{raw}: left out {hidden:,} files" in line and hidden > 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.symlink_to(path.name),
+        lambda path: path.symlink_to("."),
+        lambda path: path.symlink_to("/etc/passwd"),
+        lambda path: path.symlink_to("/dev/zero"),
+        os.mkfifo,
+    ],
+    ids=["to-nothing", "loop", "to-its-folder", "leading-out", "to-a-device", "fifo"],
+)
+def test_what_is_no_file_of_the_folder_is_one_line_before_a_worker_starts(
+    tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    config = CorpusConfig(uri=f"{tmp_path}/raw", prepared=f"{tmp_path}/prepared")
+    open_store(config.uri).put("deep/a.jsonl", jsonl([{"text": "to be"}]))
+    make(tmp_path / "raw" / "deep" / "b.jsonl")
+    [problem] = corpus_problems(config)
+    assert problem.startswith(f"file://{tmp_path}/raw/deep/b.jsonl: cannot ") and ";" in problem
+    assert not (tmp_path / "prepared").exists()
 
 
 def test_names_that_no_store_can_work_with_are_each_told_before_a_worker_starts(
