@@ -19,7 +19,7 @@ from tune.finalists import Finalist
 from tune.measure import Measure
 from tune.search_space import Dimension, SearchSpace
 from tune.sweep_report import write_sweep_report
-from tune.trial_records import TrialRecord, record_outcome
+from tune.trial_records import TrialRecord, record_outcome, trial_name
 
 PLANTED = [
     '"><script>alert(1)</script>',
@@ -48,10 +48,18 @@ class Elements(HTMLParser):
 
 
 def pretraining_page(store: Store, text: str) -> None:
-    summary = {"documents": 1, "bytes": 9, "tokens": 3, "bytes_per_token": 3.0, "duplicates": 0}
+    summary = {
+        "fragments": 1,
+        "documents": 1,
+        "bytes": 9,
+        "tokens": 3,
+        "bytes_per_token": 3.0,
+        "duplicates": 0,
+    }
     files = {
         "manifest.json": {
-            "summary": {"splits": {text: {text: summary, "b": summary}}, "set_aside": {text: 1}}
+            "digest": "0" * 16,
+            "summary": {"splits": {text: {text: summary, "b": summary}}, "set_aside": {text: 1}},
         },
         "environment.json": {text: text},
         "samples.json": [{"prompt": text, "continuation": text, "settings": {text: text}}],
@@ -94,7 +102,9 @@ def sweep_page(store: Store, text: str) -> None:
     )
     for number in range(9):
         point = {f"mixture.weights.{text}": 1 + number / 10, "adapt.train": (text, "lora")[number % 2]}
-        trial = TrialRecord(f"trial{number}", point, 0, number + 1, "finished", number / 20, 1.0, error=text)
+        trial = TrialRecord(
+            trial_name(point, 0), point, 0, number + 1, "finished", number / 20, 1.0, error=text
+        )
         record_outcome(store, trial)
     best = Finalist({f"mixture.weights.{text}": 1.0}, (0.5, 0.6), 0.55, 0.5, 0.6)
     write_sweep_report(store, space, [best], None, Measure(text, text))
