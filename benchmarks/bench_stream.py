@@ -2,8 +2,11 @@
 waiting costs.
 
     python benchmarks/bench_stream.py [--fragments 160] [--store disk s3]
+    python benchmarks/bench_stream.py --hashes          # what verifying costs, alone
 
-One reading process. `read` calls the read function by itself; `Ray Data` is the whole way to the worker's
+`hashes` reads every fragment in turn by a manifest without hashes, whose fragments have CRC-32 alone, and by one with
+BLAKE2b, in one process and in changing order, so that whatever else runs on the machine slows both; CPU time, medians.
+The rest has one reading process. `read` calls the read function by itself; `Ray Data` is the whole way to the worker's
 step rows, in one burst that holds all, from the first step to the last, so without the start of the pipeline,
 which is printed beside it. `waiting` is the CPU time of all of Ray's processes while a worker trains slowly
 and the next burst lies ready, less what an idle Ray takes.
@@ -12,10 +15,12 @@ and the next burst lies ready, less what an idle Ray takes.
 import argparse
 import contextlib
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
@@ -29,6 +34,7 @@ from cluster.storage import open_store
 from cluster.workers import ClusterConfig
 from data.manifest import Manifest
 from data.order import Order, OrderConfig
+from data.shards import read_fragment
 from data.window import plan_read, unpack
 from tests.token_corpus import put_token_corpus
 
@@ -42,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--fragments", type=int, default=160, help="of a million tokens, 2 MB each")
     parser.add_argument("--store", nargs="+", choices=("disk", "s3"), default=("disk", "s3"))
+    parser.add_argument(
+        "--hashes", action="store_true", help="only what verifying costs, from the local disk"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.hashes:
+        return print_cost_of_hashes(min(arguments.fragments, 40))
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         uris = {"disk": f"{folder}/corpus"}
@@ -62,6 +73,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             start = f"after {first[0] - begin:.1f} s to the first step"
             print(f"{name}: Ray Data      {rate(moments):6.1f} M tokens/s {start}", flush=True)
         print_waiting(*orders["disk"], uris["disk"])
+
+
+def print_cost_of_hashes(num_fragments: int, rounds: int = 30) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(folder)
+        hashed = put_token_corpus(store, {("train", "web"): num_fragments}, fragment_tokens=1_000_000)
+        shards = [replace(shard, footer_bytes=0, footer_blake2b="") for shard in hashed.shards]
+        manifests = {"CRC-32": replace(hashed, shards=tuple(shards)), "CRC-32 and BLAKE2b": hashed}
+        seconds = {name: list[float]() for name in manifests}
+        for number in range(rounds * num_fragments):
+            for name in sorted(manifests, reverse=bool(number % 2)):
+                begin = time.process_time()
+                read_fragment(store, manifests[name], number % num_fragments)
+                seconds[name].append(time.process_time() - begin)
+    for name, found in seconds.items():
+        middle = statistics.median(found)
+        print(
+            f"hashes: {name:19} {1e3 * middle:.2f} ms a million tokens, {1 / middle:,.0f} M tokens a CPU second"
+        )
 
 
 def make_order(uri: str, num_fragments: int) -> tuple[Order, Manifest]:

@@ -4,10 +4,10 @@ What is read of a shard is held against them before Parquet's reader sees a byte
 not the one that was written is never interpreted. The manifest has the hashes, and its digest covers them.
 
 BLAKE2b of 16 bytes. Who alters a fragment has to find another with its hash, 2^128 attempts; two fragments of one hash,
-2^64, help nobody, for both would have to be in the corpus's own text. On a Zen 4 core with SHA extensions a MiB takes
-0.73 ms by hashlib's BLAKE2b, 0.50 by SHA-256, 0.10 by the package `blake3`; without the extensions SHA-256 takes three
-times as long. A million tokens of uint16 are 2 MB: 1.5 ms are little beside the seconds that training them takes, so
-no package is added.
+2^64, help nobody, for whoever could plant the one as text could as well plant the other. On a core of an AMD EPYC
+(Zen 5) a MiB takes 0.74 ms by hashlib's BLAKE2b, 0.50 by its SHA-256, but 1.44 where the processor has no SHA
+extensions, and 0.11 by the package `blake3`. A million tokens of uint16 are 2 MB, so 1.5 ms: no package is added for
+what is little beside the seconds that training them takes.
 """
 
 import hashlib
