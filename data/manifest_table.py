@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.parquet_claims import ClaimError, claims
+from data.parquet_claims import claims
+from data.unpacking import UnpackingError
 
 # Arrow reads no more than 100 MB of a schema's metadata, so what grows with the corpus stands in columns. The first
 # format held the shards there too, up to some 400,000 of them. Before the third fragments had no hash but CRC-32, which
@@ -78,7 +79,7 @@ class Fragments:
 
         Hashes are a list of hex, or an array; without any they are zeros.
         """
-        numbers = {name: np.asarray(columns[name], dtype) for name, dtype in FRAGMENT_DTYPES.items()}
+        numbers = {name: _whole(columns[name], dtype) for name, dtype in FRAGMENT_DTYPES.items()}
         hashes = columns.get("blake2b")
         if hashes is None:
             hashes = np.zeros(len(numbers["shard"]), HASH_DTYPE)
@@ -102,6 +103,13 @@ SHARD_SCHEMA = pa.schema(
     [(each.name, pa.int64() if each.type is int else pa.string()) for each in fields(Shard)]
 )
 UNHASHED_SHARD_SCHEMA = pa.schema([each for each in SHARD_SCHEMA if not each.name.startswith("footer_")])
+
+
+def _whole(values: Any, dtype: type) -> np.ndarray:
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"a column of fragments holds {array.dtype}")
+    return array.astype(dtype, copy=False)
 
 
 def encode(
@@ -133,14 +141,14 @@ def decode(content: bytes) -> tuple[dict[str, Any], tuple[Shard, ...], Fragments
         UnknownFormatError: it is of no format that this code knows.
         Exception: it is damaged. Of which type, depends on how; nothing of it may be believed.
     """
-    claimed = claims(content)
+    footer, num_bytes, num_values = claims(content)
     most_bytes = max(FLOOR_BYTES, BYTES_PER_BYTE * len(content))
     most_values = max(FLOOR_VALUES, VALUES_PER_BYTE * len(content))
-    if claimed.num_bytes > most_bytes or claimed.num_values > most_values:
-        raise ClaimError(
-            f"its {len(content):,} bytes claim to hold {claimed.num_bytes:,}, and {claimed.num_values:,} values"
+    if num_bytes > most_bytes or num_values > most_values:
+        raise UnpackingError(
+            f"its {len(content):,} bytes claim to hold {num_bytes:,}, and {num_values:,} values"
         )
-    header = json.loads(claimed.metadata[b"manifest"])
+    header = json.loads(footer.metadata[b"manifest"])
     written = header.pop("format")
     if written == FIRST_FORMAT:
         table = pq.read_table(pa.BufferReader(content), use_threads=False)
@@ -187,6 +195,6 @@ def _values(column: pa.ChunkedArray, most_bytes: int) -> list[Any]:
         lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
         num_bytes += pc.sum(lengths).as_py() or 0
         if num_bytes > most_bytes:
-            raise ClaimError(f"its texts claim {num_bytes:,} bytes")
+            raise UnpackingError(f"its texts claim {num_bytes:,} bytes")
         texts += chunk.dictionary.to_numpy(zero_copy_only=False)[chunk.indices.to_numpy()].tolist()
     return texts

@@ -1,17 +1,17 @@
 """Sizes that the pages of a Parquet file claim, checked before they are unpacked.
 
-A column chunk is a row of pages, each with a header in Thrift's compact encoding (parquet-format, parquet.thrift and
-PageHeader; thrift-compact-protocol.md). Arrow allocates what a header asks for. Its reads pass through `PageWatch`,
-which sees each header before Arrow does.
+A column chunk is a row of pages, each with a header (`data/parquet_footer.py`). Arrow allocates what a header asks for.
+Its reads pass through `PageWatch`, which sees each header before Arrow does.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.parquet_footer import Chunk, EndError, FooterError, read_struct
 from data.unpacking import UnpackingError
 
 PAGE_BYTES = 64 << 20
@@ -26,10 +26,6 @@ DATA_PAGES = {0: 5, 3: 8}
 """Type of a page with values: field of its own header."""
 ENCODING_FIELD = {0: 2, 3: 4}
 DICTIONARIES, DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY = (2, 8), 6, 7
-
-
-class _Incomplete(Exception):
-    """The header goes on behind the bytes at hand."""
 
 
 @dataclass
@@ -125,7 +121,7 @@ class PageWatch:
         self._next: dict[int, _Chunk] | None = None
 
     def follow(
-        self, group: pq.RowGroupMetaData, schema: pq.ParquetSchema, dictionaries: Collection[str]
+        self, chunks: Sequence[Chunk], schema: pq.ParquetSchema, dictionaries: Collection[str]
     ) -> None:
         """Expect reads of a row group's columns, each from its start to its end, and no others.
 
@@ -133,19 +129,16 @@ class PageWatch:
             dictionaries: Paths of the columns that Arrow leaves as indices into their dictionaries.
         """
         self._next = {}
-        for index in range(group.num_columns):
-            column, leaf = group.column(index), schema.column(index)
-            first = column.data_page_offset
-            if column.has_dictionary_page and 0 < column.dictionary_page_offset < first:
-                first = column.dictionary_page_offset
-            self._next[first] = _Chunk(
-                name=column.path_in_schema,
-                start=first,
-                stop=first + column.total_compressed_size,
-                values_left=column.num_values,
-                claimed_bytes=column.total_uncompressed_size,
+        for index, chunk in enumerate(chunks):
+            leaf = schema.column(index)
+            self._next[chunk.start] = _Chunk(
+                name=chunk.path,
+                start=chunk.start,
+                stop=chunk.stop,
+                values_left=chunk.num_values,
+                claimed_bytes=chunk.unpacked_bytes,
                 is_repeated=leaf.max_repetition_level > 0,
-                refused=_refused(column, leaf, leaf.path in dictionaries),
+                refused=_refused(chunk, leaf, leaf.path in dictionaries),
                 ratio=self._ratio,
             )
 
@@ -165,10 +158,10 @@ class PageWatch:
         return getattr(self._file, name)
 
 
-def _refused(column: pq.ColumnChunkMetaData, leaf: pq.ColumnSchema, as_dictionary: bool) -> Collection[int]:
+def _refused(chunk: Chunk, leaf: pq.ColumnSchema, as_dictionary: bool) -> Collection[int]:
     """Encodings whose values may be longer than their share of a page, where Arrow would expand many at once."""
     if leaf.max_repetition_level == 0:  # read row by row where the footer names such an encoding
-        return () if "DELTA_BYTE_ARRAY" in column.encodings else (DELTA_BYTE_ARRAY,)
+        return () if DELTA_BYTE_ARRAY in chunk.encodings else (DELTA_BYTE_ARRAY,)
     if as_dictionary or leaf.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
         return (DELTA_BYTE_ARRAY,)
     return (DELTA_BYTE_ARRAY, *DICTIONARIES)
@@ -181,66 +174,8 @@ def _is_size(value: Any) -> bool:
 def _page_header(data: bytes) -> tuple[dict[int, Any], int] | None:
     """Fields of the header that the data begins with, by number, and its length; None where it goes on behind them."""
     try:
-        return _struct(data, 0, 0)
-    except _Incomplete:
+        return read_struct(data, 0, len(data))
+    except EndError:
         return None
-
-
-def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
-    fields: dict[int, Any] = {}
-    number = 0
-    while True:
-        start, at = _byte(data, at)
-        if start == 0:
-            return fields, at
-        step, kind = start >> 4, start & 0x0F
-        if step == 0:
-            number, at = _signed(data, at)
-        else:
-            number += step
-        fields[number], at = _value(data, at, kind, depth)
-
-
-def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
-    match kind:
-        case 1 | 2:  # a flag, which is its own type
-            return kind == 1, at
-        case 3:
-            return _byte(data, at)
-        case 4 | 5 | 6:  # whole numbers of 16, 32 and 64 bits
-            return _signed(data, at)
-        case 7:  # a double
-            return None, _within(data, at + 8)
-        case 8:  # a string of bytes
-            length, at = _unsigned(data, at)
-            return None, _within(data, at + length)
-        case 12 if depth < 4:
-            return _struct(data, at, depth + 1)
-    raise pa.ArrowInvalid("a page header holds what no page header has")
-
-
-def _byte(data: bytes, at: int) -> tuple[int, int]:
-    if at >= len(data):
-        raise _Incomplete
-    return data[at], at + 1
-
-
-def _within(data: bytes, end: int) -> int:
-    if end > len(data):
-        raise _Incomplete
-    return end
-
-
-def _unsigned(data: bytes, at: int) -> tuple[int, int]:
-    number = 0
-    for shift in range(0, 70, 7):
-        byte, at = _byte(data, at)
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number, at
-    raise pa.ArrowInvalid("a number of a page header has no end")
-
-
-def _signed(data: bytes, at: int) -> tuple[int, int]:
-    number, at = _unsigned(data, at)
-    return (number >> 1) ^ -(number & 1), at
+    except FooterError as other:
+        raise pa.ArrowInvalid(f"no page header where one should be: {other}") from other

@@ -4,18 +4,21 @@ A value is no longer than the largest page of its column, whatever the encoding;
 page or two. Lists are read as indices into their dictionaries, and measured before they are expanded.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data.parquet_footer import Chunk, FooterError, read_footer
 from data.parquet_pages import PAGE_BYTES, PageWatch
 from data.unpacking import RATIO
 
 BATCH_ROWS = 64
 """Where a dictionary comes with each batch: a smaller number copies it too often."""
+DELTAS = {5, 6, 7}
+"""Encodings by parquet.thrift: DELTA_BINARY_PACKED, DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY."""
 VALUE_BYTES = 16
 """What a value of a list counts for besides its text."""
 
@@ -34,6 +37,7 @@ class ParquetRows:
 
     def __init__(self, file: Any, columns: Collection[str], ratio: int = RATIO) -> None:
         self._pages = PageWatch(file, ratio)
+        self._row_groups = _row_groups(self._pages)
         self._metadata = pq.read_metadata(self._pages)
         self.schema: pa.Schema = self._metadata.schema.to_arrow_schema()
         self.columns = [name for name in dict.fromkeys(self.schema.names) if name in columns]
@@ -50,12 +54,13 @@ class ParquetRows:
             map(pa.types.is_dictionary, kinds)
         )
         wide = any(leaf.length > VALUE_BYTES for _, leaf in asked)
-        groups = [self._metadata.row_group(number) for number in range(self.num_row_groups)]
+        if any(len(group) != len(schema) for group in self._row_groups):
+            raise pa.ArrowInvalid("a row group has another number of columns than the schema")
         # Arrow reads texts of these encodings only as they are, not as indices into a dictionary.
         deltas = {
             index
             for index in (self._leaves if self._has_dictionaries else ())
-            if any(name.startswith("DELTA_") for group in groups for name in group.column(index).encodings)
+            if any(not DELTAS.isdisjoint(group[index].encodings) for group in self._row_groups)
         }
         texts = {leaf.path for index, leaf in asked if _is_text(leaf) and index not in deltas}
         self._dictionaries = texts if self._has_dictionaries else set[str]()
@@ -71,14 +76,14 @@ class ParquetRows:
 
     @property
     def num_row_groups(self) -> int:
-        return self._metadata.num_row_groups
+        return len(self._row_groups)
 
     def batches(self, row_group: int | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of a row group, or of all, a few at a time; of `columns`, in the file's order."""
         if not self.columns:
             return
         for number in range(self.num_row_groups) if row_group is None else [row_group]:
-            group = self._metadata.row_group(number)
+            group = self._row_groups[number]
             self._pages.follow(group, self._metadata.schema, self._dictionaries)
             yield from self._file.iter_batches(
                 batch_size=self._rows_at_a_time(group),
@@ -87,9 +92,17 @@ class ParquetRows:
                 use_threads=False,
             )
 
-    def _rows_at_a_time(self, group: pq.RowGroupMetaData) -> int:
-        claimed = sum(group.column(index).total_uncompressed_size for index in self._leaves)
+    def _rows_at_a_time(self, group: Sequence[Chunk]) -> int:
+        claimed = sum(group[index].unpacked_bytes for index in self._leaves)
         return self._batch_rows if claimed <= PAGE_BYTES else 1
+
+
+def _row_groups(file: Any) -> tuple[tuple[Chunk, ...], ...]:
+    """The columns of each row group, by the footer; not by Arrow, which a damaged one makes end the process."""
+    try:
+        return read_footer(file).row_groups
+    except FooterError as torn:
+        raise pa.ArrowInvalid(str(torn)) from torn
 
 
 def _is_within(path: str, columns: Collection[str]) -> bool:
