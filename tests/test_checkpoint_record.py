@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from cluster.storage import Store, open_store
+from cluster.stored_file import DamagedFileError
 from tests.test_checkpoint import CONFIG, KINDS, SHAPES, assert_holds, save, slices_of, state_at
 from trainers.checkpoint import (
     CheckpointConfig,
@@ -294,7 +295,7 @@ def test_an_attempt_without_its_number_of_workers_is_named(folder: Store, conten
     folder.put("attempts/00003", content)
     assert claim_attempt(folder) == 4
     folder.delete("attempts/00004")
-    with pytest.raises(CheckpointError, match="attempts/00003 is damaged.*number of workers"):
+    with pytest.raises(DamagedFileError, match="attempts/00003 is damaged.*number of workers"):
         latest_world_size(folder)
 
 

@@ -85,7 +85,7 @@ def claim_attempt(store: Store, world_size: int = 1) -> int:
 
 def latest_attempt(store: Store) -> int:
     """The number claimed last; 0 if none was. Files with other names are nobody's claim."""
-    claims = (re.fullmatch(rf"{ATTEMPTS}/(\d{{5,9}})", info.path) for info in store.list(f"{ATTEMPTS}/"))
+    claims = (re.fullmatch(rf"{ATTEMPTS}/([0-9]{{5,9}})", info.path) for info in store.list(f"{ATTEMPTS}/"))
     return max((int(claim[1]) for claim in claims if claim), default=0)
 
 
