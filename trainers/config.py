@@ -235,14 +235,41 @@ CHANGEABLE = (
 ENDS_A_RUN = ("run.steps", "validation.patience")
 
 
-def changed_keys(before: dict[str, Any], now: Any, judged: bool = False) -> list[str]:
-    """One line per key that a run cannot change under way, or once it is `judged`, comparing its stored configuration
-    with this one."""
+# What has no say in what a finished run has come to: where and how it ran, and where something lies that has a digest.
+IDLE = (
+    "run.name",
+    "run.storage",
+    "run.task",
+    "run.prepared",
+    "run.seeds",
+    "run.max_failures",
+    "run.log_",
+    "cluster.",
+    "checkpoint.",
+    "heartbeat.",
+    "corpus.prepared",
+    "engine.zero_stage",
+    "engine.offload",
+    "engine.micro_batch_rows",
+    "engine.activation_checkpointing",
+    "engine.compile",
+)
+
+
+def changed_keys(before: dict[str, Any], now: Any, judged: bool = False, finished: bool = False) -> list[str]:
+    """One line per key that a run cannot change under way, or once it is `judged` or `finished`, comparing its stored
+    configuration with this one."""
     old, new = dict(flatten(before)), dict(flatten(to_dict(now)))
+
+    def may_change(key: str) -> bool:
+        if finished and key in old:  # a key that is younger than the run had no other value
+            return key.startswith(IDLE)
+        return key.startswith(CHANGEABLE) and not (judged and key in ENDS_A_RUN)
+
     return [
         f"{key}={new.get(key)!r}, but the run was started with {old.get(key)!r}; give it back, or choose a new run.name"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and (not key.startswith(CHANGEABLE) or (judged and key in ENDS_A_RUN))
+        if old.get(key) != new.get(key) and not may_change(key)
     ]
 
 

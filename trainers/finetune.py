@@ -111,7 +111,8 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
     if not run.exists(CONFIG):
         return
     # A section that an older run has not written down had no other values.
-    changed = changed_keys(to_dict(config) | read_yaml(run, CONFIG, dict[str, Any], PUT_BACK), config)
+    stored = to_dict(config) | read_yaml(run, CONFIG, dict[str, Any], PUT_BACK)
+    changed = changed_keys(stored, config, finished=run.exists(RESULT))
     before = read_json(run, ORIGIN, dict[str, str], PUT_BACK) if run.exists(ORIGIN) else {}
     now = origin_of(task, backbone)
     before = now | before  # an older run has not written all of them down

@@ -8,8 +8,9 @@ import numpy as np
 from cluster.bounds import seconds_given
 from cluster.config import ConfigError
 from cluster.hardware import peak_of, this_host, worker_watts
-from cluster.storage import Store, open_store
-from data.assemble import given_tokenizer
+from cluster.storage import StorageError, Store, open_store
+from data.assemble import existing_manifest, given_tokenizer
+from data.corpus import CorpusError
 from data.documents import corpus_problems
 from data.epochs import Rows
 from data.framing import NO_LABEL, Framing, framing_of
@@ -17,7 +18,7 @@ from data.manifest import Manifest
 from data.order import Order
 from data.permutation import permute
 from data.shards import read_fragment
-from data.tokens import read_tokenizer
+from data.tokens import TokenizerError, read_tokenizer
 from trainers import run_folder
 from trainers.config import SCRAPE_SECONDS_VARIABLE, PretrainConfig, model_of, run_store
 from trainers.objectives import objective_of
@@ -68,6 +69,18 @@ def problems_before_start(config: PretrainConfig) -> Iterator[str]:
     else:
         if tokenizer:
             yield from tokenizer_problems(config, tokenizer.json.encode(), tokenizer.boundary_id)
+
+
+def corpus_remark(config: PretrainConfig, digest: str) -> str | None:
+    """Why the raw corpus is no longer the one behind the manifest that a finished run was trained on, if so."""
+    trained = f"the run was trained on what it was then, manifest {digest}"
+    try:
+        manifest = existing_manifest(config.corpus)
+    except (CorpusError, TokenizerError, StorageError) as unusable:
+        return f"{unusable}; {trained}"
+    if manifest and manifest.digest == digest:
+        return None
+    return f"{', '.join(config.corpus.named_sources().values())}: the raw corpus has changed since; {trained}"
 
 
 def tokenizer_problems(config: PretrainConfig, tokenizer_json: bytes, boundary_id: int) -> Iterator[str]:

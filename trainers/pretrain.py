@@ -34,6 +34,7 @@ try:
     from trainers.lease import lease
     from trainers.metrics import merge_metrics
     from trainers.planning import (
+        corpus_remark,
         manifest_problems,
         objective_problems,
         place_problems,
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with lease(run, console.print):
         if not run_folder.is_finished(run):
             train(config, console)
+        elif remark := corpus_remark(config, run_folder.pinned_manifest(run) or ""):
+            console.print(remark, highlight=False, markup=False)
         if run_folder.is_finished(run):
             close(config, console)
 

@@ -41,7 +41,8 @@ def pinned_manifest(run: Store) -> str | None:
 
 
 def check_unchanged(run: Store, config: PretrainConfig) -> None:
-    """Refuse to go on under another configuration, or to export at the end over a model that no run wrote.
+    """Refuse to go on under another configuration, to hand out what was finished under another one, or to export at
+    the end over a model that no run wrote.
 
     Raises:
         ConfigError: one line per key that differs and may not.
@@ -52,7 +53,7 @@ def check_unchanged(run: Store, config: PretrainConfig) -> None:
         before = read_yaml(run, CONFIG, dict[str, Any], PUT_BACK)
     except FileNotFoundError:
         return
-    if changed := changed_keys(before, config, judged=run.exists(CLAIM)):
+    if changed := changed_keys(before, config, judged=run.exists(CLAIM), finished=is_finished(run)):
         raise ConfigError([f"run {run.uri}: {line}" for line in changed])
 
 
