@@ -165,7 +165,7 @@ def prediction_rates(folder: Path) -> tuple[float, float, float]:
 
     model, texts = f"file://{folder}/runs/f/seed-0/export", str(folder / "texts.jsonl")
     (piece,) = pieces_of(texts)  # one model answers it part by part, as each piece of a job
-    everything: list[Any] = [record for _, record in rows_of(piece)]
+    everything: list[Any] = [record for _, record in rows_of(piece, ("id", "text"))]
     lists = [
         [record["text"] for record in everything[at : at + PART_ROWS]]
         for at in range(0, len(everything) - PART_ROWS + 1, PART_ROWS)

@@ -245,7 +245,7 @@ def _character_start(text: bytes) -> int:
 
 
 def _unpacked(file: IO[bytes], shard: RawShard, expansion: Expansion) -> Any:
-    return Unpacked(file, shard.compression, expansion) if shard.compression else file
+    return Unpacked(file, shard.compression, expansion)
 
 
 def _missing(column: str, present: list[str]) -> str:

@@ -57,19 +57,22 @@ class Watched:
 
 
 class Unpacked(io.RawIOBase):
-    """The content of a compressed file, unpacked as it is read. Its decoder refuses a zstd frame that asks for a window
-    of more than 128 MiB."""
+    """The content of a file, unpacked as it is read if it is compressed. A zstd frame that asks for a window of more
+    than 128 MiB is refused by its decoder."""
 
-    def __init__(self, file: Any, compression: str, expansion: Expansion) -> None:
-        self._stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), compression)
-        self._expansion = expansion
+    def __init__(self, file: Any, compression: str | None, expansion: Expansion) -> None:
+        self._is_packed, self._expansion = compression is not None, expansion
+        self._stream = (
+            pa.CompressedInputStream(pa.PythonFile(file, mode="r"), compression) if compression else file
+        )
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         block = self._stream.read(min(len(buffer), BLOCK_BYTES))
-        self._expansion.add(len(block))
+        if self._is_packed:
+            self._expansion.add(len(block))
         buffer[: len(block)] = block
         return len(block)
 

@@ -68,7 +68,7 @@ def test_pieces_hold_every_line_exactly_once_wherever_they_are_cut(tmp_path, mon
     uri = put_lines(tmp_path / "r.jsonl", wanted := records(57))
     for size in (1, 63, 64, 65, 1_000, 10**9):
         monkeypatch.setattr(prediction_rows, "PIECE_BYTES", size)
-        rows = [row for piece in pieces_of(uri) for _, row in rows_of(piece)]
+        rows = [row for piece in pieces_of(uri) for _, row in rows_of(piece, ("id", "text"))]
         assert rows == wanted, size
 
 
@@ -119,6 +119,44 @@ def test_broken_records_are_answered_with_their_errors_and_the_others_all_the_sa
         assert answered(predictor, piece) == Counts(kept, refused)
         errors = [line["error"] for line in output_lines(output) if "error" in line]
         assert len(errors) == refused and any("UTF-8" in e or "utf-8" in e for e in errors)
+
+
+def test_no_odd_record_or_file_ends_a_job(model, tmp_path):
+    nested = '{"id": "n", "text": ' + "[" * 900 + "]" * 900 + "}"
+    content = [json.dumps(records(2)[0]), "[" * 100_000, nested, json.dumps(records(2)[1])]
+    source, output = tmp_path / "in", open_store(str(tmp_path / "out"))
+    source.mkdir()
+    (source / "r.jsonl").write_text("\n".join(content))
+    (source / "junk.parquet").write_bytes(b"PAR1")
+    (source / "junk.jsonl.zst").write_bytes(b"junk")
+    (source / "twice.csv").write_bytes(b"text,text\na,b\n")
+    table = pa.table({"text": ["fine"], "when": pa.array([2**60], pa.timestamp("ms"))})
+    pq.write_table(table, source / "when.parquet")
+    predictor = Predictor(model[0], output.uri, 4, 1)
+    assert sum((answered(predictor, piece) for piece in pieces_of(str(source))), Counts()) == Counts(3, 5)
+    errors = {
+        line["place"].partition(":")[0]: line["error"] for line in output_lines(output) if "error" in line
+    }
+    assert errors["twice.csv"].startswith("has the column 'text' twice")
+    assert "junk.parquet" in errors and "junk.jsonl.zst" in errors
+    assert all(len(error) <= 300 for error in errors.values())
+
+
+def test_parts_of_long_records_are_short_and_those_that_were_cut_otherwise_are_gone_on_from(
+    model, tmp_path, monkeypatch
+):
+    uri = put_lines(tmp_path / "r.jsonl", wanted := records(30))
+    predictor = Predictor(model[0], str(tmp_path / "out"), rows_per_batch=7, threads=1)
+    [piece] = pieces_of(uri)
+    monkeypatch.setattr(prediction, "PART_ROWS", 8)  # as a version that did not look at bytes
+    parts = predictor.answer(piece)
+    assert next(parts) == Counts(8, 0)
+    parts.close()
+    monkeypatch.setattr(prediction, "PART_BYTES", 150)
+    assert 4 < len(list(predictor.answer(piece))) < 22
+    assert [line["id"] for line in output_lines(open_store(str(tmp_path / "out")))] == [
+        r["id"] for r in wanted
+    ]
 
 
 @pytest.mark.parametrize("characters", [1, 60, prediction.ENCODED_CHARACTERS])

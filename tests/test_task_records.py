@@ -10,8 +10,9 @@ from task_files import put_lines
 
 from cluster.config import ConfigError
 from trainers.prediction_rows import pieces_of, rows_of
+from trainers.record_files import find_files, rows_in
 from trainers.task import TaskColumns, TaskConfig
-from trainers.task_records import example_of, find_files, read_examples, read_rows
+from trainers.task_records import example_of, read_examples
 
 LABELS = TaskConfig(name="t", kind="classification")
 ANSWERS = TaskConfig(name="t", kind="generation")
@@ -92,8 +93,9 @@ def test_training_and_prediction_read_the_same_rows_of_a_csv(tmp_path, ending):
     path = tmp_path / f"r.csv{ending}"
     path.write_bytes(pack[ending](content))
     store, (name,) = find_files(str(path))
-    trained = read_rows(store, name)
-    assert trained == [row for piece in pieces_of(str(path)) for _, row in rows_of(piece)]
+    columns = ("id", "text", "label")
+    trained = [row for _, row in rows_in(store, name, columns)]
+    assert trained == [row for piece in pieces_of(str(path)) for _, row in rows_of(piece, columns)]
     assert trained[0] == {"id": "1", "text": 'two\nlines, "quoted"', "label": "04"}
     assert [row["label"] for row in trained] == ["04", "1.50", "x"]
 

@@ -33,8 +33,8 @@ from cluster.workers import ClusterConfig, shortages
 from trainers.lease import RunTakenError, lease
 from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
 from trainers.prediction_rows import Piece, column_problems, pieces_of
+from trainers.record_files import find_files
 from trainers.task_export import read_stored_task
-from trainers.task_records import find_files
 
 JOB = "predict.json"
 

@@ -24,16 +24,20 @@ from cluster.store import former_version
 from cluster.stored_file import WITH_OTHER_KEYS, DamagedFileError, place_of, read_json, read_json_lines
 from trainers.local_copy import local_copy
 from trainers.prediction_rows import Piece, Row, rows_of
+from trainers.record_files import LONGEST_REASON
 from trainers.task_encoding import Encoded
 from trainers.task_evaluation import answers_to, asked
 from trainers.task_export import load_task_model
-from trainers.task_records import Example, example_of
+from trainers.task_records import Example, asked_columns, example_of
 
 PART_ROWS = 4_096
 """Records of a file of answers, and all that a worker holds: at most this much is done again."""
+PART_BYTES = 64 << 20
+"""Of the records of a part, give or take one."""
 ENCODED_CHARACTERS = 1 << 20
 """Characters of the records that are tokenized together, give or take a record: bounds what their tokens take."""
 FINISHED = "finished/"
+ANSWERED_AGAIN = "its records are answered again"
 as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -93,35 +97,38 @@ class Predictor:
     def answer(self, piece: Piece) -> Iterator[Counts]:
         """Answer the parts of a piece that are not there yet, and name it finished; the counts of each part."""
         there = {info.path for info in self._output.list(f"{piece.name}-")}
-        rows, total = rows_of(piece), Counts()
+        rows, total = rows_of(piece, asked_columns(self._encoder.task, labelled=False)), Counts()
         for number in itertools.count():
-            part = list(itertools.islice(rows, PART_ROWS))
+            path = f"{piece.name}-{number:05d}.jsonl"
+            before = self._answered(path) if path in there else None
+            # A part that is there has as many records as it was once cut with.
+            part = next_part(rows) if before is None else list(itertools.islice(rows, len(before)))
+            if before is not None and self._are_answers_to(part, before, path):
+                total += counts_of(before)
+                continue
             if number and not part:
                 break
-            path = f"{piece.name}-{number:05d}.jsonl"
-            lines = self._answered(path, part) if path in there else None
-            if lines is not None:
-                total += counts_of(lines)
-                continue
             lines = self.lines(part)
-            content = "".join(as_json(line) + "\n" for line in lines).encode()
+            content = "".join(as_json(line) + "\n" for line in lines).encode(errors="backslashreplace")
             self._output.put(path, content)
             counts = counts_of(lines)
             total += counts
             yield counts
         self._output.put(f"{FINISHED}{piece.name}", json.dumps(asdict(total)).encode())
 
-    def _answered(self, path: str, rows: list[Row]) -> list[dict[str, Any]] | None:
+    def _answered(self, path: str) -> list[dict[str, Any]] | None:
         """The lines of a part that is there; None where it is damaged, and to be answered again."""
-        remedy = "its records are answered again"
         try:
-            lines = read_json_lines(self._output, path, Line, remedy, not_finite=True)
-            if [line["place"] for line in lines] != [place for place, _ in rows]:
-                raise DamagedFileError(place_of(self._output, path), "it holds other records", remedy)
+            return read_json_lines(self._output, path, Line, ANSWERED_AGAIN, not_finite=True)
         except DamagedFileError as damaged:
             print(damaged)
             return None
-        return lines
+
+    def _are_answers_to(self, rows: list[Row], lines: list[dict[str, Any]], path: str) -> bool:
+        if [line["place"] for line in lines] == [place for place, _ in rows]:
+            return True
+        print(DamagedFileError(place_of(self._output, path), "it holds other records", ANSWERED_AGAIN))
+        return False
 
     def lines(self, rows: list[Row]) -> list[dict[str, Any]]:
         """A line for each record, in their order; one that is no example is answered with its error."""
@@ -133,8 +140,8 @@ class Predictor:
                 if isinstance(row, str):
                     raise ValueError(row)
                 example = example_of(self._encoder.task, row, place, labelled=False)
-            except ValueError as error:
-                lines[-1]["error"] = str(error)
+            except (ValueError, RecursionError) as error:
+                lines[-1]["error"] = str(error)[:LONGEST_REASON]
             else:
                 examples.append((len(lines) - 1, example))
         # Lines are found by their numbers: like lengths come together, so that little of a batch is padding.
@@ -168,6 +175,26 @@ class Predictor:
                 lines[at]["confidence"] = round(answer.confidence, 6)
             if row.truncated:
                 lines[at]["truncated"] = True
+
+
+def next_part(rows: Iterator[Row]) -> list[Row]:
+    """The next rows, `PART_ROWS` at most, fewer where they are long."""
+    part: list[Row] = []
+    held = 0
+    while len(part) < PART_ROWS and held < PART_BYTES and (row := next(rows, None)) is not None:
+        part.append(row)
+        held += _characters(row[1])
+    return part
+
+
+def _characters(value: Any) -> int:
+    """About what a record holds, in characters; it may be nested as deep as JSON is read."""
+    found, left = 0, [value]
+    while left:
+        each = left.pop()
+        found += len(each) if isinstance(each, str) else 1
+        left += each if isinstance(each, list) else each.values() if isinstance(each, dict) else ()
+    return found
 
 
 def counts_of(lines: Iterable[dict[str, Any]]) -> Counts:

@@ -4,30 +4,33 @@ A row that cannot be read is its error's text, and the rows after it are read: i
 is no reason to answer none.
 """
 
-import gzip
 import hashlib
-import io
-import itertools
-import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.config import ConfigError
 from cluster.keys import nearest
-from cluster.storage import Store, open_store
-from trainers.delimited import csv_rows
+from cluster.storage import StorageError, Store, open_store
+from data.parquet_rows import RepeatedColumnError
+from data.unpacking import Watched
+from trainers.record_files import (
+    MAX_RECORD_BYTES,
+    BrokenRow,
+    column_names,
+    compression_of,
+    find_files,
+    format_of,
+    parsed,
+    rows_in,
+)
 from trainers.task import TaskConfig
-from trainers.task_records import find_files, needed_columns
+from trainers.task_records import asked_columns, needed_columns
 
 PIECE_BYTES = 4 << 20
 """Of JSON lines: about 10,000 to 40,000 short records, seconds to minutes of a model's work."""
-READ_ROWS = 1_024
-"""Of Parquet, at a time."""
 LONGEST_STEM_BYTES = 230
 """Of an input file's name in those of its answers, which add 25 and have 255 at most."""
 LOOKED_INTO = 100
@@ -62,86 +65,81 @@ def pieces_of(uri: str) -> list[Piece]:
 
 
 def _cut(store: Store, path: str) -> Iterator[Piece]:
-    if path.endswith(".jsonl"):
+    if _is_entered_anywhere(path):
         size = store.size(path)
         for start in range(0, size, PIECE_BYTES):
             yield Piece(store.uri, path, start, min(size, start + PIECE_BYTES))
-    elif path.endswith(".parquet"):
-        with store.open(path) as file:
-            groups = pq.ParquetFile(file).num_row_groups
-        yield from (Piece(store.uri, path, row_group=group) for group in range(groups))
+    elif format_of(path) == ".parquet":
+        try:
+            with store.open(path) as file:
+                groups = pq.read_metadata(Watched(file)).num_row_groups
+        except (StorageError, FileNotFoundError):
+            raise
+        except (OSError, pa.ArrowException):
+            yield Piece(store.uri, path)  # no Parquet: a line that says so is its answer
+        else:
+            yield from (Piece(store.uri, path, row_group=group) for group in range(groups))
     else:
         yield Piece(store.uri, path)
 
 
-def rows_of(piece: Piece) -> Iterator[Row]:
-    """The piece's rows. A JSON line belongs to the piece that it begins in.
+def _is_entered_anywhere(path: str) -> bool:
+    return format_of(path) == ".jsonl" and compression_of(path) is None
+
+
+def rows_of(piece: Piece, columns: Collection[str]) -> Iterator[Row]:
+    """The piece's rows, of `columns` those that they have. A JSON line belongs to the piece that it begins in. A file
+    that cannot be read on ends with the reason.
 
     Raises:
-        ConfigError: the file cannot be read on: it is cut off, or not what its name says.
+        StorageError: the store failed.
     """
-    with open_store(piece.uri).open(piece.path) as file:
-        if piece.path.endswith(".jsonl"):
-            yield from _lines_between(piece, file)
-            return
-        try:
-            if ".parquet" in piece.path:
-                yield from _parquet(piece, file)
-            elif ".csv" in piece.path:
-                rows = csv_rows(_decompressed(piece, file))
-                yield from ((f"{piece.path}:{n}", row) for n, row in enumerate(rows, 1))
-            else:
-                lines = _decompressed(piece, file)
-                yield from (
-                    (f"{piece.path}:{n}", _parsed(line)) for n, line in enumerate(lines, 1) if line.strip()
-                )
-        except (pa.ArrowException, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise ConfigError([f"{piece.uri}/{piece.path} cannot be read: {error}"]) from None
+    store = open_store(piece.uri)
+    if _is_entered_anywhere(piece.path):
+        with store.open(piece.path) as file:
+            yield from _lines_between(piece, file, columns)
+        return
+    group = None if piece.row_group < 0 else piece.row_group
+    inside = f"{max(0, piece.row_group)}:" if format_of(piece.path) == ".parquet" else ""
+    try:
+        for number, row in rows_in(store, piece.path, columns, row_group=group):
+            yield f"{piece.path}:{inside}{number}", row.reason if isinstance(row, BrokenRow) else row
+    except RepeatedColumnError as twice:
+        yield f"{piece.path}:{inside}1", str(twice)
 
 
-def _decompressed(piece: Piece, file: IO[bytes]) -> IO[bytes]:
-    if piece.path.endswith(".gz"):
-        return gzip.open(file)  # type: ignore[return-value]
-    if piece.path.endswith(".zst"):
-        return io.BufferedReader(pa.CompressedInputStream(file, "zstd"))  # type: ignore[arg-type]
-    return file
-
-
-def _lines_between(piece: Piece, file: IO[bytes]) -> Iterator[Row]:
+def _lines_between(piece: Piece, file: IO[bytes], columns: Collection[str]) -> Iterator[Row]:
     file.seek(max(0, piece.start - 1))
     if piece.start:
-        file.readline()  # the line before: one byte of it at least, the line feed
-    while (place := file.tell()) < piece.stop and (line := file.readline()):
+        _skip_line(file, piece.stop)  # the line before: one byte of it at least, the line feed
+    while (place := file.tell()) < piece.stop and (line := file.readline(MAX_RECORD_BYTES + 2)):
+        if not line.endswith(b"\n"):
+            _skip_line(file, piece.stop)
         if line.strip():
-            yield f"{piece.path}@{place}", _parsed(line)
+            row = parsed(line.removesuffix(b"\n"), columns, is_first=place == 0)
+            yield f"{piece.path}@{place}", row.reason if isinstance(row, BrokenRow) else row
 
 
-def _parsed(line: bytes) -> dict[str, Any] | str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # also of bytes that are no UTF-8
-        return f"not JSON: {error}"
-    return row if isinstance(row, dict) else f"a {type(row).__name__}, not a record with columns"
-
-
-def _parquet(piece: Piece, file: IO[bytes]) -> Iterator[Row]:
-    groups = None if piece.row_group < 0 else [piece.row_group]
-    numbers = itertools.count(1)
-    for batch in pq.ParquetFile(file).iter_batches(READ_ROWS, row_groups=groups):
-        for row in batch.to_pylist():
-            yield f"{piece.path}:{max(0, piece.row_group)}:{next(numbers)}", row
+def _skip_line(file: IO[bytes], stop: int) -> None:
+    """Read to the end of a line, or to where the piece ends, for no other line begins in it then."""
+    while file.tell() < stop and (rest := file.readline(MAX_RECORD_BYTES)) and not rest.endswith(b"\n"):
+        pass
 
 
 def column_problems(task: TaskConfig, pieces: list[Piece]) -> list[str]:
-    """A line for each column that the task reads and a file does not have, by the file's first record."""
-    first = {(piece.uri, piece.path): piece for piece in reversed(pieces)}
+    """A line for each column that the task reads and a file does not have, or has twice."""
+    files = list(dict.fromkeys((piece.uri, piece.path) for piece in pieces))
     problems = []
-    for piece in list(first.values())[::-1][:LOOKED_INTO]:
-        row = next((row for _, row in rows_of(piece) if isinstance(row, dict)), None)
+    for uri, path in files[:LOOKED_INTO]:
+        try:
+            names = column_names(open_store(uri), path, asked_columns(task, labelled=False))
+        except RepeatedColumnError as twice:
+            problems.append(f"{uri}/{path} {twice}")
+            continue
         problems += [
-            f"{piece.uri}/{piece.path}: there is no column {name!r} (columns.{key} of the model's task); nearest: "
-            f"{nearest(name, list(row)) or sorted(row)}"
+            f"{uri}/{path}: there is no column {name!r} (columns.{key} of the model's task); nearest: "
+            f"{nearest(name, names) or sorted(names)}"
             for key, name in needed_columns(task).items()
-            if row is not None and name not in row
+            if names is not None and name not in names
         ]
     return problems

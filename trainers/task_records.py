@@ -1,28 +1,23 @@
 """Labelled records as they come: files of JSONL, CSV or Parquet become checked examples, or one clear error."""
 
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cluster.config import ConfigError
 from cluster.keys import nearest
-from cluster.printable import printable
-from cluster.storage import Store, open_parent, open_store
-from cluster.store import name_problem
+from cluster.storage import Store
 from data.clean import normalise
-from trainers.delimited import csv_rows
+from data.parquet_rows import RepeatedColumnError
+from trainers.record_files import LONGEST_REASON, BrokenRow, column_names, find_files, rows_in
 from trainers.task import TaskConfig
 
-FORMATS = (".jsonl", ".csv", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 SHOWN = 3
 """Wrong records that an error names."""
+FREE_BYTES = 256 << 20
+"""What a file of a task may unpack to, whatever its ratio. All its examples are in memory: at 64 bytes each, 4 M."""
 
 Target = Any
 """str (a label, or an answer), list[str] (labels or tags), float, or {"text": str, "start": int} of a span."""
@@ -55,93 +50,55 @@ def read_examples(task: TaskConfig, uri: str, *, labelled: bool = True) -> list[
         ConfigError: no files, a column that is missing, or records that are no examples; each with the first
             few places.
     """
-    examples, problems = [], []
+    examples: list[Example] = []
+    problems: list[str] = []
+    num_problems = 0
     store, paths = find_files(uri)
     for path in paths:
-        rows = read_rows(store, path)
-        if rows and (missing := _missing_columns(task, rows[0], labelled)):
-            raise ConfigError([f"{store.uri}/{path}: {line}" for line in missing])
-        for number, row in enumerate(rows, start=1):
-            try:
-                examples.append(example_of(task, row, f"{path}:{number}", labelled))
-            except ValueError as error:
-                problems.append(f"{store.uri}/{path}: record {number}: {error}")
+        for found in _examples_in(task, store, path, labelled):
+            if isinstance(found, Example):
+                examples.append(found)
+            else:
+                num_problems += 1
+                problems += [found] if len(problems) < SHOWN else []
     if problems:
-        more = [f"… and {len(problems) - SHOWN:,} more such records"] if len(problems) > SHOWN else []
-        raise ConfigError([*problems[:SHOWN], *more])
+        more = [f"… and {num_problems - SHOWN:,} more such records"] if num_problems > SHOWN else []
+        raise ConfigError([*problems, *more])
     if not examples:
         raise ConfigError([f"{uri} holds no records; a task needs some in every split"])
     return examples
 
 
-def find_files(uri: str) -> tuple[Store, list[str]]:
-    """The store and the paths of all files of records at a URI. Raises `ConfigError` where there are none."""
-    if _format(uri.rstrip("/")):
-        store, name = open_parent(uri)
-        if not store.exists(name):
-            raise ConfigError([f"{uri}: no such file; correct the data.* of the task"])
-        return store, [name]
-    store = open_store(uri)
-    paths = [info.path for info in store.list_input() if _format(info.path)]
-    if unusable := [(path, problem) for path in paths if (problem := name_problem(path))]:
-        raise ConfigError([f"{uri}/{printable(path)}: {problem}" for path, problem in unusable[:SHOWN]])
-    if not paths:
-        raise ConfigError([f"{uri} holds no {', '.join(FORMATS)} files (also .gz, .zst); correct the URI"])
-    return store, paths
-
-
-def _format(path: str) -> str | None:
-    for ending in COMPRESSIONS:
-        path = path.removesuffix(ending)
-    return next((ending for ending in FORMATS if path.endswith(ending)), None)
-
-
-def read_rows(store: Store, path: str) -> list[dict[str, Any]]:
-    """The records of one file as dictionaries. Raises `ConfigError` for a file that cannot be read."""
-    compression = next((codec for ending, codec in COMPRESSIONS.items() if path.endswith(ending)), None)
-    with store.open(path) as file:
-        content = file.read()
+def _examples_in(task: TaskConfig, store: Store, path: str, labelled: bool) -> Iterator[Example | str]:
+    """The examples of a file; a record that is none is a line that names it."""
+    at, columns = f"{store.uri}/{path}", asked_columns(task, labelled)
     try:
-        if _format(path) == ".parquet":
-            return pq.read_table(pa.BufferReader(content)).to_pylist()
-        if compression:
-            content = pa.CompressedInputStream(pa.BufferReader(content), compression).read()
-        if _format(path) == ".csv":
-            return [
-                _whole(row, f"{store.uri}/{path}: record {number}")
-                for number, row in enumerate(csv_rows(io.BytesIO(content)), 1)
-            ]
-        # Not splitlines, which also ends a line at characters that JSON may hold within a text.
-        lines = content.decode().split("\n")
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{store.uri}/{path} cannot be read: {error}"]) from None
-    return [_parsed(line, f"{store.uri}/{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+        names = column_names(store, path, columns)
+    except RepeatedColumnError as twice:
+        raise ConfigError([f"{at} {twice}"]) from None
+    if names is not None and (missing := _missing_columns(task, names, labelled)):
+        raise ConfigError([f"{at}: {line}" for line in missing])
+    ordinal = 0  # of the records alone: a line that is blank names none
+    for number, row in rows_in(store, path, columns, free_bytes=FREE_BYTES):
+        ordinal += 1
+        if isinstance(row, BrokenRow):
+            place = at if row.ends_file else f"{at}: record {number}"
+            yield f"{place} cannot be read: {row.reason}" + (f" (record {number})" if row.ends_file else "")
+            continue
+        try:
+            yield example_of(task, row, f"{path}:{ordinal}", labelled)
+        except (ValueError, RecursionError) as error:
+            yield f"{at}: record {number}: {error}"[: len(at) + LONGEST_REASON]
 
 
-def _whole(row: dict[str, str] | str, place: str) -> dict[str, Any]:
-    if isinstance(row, str):
-        raise ConfigError([f"{place} cannot be read: {row}"])
-    return row
-
-
-def _parsed(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError([f"{place} is not JSON: {error}"]) from None
-    if not isinstance(row, dict):
-        raise ConfigError([f"{place} holds a {type(row).__name__}, not a record with columns"])
-    return row
-
-
-def _missing_columns(task: TaskConfig, row: Mapping[str, Any], labelled: bool) -> list[str]:
+def _missing_columns(task: TaskConfig, names: Sequence[str], labelled: bool) -> list[str]:
     wanted = needed_columns(task) | (
         {"label": task.columns.label} if labelled and not task.columns.messages else {}
     )
     return [
-        f"there is no column {name!r} (columns.{key}); nearest: {nearest(name, list(row)) or sorted(row)}"
+        f"there is no column {name!r} (columns.{key}); nearest: {nearest(name, names) or sorted(names)}"
         for key, name in wanted.items()
-        if name not in row
+        if name not in names
     ]
 
 
@@ -154,10 +111,16 @@ def needed_columns(task: TaskConfig) -> dict[str, str]:
     return wanted | ({"pair": columns.pair} if columns.pair else {})
 
 
+def asked_columns(task: TaskConfig, labelled: bool) -> list[str]:
+    """All columns that are read of a record."""
+    label = [task.columns.label] if labelled else []
+    return list(dict.fromkeys([*needed_columns(task).values(), task.columns.id, *label]))
+
+
 def example_of(task: TaskConfig, row: Mapping[str, Any], place: str, labelled: bool = True) -> Example:
     """Check one record. Raises ValueError with what is wrong."""
     columns = task.columns
-    for column in (*needed_columns(task).values(), columns.id, *([columns.label] if labelled else [])):
+    for column in asked_columns(task, labelled):
         if (value := row.get(column)) is not None:
             _refuse_half_character(column, value)
     words: Any = []
