@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Self, TextIO
+from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge
 
@@ -62,6 +63,11 @@ READ_SECONDS = 12.0
 """Between two looks of the driver at the records on storage."""
 REFRESH_SECONDS = 4.0
 """Ray forgets a gauge that is not set again within two of its reports (10 s each), and a step may take longer."""
+
+
+def label_of(run: str) -> str:
+    """A run's name as Ray's metrics take it, which know ASCII alone: other characters as in a URL."""
+    return "".join(each if each.isascii() else quote(each) for each in run)
 
 
 def readings(record: Record) -> Iterator[tuple[str, float]]:
@@ -130,7 +136,7 @@ class LiveMetrics(Background):
 
     def __init__(self, run: str) -> None:
         super().__init__("live metrics")
-        self._tags = {"run": run}
+        self._tags = {"run": label_of(run)}
         self._gauges = {name: Gauge(PREFIX + name, text, ("run",)) for name, text in GAUGES.items()}
         self._counters = {name: Counter(PREFIX + name, text, ("run",)) for name, text in COUNTERS.items()}
         for counter in self._counters.values():
@@ -178,7 +184,7 @@ class DriverLog:
     def __init__(
         self, run: str, log_events: bool, now: Callable[[], float] = time.time, stream: TextIO | None = None
     ) -> None:
-        self._tags, self._log_events, self._now = {"run": run}, log_events, now
+        self._tags, self._log_events, self._now = {"run": label_of(run)}, log_events, now
         self._write = event_log(run, "driver", stream)
         name = "finished_timestamp_seconds"
         self._finished = Gauge(PREFIX + name, DRIVER_GAUGES[name], ("run",))
@@ -215,7 +221,7 @@ class LiveGoodput(Background):
         """Takes the run's name, store and clock, and what tells whether nodes are missing for its workers."""
         # At the end it may read from a storage that does not answer: that is not waited for.
         super().__init__("live goodput", join_seconds=REFRESH_SECONDS)
-        self._name, self._now, self._lacks_nodes = run, now, lacks_nodes
+        self._label, self._now, self._lacks_nodes = label_of(run), now, lacks_nodes
         self._tail, self._accounts = Tail(store, whole=True, needed=METERED), Accounts()
         name = "spent_seconds"
         self._gauge = Gauge(PREFIX + name, DRIVER_GAUGES[name], ("run", "part"))
@@ -243,4 +249,4 @@ class LiveGoodput(Background):
 
     def _show(self) -> None:
         for part, seconds in asdict(self._accounts.goodput(self._now(), self._lacks_nodes())).items():
-            self._gauge.set(seconds, {"run": self._name, "part": part})
+            self._gauge.set(seconds, {"run": self._label, "part": part})
