@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainers.compiling import compiled
+
 MIN_CHUNK_TOKENS = 128
 """A matrix product over fewer tokens no longer fills the matrix units (AMX tiles of 32, tensor cores of 128)."""
 LOGITS_PER_HIDDEN = 4
@@ -65,7 +67,7 @@ def _chunk(
 @functools.cache
 def _fused_chunk() -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]:
     """Made when first asked for: it loads the compiler, 2 s in every process that never compiles."""
-    return torch.compile(_chunk)
+    return compiled(_chunk)
 
 
 # An operator of its own, into which the compiler of the model does not look: it would compute the logits of all chunks

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainers.compiling import compiled
 from trainers.engine_config import EngineConfig, build_deepspeed_config, runs_bare
 from trainers.muon import Muon
 from trainers.optimizer import OptimizerConfig, build_optimizer, moments, role_of
@@ -65,7 +66,7 @@ class Engine:
         if config.compile:
             # Not the modules, so that the hooks which DeepSpeed puts on them stay out of the graphs.
             for part in (_units(model) if config.zero_stage == 3 else None) or [model]:
-                part.forward = torch.compile(part.forward)  # type: ignore[method-assign]
+                part.forward = compiled(part.forward)  # type: ignore[method-assign]
         self._optimizer = build_optimizer(model.named_parameters(), optimizer, rate_scales)
         self._apply, self._optimizer.step = self._optimizer.step, self._apply_if_accepted  # type: ignore
         deepspeed_config = build_deepspeed_config(config, micro_batches, torch.cuda.is_available())

@@ -1,0 +1,40 @@
+"""torch.compile, with a cache of compiled code that is this user's own.
+
+By default torch loads code from a folder in the shared /tmp that bears the user's name, whoever made it.
+"""
+
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.user_cache import process_folder
+
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""Where it is set, its user has decided."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled when it is first called."""
+    if VARIABLE not in os.environ:
+        os.environ[VARIABLE] = str(_own_folder())
+    return torch.compile(function)
+
+
+def _own_folder() -> Path:
+    """torch's default folder, if it is this user's; else one of this process."""
+    from torch._inductor.runtime.cache_dir_utils import (
+        default_cache_dir,  # here: it loads the compiler's parts
+    )
+
+    folder = Path(default_cache_dir())
+    with suppress(FileExistsError):  # a file or a link
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & stat.S_IWOTH:
+        return folder
+    return process_folder(f"{folder}, of which torch.compile would load code, may be somebody else's")
