@@ -5,9 +5,11 @@ import math
 import os
 import unicodedata
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.errors import ConfigError
+
+T = TypeVar("T", int, float)
 
 LARGEST_INTEGER = 2**63 - 1
 """Of 64 bits, which arrays of positions and counts have."""
@@ -57,12 +59,21 @@ def _numbers_in(value: Any) -> Iterator[int | float]:
 
 def finite_number(text: str) -> float:
     """The number that an argument is, as argparse's `type`."""
+    return _argument(text, float)
+
+
+def whole_number(text: str) -> int:
+    """The whole number that an argument is, as argparse's `type`."""
+    return _argument(text, int)
+
+
+def _argument(text: str, kind: type[T]) -> T:
     try:
-        number = float(text)
+        number = kind(text)  # type: ignore[call-arg]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {text[:40]!r}") from None
     if why := out_of_bounds("", number):
-        raise argparse.ArgumentTypeError(f"{text} {why}")
+        raise argparse.ArgumentTypeError(f"{text[:40]} {why}")
     return number
 
 
@@ -92,6 +103,20 @@ def name_problems(key: str, name: str, suffix: str = "") -> Iterator[str]:
             f"{key}={name[:20]!r}… has {num_bytes:,} bytes{made}; names of files have {LONGEST_NAME_BYTES} at most: "
             "shorten it"
         )
+
+
+def location_problem(scheme: str, place: str) -> str | None:
+    """Why nothing can lie at `place`, the part of a URI behind its scheme, if so."""
+    is_key = scheme in ("s3", "gs")
+    if forbidden := [each for each in place if unicodedata.category(each) in _FORBIDDEN]:
+        return f"holds {forbidden[0]!r}, a control character or half of one: remove it"
+    for part in () if is_key else place.split("/"):
+        if (num_bytes := len(part.encode())) > LONGEST_NAME_BYTES:
+            return f"has a name of {num_bytes:,} bytes; names of files have {LONGEST_NAME_BYTES} at most: shorten it"
+    most = LONGEST_KEY_BYTES if is_key else LONGEST_PATH_BYTES
+    if (num_bytes := len(place.partition("/")[2].encode() if is_key else place.encode())) > most:
+        return f"has {num_bytes:,} bytes, {most:,} at most: shorten it"
+    return None
 
 
 def folder_problems(key: str, name: str, storage: str, suffix: str = "") -> Iterator[str]:

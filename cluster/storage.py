@@ -22,10 +22,11 @@ import botocore.exceptions as aws
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from cluster.bounds import seconds_given
+from cluster.bounds import location_problem, seconds_given
 from cluster.config import ConfigError
 from cluster.google_store import GoogleStore
 from cluster.local_store import LocalStore
+from cluster.printable import printable
 from cluster.remote_store import Failure, RemoteStore
 from cluster.store import (
     PATIENCE,
@@ -60,6 +61,8 @@ def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
     scheme, separator, rest = uri.partition("://")
     if not separator and re.match(r"(s3|gs|file):/", uri):
         raise ConfigError([f"{uri} has one slash too few: {uri.replace(':/', '://', 1)}"])
+    if problem := location_problem(scheme if separator else "file", rest or uri):
+        raise ConfigError([f"the location {printable(uri)[:60]} {problem}"])
     if not separator or (scheme == "file" and rest.startswith("/")):
         return LocalStore(f"file://{Path(rest or uri).expanduser().absolute()}", policy)
     bucket = rest.partition("/")[0]

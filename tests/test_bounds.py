@@ -24,6 +24,7 @@ from cluster.bounds import (
     folder_problems,
     out_of_bounds,
     seconds_given,
+    whole_number,
 )
 from cluster.config import ConfigError, from_dict, load_config
 from cluster.keys import declared, keys_of
@@ -156,6 +157,24 @@ def test_so_are_those_of_a_plain_command_line(text: str, capsys: pytest.CaptureF
         assert ended.value.code == 2 and text in capsys.readouterr().err
 
 
+def test_no_command_reads_a_number_without_its_bounds() -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="largest integer"):
+        whole_number("9" * 30)
+    for text in ("9" * 5_000, "1.5", "many"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"invalid int value: '{text[:40]}'"):
+            whole_number(text)
+    bare = [
+        path.name
+        for folder in ("cluster", "data", "trainers", "tune")
+        for path in (PROJECT / folder).glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.keyword)
+        and node.arg == "type"
+        and ast.unparse(node.value) in ("int", "float")
+    ]
+    assert bare == []
+
+
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e300", "soon", ""])
 def test_so_are_seconds_of_the_environment(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORE_PATIENCE_SECONDS", text)
@@ -239,6 +258,24 @@ def test_every_name_of_a_folder_is_checked_before_anything_starts(config: type, 
         with pytest.raises(ConfigError) as refused:
             from_dict(config, values)
         assert [line for line in refused.value.problems if line.startswith(f"{key}=")]
+
+
+@pytest.mark.parametrize(
+    ("uri", "why"),
+    [
+        ("runs/" + "a" * 256, "256 bytes"),
+        ("file:///data/" + "字" * 86 + "/runs", "258 bytes"),
+        ("s3://bucket/" + "a/" * 513, "1,026 bytes"),
+        ("/a" * 2_048, "4,096 bytes"),
+        ("gs://bucket/a\nb", "control character"),
+        ("runs\x00", "control character"),
+        ("runs/\udcff", "control character"),
+    ],
+)
+def test_a_location_that_no_store_can_have_is_refused_where_it_is_opened(uri: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as refused:
+        open_store(uri)
+    assert len(str(refused.value)) < 200 and "\n" not in str(refused.value)
 
 
 def test_answers_to_a_file_of_the_longest_name_have_names_that_files_can_have(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 from rich.table import Table
 
+from cluster.bounds import whole_number
 from cluster.config import run_entry
 from cluster.storage import open_store
 from cluster.terminal import Terminal
@@ -35,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--split", default="validation", help="train or validation (default: validation)")
     parser.add_argument(
-        "--max-rows", type=int, default=0, metavar="N", help="rows of a source at most; 0: all"
+        "--max-rows", type=whole_number, default=0, metavar="N", help="rows of a source at most; 0: all"
     )
     parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="target tokens per row (default: the model's)"
+        "--seq-len", type=whole_number, metavar="N", help="target tokens per row (default: the model's)"
     )
     parser.add_argument("--words", choices=get_args(WordKind), help=WORDS_HELP)
-    parser.add_argument("--rows-per-batch", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--rows-per-batch", type=whole_number, default=8, metavar="N", help="default: 8")
     options = parser.parse_args(argv)
     if problems := number_problems(options):
         parser.error("; ".join(problems))

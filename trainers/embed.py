@@ -14,6 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from cluster.bounds import whole_number
 from cluster.config import run_entry
 from cluster.hardware import device_here
 from cluster.storage import open_store
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="over a text's tokens, or its first position",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="texts at a time (default 32)"
+        "--batch-size", type=whole_number, default=32, metavar="N", help="texts at a time (default 32)"
     )
     options = parser.parse_args(argv)
     if options.batch_size < 1:

@@ -20,6 +20,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 import torch
 
+from cluster.bounds import whole_number
 from cluster.config import from_dict, run_entry
 from cluster.hardware import device_here
 from cluster.storage import Store, open_store
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     what.add_argument("--task", metavar="FILE", help="task file, asked by its prompt on its validation split")
     parser.add_argument(
         "--shots",
-        type=int,
+        type=whole_number,
         nargs="+",
         default=[0],
         metavar="N",
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--calibrate", action="store_true", help="of a task with labels: choose by calibrated scores too"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of solved records (default: 0)")
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, help="of the choice of solved records (default: 0)"
+    )
     parser.add_argument(
         "--prepared", default="corpora/tasks/prepared", metavar="URI", help="folder of split tasks"
     )
@@ -74,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="validation", help=f"{' or '.join(SPLITS)} (default: validation)")
     parser.add_argument("--source", metavar="NAME", help="of the corpus (default: all)")
     parser.add_argument(
-        "--max-rows", type=int, default=0, metavar="N", help="rows at most; 0, the default: all"
+        "--max-rows", type=whole_number, default=0, metavar="N", help="rows at most; 0, the default: all"
     )
     parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="target tokens per row (default: the model's)"
+        "--seq-len", type=whole_number, metavar="N", help="target tokens per row (default: the model's)"
     )
     parser.add_argument("--words", choices=get_args(WordKind), help=WORDS_HELP)
-    parser.add_argument("--rows-per-batch", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--rows-per-batch", type=whole_number, default=8, metavar="N", help="default: 8")
     options = parser.parse_args(argv)
     if problems := number_problems(options):
         parser.error("; ".join(problems))

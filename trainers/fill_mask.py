@@ -11,6 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from cluster.bounds import whole_number
 from cluster.config import run_entry
 from cluster.hardware import device_here
 from cluster.storage import open_store
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", required=True, action="append", help="with one or more [MASK]; repeatable")
     parser.add_argument("--word", action="append", default=[], help="show this word's rank; repeatable")
     parser.add_argument(
-        "--top", type=int, default=5, metavar="N", help="likeliest tokens to show (default 5)"
+        "--top", type=whole_number, default=5, metavar="N", help="likeliest tokens to show (default 5)"
     )
     options = parser.parse_args(argv)
     if options.top < 1:

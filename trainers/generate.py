@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import torch
 from torch import Tensor
 
-from cluster.bounds import finite_number
+from cluster.bounds import finite_number, whole_number
 from cluster.config import run_entry
 from cluster.hardware import device_here
 from cluster.keys import keys_of
@@ -223,7 +223,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             flag = f"--{key.name.replace('_', '-')}"
             parser.add_argument(
                 flag,
-                type=finite_number if key.hint is float else key.hint,
+                type={int: whole_number, float: finite_number}[key.hint],
                 default=key.default,
                 help=f"{key.doc} (default {key.default})",
             )

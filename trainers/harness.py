@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from rich.table import Table
 
+from cluster.bounds import whole_number
 from cluster.config import ConfigError, run_entry
 from cluster.hardware import device_here
 from cluster.storage import open_store
@@ -108,13 +109,15 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="URI", help="folder of an exported decoder")
     parser.add_argument("--task", required=True, metavar="FILE", help="task file with labels")
     parser.add_argument(
-        "--shots", type=int, nargs="+", default=[0], metavar="N", help="solved records (default: 0)"
+        "--shots", type=whole_number, nargs="+", default=[0], metavar="N", help="solved records (default: 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of solved records (default: 0)")
     parser.add_argument(
-        "--max-rows", type=int, default=0, metavar="N", help="of validation; 0, the default: all"
+        "--seed", type=whole_number, default=0, help="of the choice of solved records (default: 0)"
     )
-    parser.add_argument("--rows-per-batch", type=int, default=16, metavar="N", help="default: 16")
+    parser.add_argument(
+        "--max-rows", type=whole_number, default=0, metavar="N", help="of validation; 0, the default: all"
+    )
+    parser.add_argument("--rows-per-batch", type=whole_number, default=16, metavar="N", help="default: 16")
     parser.add_argument(
         "--prepared", default="corpora/tasks/prepared", metavar="URI", help="folder of split tasks"
     )

@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 from typing_extensions import TypedDict
 
-from cluster.bounds import finite_number
+from cluster.bounds import finite_number, whole_number
 from cluster.config import ConfigError, run_entry
 from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import ray_session
@@ -219,12 +219,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--input", required=True, metavar="URI", help="file or folder of JSONL, CSV or Parquet"
     )
     parser.add_argument("--output", required=True, metavar="URI", help="folder for the answers, as JSONL")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="models at a time (default 1)")
+    parser.add_argument(
+        "--workers", type=whole_number, default=1, metavar="N", help="models at a time (default 1)"
+    )
     parser.add_argument("--cpus-per-worker", type=finite_number, default=1.0, metavar="N", help="default 1")
     parser.add_argument("--gpus-per-worker", type=finite_number, default=0.0, metavar="N", help="default 0")
-    parser.add_argument("--rows-per-batch", type=int, default=64, metavar="N", help="default 64")
+    parser.add_argument("--rows-per-batch", type=whole_number, default=64, metavar="N", help="default 64")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="of a generated answer (default 64)"
+        "--max-new-tokens",
+        type=whole_number,
+        default=64,
+        metavar="N",
+        help="of a generated answer (default 64)",
     )
     parser.add_argument("--address", default="auto", help="as cluster.address of a run (default auto)")
     print(told(predict(parser.parse_args(argv))))
