@@ -17,6 +17,7 @@ from cluster import strict_yaml
 from cluster.config import from_dict
 from cluster.errors import ConfigError, UserError
 from cluster.keys import shown
+from cluster.printable import printable
 from cluster.store import Store
 
 C = TypeVar("C")
@@ -39,7 +40,7 @@ class DamagedFileError(UserError, ValueError):
 
     def __str__(self) -> str:
         where, wrong, remedy = self.args
-        return f"{where} is damaged: {wrong}; {remedy}"
+        return printable(f"{where} is damaged: {wrong}; {remedy}")
 
 
 def read_json(store: Store, path: str, shape: Any, remedy: str, *, not_finite: bool = False) -> Any:

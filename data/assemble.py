@@ -1,10 +1,10 @@
 """From finished pieces to the corpus: the work that follows from them, and the manifest."""
 
-import json
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from cluster.config import to_dict
 from cluster.storage import Store, open_parent, open_store
 from cluster.store import former_version
+from cluster.stored_file import DamagedFileError
 from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards
 from data.dedup import DOCUMENTS_PER_RANGE, Duplicates, HashFile
 from data.manifest import SPLITS, Manifest, ManifestError, read_manifest
 from data.manifest_table import FRAGMENT_DTYPES, HASH_DTYPE, LISTED, Fragments, Shard
+from data.piece_records import read_record, record_path
 from data.pieces import (
     EMPTIED,
     HashGroup,
@@ -27,7 +29,6 @@ from data.pieces import (
     TokenWork,
     digest_of,
     hashes_path,
-    record_path,
 )
 from data.tokens import FixedTokenizer, fix_tokenizer
 
@@ -40,16 +41,26 @@ FILE_TIMES = 3
 FILES_PER_RANGE = 1_000
 
 
-def read_records(store: Store, kind: str, digests: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Read the records of finished pieces, in the order of `digests`; no more than the threads hold are in memory."""
+def read_records(
+    store: Store, kind: str, digests: Iterable[str]
+) -> Iterator[dict[str, Any] | DamagedFileError]:
+    """Read the records of finished pieces, in the order of `digests`, or why one is none; no more than the threads hold
+    are in memory. Their sizes were listed: asking for each would take twice as long."""
+
+    def read(digest: str) -> dict[str, Any] | DamagedFileError:
+        try:
+            return read_record(store, record_path(kind, digest), is_bounded=True)
+        except DamagedFileError as damaged:
+            return damaged
+
     with ThreadPoolExecutor(READING_THREADS) as pool:
-        reading = deque[Future[bytes]]()
+        reading = deque[Future[dict[str, Any] | DamagedFileError]]()
         for digest in digests:
-            reading.append(pool.submit(store.read, record_path(kind, digest)))
+            reading.append(pool.submit(read, digest))
             if len(reading) == READING_THREADS:
-                yield json.loads(reading.popleft().result())
+                yield reading.popleft().result()
         while reading:
-            yield json.loads(reading.popleft().result())
+            yield reading.popleft().result()
 
 
 def plan_groups(surveys: Sequence[Mapping[str, Any]], digests: Sequence[str]) -> list[HashGroup]:
@@ -152,8 +163,10 @@ def with_former_tokens(
         encoding = _encoding(left_out[work.index], tokenizer, work.fragment_tokens)
         surveyed = record_path("survey", former)
         tokens = record_path("tokens", digest_of("tokens", former, *encoding))
-        if {surveyed, tokens} <= listed and json.loads(store.read(surveyed))["content"] == survey["content"]:
-            return replace(work, former=tokens)
+        if {surveyed, tokens} <= listed:
+            with suppress(DamagedFileError):  # then it is tokenized as if there were none
+                if read_record(store, surveyed).get("content") == survey["content"]:
+                    return replace(work, former=tokens)
         return work
 
     with ThreadPoolExecutor(READING_THREADS) as pool:
@@ -243,10 +256,12 @@ def finished(
     if not store.exists(noted):
         noted = _former_inputs_path(store, config, shards, given) or noted
     try:
-        record = json.loads(store.read(noted))
-        manifest = read_manifest(store, record["manifest"])
+        manifest = read_manifest(store, read_record(store, noted)["manifest"])
     except (FileNotFoundError, ManifestError):
         return None  # preparing again makes it anew, from pieces that are done
+    except DamagedFileError as damaged:
+        print(damaged)
+        return None
     sizes = shard_sizes(store)
     whole = all(sizes.get(shard.path) == shard.num_bytes for shard in manifest.shards)
     return manifest if whole else None

@@ -20,8 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cluster.storage import Store
+from cluster.storage import StorageError, Store
+from data.corpus import CorpusError
 from data.manifest import SPLITS
+from data.piece_records import forget_damaged
 from data.splits import KEEPING_ORDER, scrambled
 
 T = TypeVar("T")
@@ -59,8 +61,7 @@ def write_hashes(contents: bytes, splits: bytes) -> bytes:
 
 def read_hashes(store: Store, path: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """What `write_hashes` was given, in the order of reading: contents [documents, 16] and splits [documents]."""
-    with store.open(path) as file:
-        table = pq.read_table(file)
+    table = _read(store, path, HASHES)
     order = np.argsort(table.column("ordinal").to_numpy())
     words = np.stack([table.column(name).to_numpy()[order] for name in ("high", "low")], axis=1)
     return words.astype(">u8").view(np.uint8), table.column("split").to_numpy()[order]
@@ -147,6 +148,10 @@ def add_up(records: Iterable[Mapping[str, Any]], num_pieces: int) -> Duplicates:
     total = Duplicates(np.zeros((num_pieces, len(SPLITS)), np.int64), np.zeros(num_pieces, np.uint64))
     for record in records:
         piece = np.array(record["piece"], np.int64)
+        if piece.max(initial=0) >= num_pieces:
+            raise CorpusError(
+                f"a record of duplicates is of another corpus: it has the piece {piece.max():,}"
+            )
         np.add.at(total.count, (piece, np.array(record["split"], np.int64)), record["count"])
         np.add.at(total.fingerprint, piece, np.array(record["fingerprint"], np.uint64))
     return total
@@ -157,8 +162,7 @@ def duplicates_of(store: Store, paths: list[str], piece: int) -> np.ndarray:
     here = pc.field("piece") == pa.scalar(piece, pa.int32())
 
     def read(path: str) -> np.ndarray:
-        with store.open(path) as file:
-            return pq.read_table(file, columns=["ordinal"], filters=here).column("ordinal").to_numpy()
+        return _read(store, path, DUPLICATES, here).column("ordinal").to_numpy()
 
     found = _in_threads(read, paths)
     return np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
@@ -166,13 +170,39 @@ def duplicates_of(store: Store, paths: list[str], piece: int) -> np.ndarray:
 
 def _read_hashes(store: Store, hashes: HashFile, within: pc.Expression | None = None) -> pa.Table:
     """Columns high, low, ordinal, split, and piece in the corpus's order, of the documents within a range."""
-    with store.open(hashes.path) as file:
-        table = pq.read_table(file, filters=within)
+    table = _read(store, hashes.path, HASHES, within)
     first = pa.scalar(hashes.first_piece, pa.int32())
     if "piece" not in table.column_names:
         return table.append_column("piece", pa.repeat(first, len(table)))
     place = table.schema.get_field_index("piece")
     return table.set_column(place, "piece", pc.add(table.column("piece"), first))
+
+
+HASHES = {"high": pa.uint64(), "low": pa.uint64(), "ordinal": pa.int64(), "split": pa.uint8()}
+DUPLICATES = {"piece": pa.int32(), "ordinal": pa.int64(), "split": pa.uint8()}
+
+
+def _read(
+    store: Store, path: str, columns: Mapping[str, pa.DataType], within: pc.Expression | None = None
+) -> pa.Table:
+    """A Parquet file of a piece of work, or the part of it.
+
+    Raises:
+        CorpusError: it is damaged or gone; its piece is done again by the next command.
+    """
+    try:
+        with store.open(path) as file:
+            table = pq.read_table(file, filters=within, page_checksum_verification=True)
+    except StorageError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise forget_damaged(store, path, str(error)) from None
+    found = dict(zip(table.column_names, table.schema.types, strict=True))
+    if found != columns and found != {**columns, "piece": pa.int32()}:
+        raise forget_damaged(store, path, f"it has the columns {', '.join(table.column_names)}")
+    if table.column("split").null_count or (pc.max(table.column("split")).as_py() or 0) >= len(SPLITS):
+        raise forget_damaged(store, path, "it has a split that there is not")
+    return table
 
 
 def _in_threads(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
@@ -183,5 +213,5 @@ def _in_threads(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
 
 def _parquet(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP, write_page_checksum=True)
     return sink.getvalue().to_pybytes()

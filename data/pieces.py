@@ -17,6 +17,7 @@ from typing import Any
 from cluster.scratch import scratch_folder, writing_locally
 from cluster.storage import Store, open_store
 from cluster.store import former_version
+from cluster.stored_file import DamagedFileError
 from data.corpus import CorpusConfig, CorpusError, RawShard
 from data.dedup import (
     HashFile,
@@ -29,6 +30,7 @@ from data.dedup import (
 from data.documents import KEPT_BYTES, Broken, Document, read_documents
 from data.manifest import SPLITS
 from data.manifest_table import Shard
+from data.piece_records import put_record, read_record, record_path
 from data.shard_hashes import AlteredError, hash_stored
 from data.shards import ShardWriter
 from data.splits import matching_pattern, split_of
@@ -79,11 +81,6 @@ def _reading(config: CorpusConfig) -> tuple[str, str, str, int]:
 def digest_of(*parts: Any) -> str:
     """16 hex digits of a sha256 over JSON."""
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def record_path(kind: str, digest: str) -> str:
-    """Where the record of a finished piece of work lies."""
-    return f"pieces/{kind}-{digest}.json"
 
 
 def hashes_path(survey_digest: str) -> str:
@@ -146,7 +143,7 @@ def survey(piece: Piece, config: CorpusConfig) -> None:
         "content": order.hexdigest(),
         "pinned": pin.hexdigest(),
     }
-    prepared.put(record_path("survey", name), json.dumps(summary).encode())
+    put_record(prepared, record_path("survey", name), summary)
 
 
 class _Pin:
@@ -236,7 +233,7 @@ def merge(work: HashGroup, config: CorpusConfig) -> None:
     prepared = open_store(config.prepared)
     files = [HashFile(hashes_path(digest), piece) for piece, digest in enumerate(work.surveys)]
     prepared.put(work.file.path, merge_hashes(prepared, files))
-    prepared.put(record_path("merged", work.digest), b"{}")
+    put_record(prepared, record_path("merged", work.digest), {})
 
 
 @dataclass(frozen=True)
@@ -262,7 +259,7 @@ def deduplicate(work: HashRange, config: CorpusConfig) -> None:
     prepared = open_store(config.prepared)
     found = find_duplicates(prepared, work.files, work.index, work.num_ranges)
     record = record_duplicates(prepared, work.path, found)
-    prepared.put(record_path("duplicates", work.digest), json.dumps(record).encode())
+    put_record(prepared, record_path("duplicates", work.digest), record)
 
 
 @dataclass(frozen=True)
@@ -297,7 +294,7 @@ def tokenize(work: TokenWork, config: CorpusConfig) -> None:
     """
     prepared = open_store(config.prepared)
     if work.former and (adopted := _with_hashes(prepared, work.former)):
-        return prepared.put(record_path("tokens", work.digest), json.dumps(adopted).encode())
+        return put_record(prepared, record_path("tokens", work.digest), adopted)
     left_out = frozenset(duplicates_of(prepared, list(work.duplicates), work.index).tolist())
     tokenizer, encoder = _tokenizer(config.prepared, work.tokenizer, config.tokenizer.boundary)
     pin = _Pin()
@@ -327,12 +324,15 @@ def tokenize(work: TokenWork, config: CorpusConfig) -> None:
         written = [shard for split in SPLITS for shard in writers[split].finish()]
     shards = [{"shard": asdict(each.shard), "fragments": each.fragments} for each in written]
     record = {"shards": shards, "set_aside": set_aside.num_records}
-    prepared.put(record_path("tokens", work.digest), json.dumps(record).encode())
+    put_record(prepared, record_path("tokens", work.digest), record)
 
 
 def _with_hashes(prepared: Store, former: str) -> dict[str, Any] | None:
-    """A record of before shards had hashes, with them; None where a shard is lost or altered."""
-    record = json.loads(prepared.read(former))
+    """A record of before shards had hashes, with them; None where it is damaged, or a shard is lost or altered."""
+    try:
+        record = read_record(prepared, former)
+    except DamagedFileError:
+        return None
     for written in record["shards"]:
         shard = Shard(**written["shard"])
         try:

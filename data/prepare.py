@@ -19,10 +19,10 @@ documents became, or stopped being, a duplicate. So a corpus that grew has the m
 once, with one exception: a trained tokenizer stays as it was first trained.
 """
 
-import json
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ from cluster.config import ConfigError, load_config, run_entry
 from cluster.scratch import problem_writing_locally
 from cluster.session import ray_session
 from cluster.storage import StorageError, Store, open_store
+from cluster.stored_file import MAX_BYTES, DamagedFileError
 from cluster.terminal import Terminal
 from cluster.workers import ClusterConfig
 from data.assemble import (
@@ -64,7 +65,8 @@ from data.corpus import (
 from data.dedup import add_up
 from data.documents import corpus_problems
 from data.manifest import Manifest, mark_latest, write_manifest
-from data.pieces import Piece, deduplicate, digest_of, merge, record_path, survey, tokenize
+from data.piece_records import put_record, read_record, record_path
+from data.pieces import Piece, deduplicate, digest_of, merge, survey, tokenize
 from data.progress import PassMeter, PassProgress, progress_line
 from data.shards import SHARD_TOKENS
 from data.survey_check import check_surveys
@@ -161,7 +163,7 @@ def prepare(
     tokens = passes.run("tokens", tokenize, plan, [each.digest for each in plan], sizes)
     manifest = assemble(config, tokenizer, pieces, surveys, duplicates, tokens)
     write_manifest(store, manifest)
-    store.put(inputs_path(config, shards, given), json.dumps({"manifest": manifest.digest}).encode())
+    put_record(store, inputs_path(config, shards, given), {"manifest": manifest.digest})
     return manifest
 
 
@@ -179,21 +181,24 @@ def _fix_tokenizer(
     reading = (config.text_column, config.normalization, asdict(config.splits), list(config.named_sources()))
     trained = record_path("tokenizer", digest_of("tokenizer", asdict(config.tokenizer), reading))
     if store.exists(trained):
-        fingerprint = json.loads(store.read(trained))["tokenizer"]
+        remedy = 'write {"tokenizer": NAME} there, by the name of its folder in tokenizers/, or change corpus.prepared'
+        fingerprint = read_record(store, trained, remedy)["tokenizer"]
         return load_tokenizer(store, fingerprint, config.tokenizer.boundary)
     train_bytes = [each["bytes"].get("train", 0) for each in surveys]
     fixed = train_tokenizer(sample_texts(pieces, train_bytes, config), config.tokenizer)
     store.put(fixed.path, fixed.json.encode())
-    store.put(trained, json.dumps({"tokenizer": fixed.fingerprint}).encode())
+    put_record(store, trained, {"tokenizer": fixed.fingerprint})
     return fixed
 
 
 def _forget_lost_shards(store: Store, digests: Sequence[str]) -> None:
     """Delete records of pieces whose token shards were deleted or cut since: they are done again."""
-    listed = {each.path for each in store.list("pieces/tokens-")}
+    listed = {each.path for each in store.list("pieces/tokens-") if each.num_bytes <= MAX_BYTES}
     done = [digest for digest in digests if record_path("tokens", digest) in listed]
     sizes = shard_sizes(store)
     for digest, record in zip(done, read_records(store, "tokens", done), strict=True):
+        if isinstance(record, DamagedFileError):
+            continue  # its piece is done again once the record is taken
         shards = [written["shard"] for written in record["shards"]]
         if any(sizes.get(shard["path"]) != shard["num_bytes"] for shard in shards):
             store.delete(record_path("tokens", digest))
@@ -219,14 +224,29 @@ class _Passes:
         """Call `function`, which puts the record named by the digest, where it is not there. Then all records, each
         read when it is taken.
         """
-        listed = {each.path for each in self.store.list(f"pieces/{kind}-")}
+        listed = {each.path for each in self.store.list(f"pieces/{kind}-") if each.num_bytes <= MAX_BYTES}
         todo = [index for index, digest in enumerate(digests) if record_path(kind, digest) not in listed]
         meter = PassMeter(
             kind, sum(sizes), sum(sizes) - sum(sizes[index] for index in todo), self.on_progress
         )
         for finished_one in self.fan_out(function, [work[index] for index in todo], self.config):
             meter.add(sizes[todo[finished_one]])
-        return read_records(self.store, kind, digests)
+        return self._records(kind, function, work, digests)
+
+    def _records(
+        self,
+        kind: str,
+        function: Callable[[Work, CorpusConfig], None],
+        work: Sequence[Work],
+        digests: Sequence[str],
+    ) -> Iterator[dict[str, Any]]:
+        """All records; a piece whose record is damaged is done again."""
+        for each, digest, record in zip(work, digests, read_records(self.store, kind, digests), strict=True):
+            if isinstance(record, DamagedFileError):
+                print(record, flush=True)
+                deque(self.fan_out(function, [each], self.config), maxlen=0)
+                record = read_record(self.store, record_path(kind, digest))
+            yield record
 
 
 def describe(config: CorpusConfig) -> list[str]:

@@ -404,7 +404,7 @@ def curve_value(folder: Path) -> Any:
 
 
 def backbone_facts(folder: Path) -> Any:
-    config = finetune_config(folder, "facts")
+    config = finetune_config(folder, "facts", backbone={"uri": str(folder / "llama")})
     return backbone_digest(config) and read_facts(config).shape, load_backbone(config, 0).boundary_id
 
 
@@ -539,6 +539,16 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
 }
 
 KINDS = (
+    Kind("inputs of a preparation", "corpus", "prepared/pieces/inputs-*.json", whole_manifest),
+    Kind("survey of a piece", "corpus", "prepared/pieces/survey-*.json", prepared_anew),
+    Kind("duplicates of a range", "corpus", "prepared/pieces/duplicates-*.json", prepared_anew),
+    Kind("token shards of a piece", "corpus", "prepared/pieces/tokens-*.json", prepared_anew),
+    Kind("trained tokenizer", "corpus", "prepared/pieces/tokenizer-*.json", prepared_anew),
+    Kind("hashes of a piece", "corpus", "prepared/pieces/hashes-*.parquet", tokenized_anew),
+    Kind("duplicates of a range, in full", "corpus", "prepared/pieces/duplicates-*.parquet", tokenized_anew),
+    Kind("newest manifest's name", "corpus", "prepared/manifests/latest", manifest_of),
+    Kind("manifest", "corpus", "prepared/manifests/*.parquet", manifest_of),
+    Kind("tokenizer of a corpus", "corpus", "prepared/tokenizers/*/tokenizer.json", tokenizer_of),
     Kind("configuration of a run", "run", "runs/r/config.yaml", config_of_run, 0.3),
     Kind("manifest of a run", "run", "runs/r/manifest.json", run_and_page, 0.5),
     Kind("environment", "run", "runs/r/environment.json", page_of_run, 0.5),
@@ -571,4 +581,16 @@ KINDS = (
     Kind("job of answers", "answers", "answers/predict.json", answered_again),
     Kind("finished piece of answers", "answers", "answers/finished/*", answered_again),
     Kind("part of answers", "answers", "answers/*.jsonl", parts_again, 0.5),
+    Kind("commit record", "run", f"runs/r/checkpoints/{CHECKPOINT}/COMMIT.json", newest_checkpoint),
+    Kind("part of a checkpoint", "run", f"runs/r/checkpoints/{CHECKPOINT}/*.safetensors", newest_checkpoint),
+    Kind("chosen weights", "finetuning", "runs/cut/seed-0/best/*.safetensors", chosen_weights, 0.2),
+    Kind("task of a model", "finetuning", "runs/finished/seed-0/export/task.json", task_model),
+    Kind("task model's configuration", "finetuning", "runs/finished/seed-0/export/config.json", task_model),
+    Kind("task model's tokenizer", "finetuning", "runs/finished/seed-0/export/tokenizer.json", task_model, 0.3),
+    Kind("task model's weights", "finetuning", "runs/finished/seed-0/export/*.safetensors", task_model, 0.5),
+    Kind("backbone's configuration", "exports", "llama/config.json", backbone_facts, 0.5),
+    Kind("export's configuration", "exports", "llama/config.json", exported("llama")),
+    Kind("export's weights", "exports", "llama/model.safetensors", exported("llama"), 0.5),
+    Kind("export's tokenizer", "exports", "llama/tokenizer.json", exported("llama"), 0.3),
+    Kind("encoder's configuration", "exports", "bert/config.json", exported("bert"), 0.5),
 )  # fmt: skip

@@ -1,6 +1,5 @@
 """Laws of joining records: in their order, a few in memory at a time, every count in the manifest."""
 
-import json
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,7 +11,8 @@ from cluster.local_store import LocalStore
 from data.assemble import READING_THREADS, assemble, read_records
 from data.corpus import CorpusConfig, RawShard
 from data.dedup import Duplicates
-from data.pieces import Piece, record_path
+from data.piece_records import put_record, record_path
+from data.pieces import Piece
 from data.survey_check import check_surveys
 
 NUM_PIECES = 50
@@ -32,7 +32,7 @@ def test_records_come_in_order_and_few_are_read_before_they_are_taken(tmp_path):
     store = _Counting(f"file://{tmp_path}")
     digests = [f"{number:016x}" for number in range(NUM_PIECES)]
     for number, digest in enumerate(digests):
-        store.put(record_path("tokens", digest), json.dumps({"number": number}).encode())
+        put_record(store, record_path("tokens", digest), {"number": number})
     records = read_records(store, "tokens", digests)
     assert next(records) == {"number": 0} and store.num_read <= READING_THREADS
     assert [record["number"] for record in records] == list(range(1, NUM_PIECES))

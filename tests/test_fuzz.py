@@ -18,8 +18,8 @@ from trainers.charts import draw_charts
 CASES = int(os.environ.get("FUZZ_CASES", "80"))
 """Of each kind, times its weight; some thousands in all."""
 QUICK_CASES = 3
-SECONDS, MEMORY_BYTES = 10.0, 600 << 20
-"""That one reading may take at most, and all readings of a kind may add to the process."""
+SECONDS, MEMORY_BYTES = 5.0, 600 << 20
+"""Of all cores that one reading may take at most, and all readings of a kind may add to the process."""
 NAMED = (UserError, StorageError)
 
 
@@ -73,7 +73,7 @@ def drawn_once() -> Callable[..., Any]:
 
 def outcome(read: Callable[[Path], object], folder: Path, path: Path) -> str | None:
     """What is wrong with how a reader took a damaged file; None if nothing is."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         read(folder)
     except NAMED as error:
@@ -90,7 +90,7 @@ def outcome(read: Callable[[Path], object], folder: Path, path: Path) -> str | N
         if isinstance(error, KeyboardInterrupt):
             raise
         return f"{type(error).__name__}: {error}"
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     return f"it took {seconds:.1f} s" if seconds > SECONDS else None
 
 

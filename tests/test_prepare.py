@@ -26,7 +26,8 @@ from data.assemble import given_tokenizer, inputs_path
 from data.corpus import CorpusConfig, CorpusError, group_shards, list_raw_shards
 from data.manifest import SPLITS, Manifest, read_manifest, write_manifest
 from data.manifest_table import FRAGMENT_DTYPES, Fragments
-from data.pieces import Piece, digest_of, record_path
+from data.piece_records import SEAL, record_path
+from data.pieces import Piece, digest_of
 from data.prepare import existing_manifest, main, prepare
 from data.shards import read_fragment, read_fragment_documents
 from data.splits import SplitConfig
@@ -286,6 +287,7 @@ def leave_as_before_surveys_pinned_ids(config: CorpusConfig) -> Manifest:
         ):
             record = json.loads(store.read(record_path(kind, ours)))
             record.pop("pinned", None)
+            del record[SEAL]
             for written in record["shards"] if kind == "tokens" else ():
                 del written["fragments"]["blake2b"]
                 del written["shard"]["footer_bytes"], written["shard"]["footer_blake2b"]

@@ -1,0 +1,114 @@
+"""Records of finished pieces of work: each carries a hash of itself, and one that is damaged is no record."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired
+
+import pydantic
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from cluster.storage import Store
+from cluster.stored_file import WITH_OTHER_KEYS, DamagedFileError, matches, parse_json, place_of, read_json
+from data.corpus import CorpusError
+
+SEAL = "sha256"
+"""Key of the hash of all others; records of before have none."""
+ANEW = "that piece of work is done again"
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
+
+
+@pydantic.with_config(WITH_OTHER_KEYS)
+class Survey(TypedDict):
+    shards: list[str]
+    documents: Count
+    bytes: dict[str, Count]
+    set_aside: Count
+    reasons: dict[str, Count]
+    torn: NotRequired[dict[str, str]]
+    named: dict[str, Count]
+    content: NotRequired[Sha256]
+    pinned: NotRequired[Sha256]
+
+
+class DuplicateCounts(TypedDict):
+    piece: list[Count]
+    split: list[Annotated[int, Field(ge=0, lt=3)]]
+    count: list[Count]
+    fingerprint: list[Annotated[int, Field(ge=0, lt=2**64)]]
+
+
+class WrittenShard(TypedDict):
+    shard: dict[str, str | int]
+    fragments: dict[str, list[int] | list[str]]
+
+
+class Tokens(TypedDict):
+    shards: list[WrittenShard]
+    set_aside: Count
+
+
+class Inputs(TypedDict):
+    manifest: Fingerprint
+
+
+class Trained(TypedDict):
+    tokenizer: Fingerprint
+
+
+SHAPES: Mapping[str, Any] = {
+    "survey": Survey,
+    "merged": dict[str, str],
+    "duplicates": DuplicateCounts,
+    "tokens": Tokens,
+    "inputs": Inputs,
+    "tokenizer": Trained,
+}
+"""By the kind of the piece of work."""
+
+
+def record_path(kind: str, digest: str) -> str:
+    """Where the record of a finished piece of work lies."""
+    return f"pieces/{kind}-{digest}.json"
+
+
+def put_record(store: Store, path: str, content: Mapping[str, Any]) -> None:
+    """Put a record, with its hash."""
+    store.put(path, json.dumps({**content, SEAL: _hash(content)}).encode())
+
+
+def read_record(store: Store, path: str, remedy: str = ANEW, *, is_bounded: bool = False) -> dict[str, Any]:
+    """The content of the record at a path of `record_path`; `is_bounded` where a listing has told its size.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: it does not have its hash, or is none of its kind.
+    """
+    kind = path.removeprefix("pieces/").partition("-")[0]
+    where = place_of(store, path)
+    content: dict[str, Any] = (
+        parse_json(store.read(path), dict[str, Any], where, remedy)
+        if is_bounded
+        else read_json(store, path, dict[str, Any], remedy)
+    )
+    sealed = content.pop(SEAL, None)
+    if sealed is not None and sealed != _hash(content):
+        raise DamagedFileError(where, f"it does not have the hash {sealed!r:.80}", remedy)
+    if sealed is None and (wrong := matches(content, SHAPES[kind])):
+        raise DamagedFileError(where, wrong, remedy)
+    return content
+
+
+def forget_damaged(store: Store, path: str, why: str) -> CorpusError:
+    """The error of a Parquet file of a piece of work that cannot be read; its record is deleted, so it is made anew."""
+    store.delete(path.replace("/hashes-", "/survey-").replace(".parquet", ".json"))
+    remedy = "run the same command again, which makes it anew"
+    return CorpusError(str(DamagedFileError(place_of(store, path), " ".join(why.split()), remedy)))
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
