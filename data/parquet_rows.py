@@ -36,6 +36,12 @@ class ParquetRows:
     """
 
     def __init__(self, file: Any, columns: Collection[str], ratio: int = RATIO) -> None:
+        try:
+            self._open(file, columns, ratio)
+        except UnicodeDecodeError as error:
+            raise pa.ArrowInvalid(f"the footer names a column in bytes that are no UTF-8: {error}") from error
+
+    def _open(self, file: Any, columns: Collection[str], ratio: int) -> None:
         self._pages = PageWatch(file, ratio)
         self._row_groups = _row_groups(self._pages)
         self._metadata = pq.read_metadata(self._pages)

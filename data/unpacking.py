@@ -11,9 +11,9 @@ from cluster.storage import StorageError
 
 RATIO = 1_000
 """Bytes that each stored byte may unpack to: twice what the log of a probe reaches whose lines differ in the time alone
-(503 under zstd at level 19; a web server's log 14; `python benchmarks/bench_unpacking.py`). Deflate ends at 1,032."""
+(504 under zstd at level 19; a web server's log 16; `python benchmarks/bench_unpacking.py`). Deflate ends at 1,032."""
 FREE_BYTES = 1 << 30
-"""What any file may unpack to, whatever its ratio: one line repeated reaches 294 under gzip and 11,690 under zstd."""
+"""What any file may unpack to, whatever its ratio: one line repeated reaches 294 under gzip and 11,552 under zstd."""
 RECORD_BYTES = 64
 """Least that a record counts for. Preparing keeps 17 bytes of each, so at FREE_BYTES its memory is 285 MB."""
 # Of a torn compressed file the block at the tear is lost: small blocks lose little.

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.keys import nearest
 from cluster.storage import StorageError, Store, open_store
-from data.parquet_rows import RepeatedColumnError
+from data.parquet_rows import ParquetRows, RepeatedColumnError
 from data.unpacking import Watched
 from trainers.record_files import (
     MAX_RECORD_BYTES,
@@ -72,7 +71,7 @@ def _cut(store: Store, path: str) -> Iterator[Piece]:
     elif format_of(path) == ".parquet":
         try:
             with store.open(path) as file:
-                groups = pq.read_metadata(Watched(file)).num_row_groups
+                groups = ParquetRows(Watched(file), ()).num_row_groups
         except (StorageError, FileNotFoundError):
             raise
         except (OSError, pa.ArrowException):
