@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 
 from cluster.errors import ConfigError
-from cluster.store import Store
 
 LARGEST_BYTES = 1 << 20
 """Of a document: a configuration has some KiB."""
@@ -85,22 +84,6 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
         KeyError,  # of `!!bool x`
     ) as error:
         raise ConfigError([f"{where}: not YAML: {_told(error)}"]) from None
-
-
-def read_yaml(store: Store, path: str) -> dict[str, Any]:
-    """The mapping that an object of a store holds as YAML.
-
-    Raises:
-        FileNotFoundError: there is no such object.
-        ConfigError: it holds something else; one line that names the object.
-    """
-    where = f"{store.uri.rstrip('/')}/{path}"
-    if (num_bytes := store.size(path)) > LARGEST_BYTES:
-        raise ConfigError([f"{where}: {num_bytes:,} bytes of YAML; at most: {LARGEST_BYTES:,}"])
-    content = parse_yaml(store.read(path), where)
-    if not isinstance(content, dict):
-        raise ConfigError([f"{where}: holds a {type(content).__name__}, not sections with keys"])
-    return content
 
 
 def _refusal(problem: str, mark: Any) -> yaml.MarkedYAMLError:
