@@ -42,6 +42,8 @@ class _Chunk:
     refused: Collection[int]
     """Encodings by which few bytes become many values, or long ones."""
     ratio: int
+    small_bytes: int
+    """Of a page: beyond it `LargePageError`."""
     head: bytes = b""
     body_left: int = 0
     num_values: int = 0
@@ -84,6 +86,8 @@ class _Chunk:
                 f"column {self.name!r}: a page of {packed:,} bytes claims to unpack to {unpacked:,}, "
                 f"more than {limit:,}"
             )
+        if unpacked > self.small_bytes:
+            raise LargePageError
         self.body_left = packed
         self.num_bytes += unpacked
         if self.num_bytes > 2 * self.claimed_bytes + CLAIM_SLACK:
@@ -113,6 +117,10 @@ class _Chunk:
             )
 
 
+class LargePageError(Exception):
+    """A page unpacks to more than the caller wants at a time; it may still be one that is allowed."""
+
+
 class PageWatch:
     """A Parquet file, as Arrow reads it, that refuses pages which claim too much."""
 
@@ -121,12 +129,17 @@ class PageWatch:
         self._next: dict[int, _Chunk] | None = None
 
     def follow(
-        self, chunks: Sequence[Chunk], schema: pq.ParquetSchema, dictionaries: Collection[str]
+        self,
+        chunks: Sequence[Chunk],
+        schema: pq.ParquetSchema,
+        dictionaries: Collection[str],
+        small_bytes: int,
     ) -> None:
         """Expect reads of a row group's columns, each from its start to its end, and no others.
 
         Args:
             dictionaries: Paths of the columns that Arrow leaves as indices into their dictionaries.
+            small_bytes: What a page may unpack to before `LargePageError` is raised in the midst of Arrow's reading.
         """
         self._next = {}
         for index, chunk in enumerate(chunks):
@@ -140,6 +153,7 @@ class PageWatch:
                 is_repeated=leaf.max_repetition_level > 0,
                 refused=_refused(chunk, leaf, leaf.path in dictionaries),
                 ratio=self._ratio,
+                small_bytes=small_bytes,
             )
 
     def read(self, num_bytes: int = -1) -> bytes:

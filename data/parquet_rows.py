@@ -1,10 +1,13 @@
 """Rows of a Parquet file in bounded memory, whatever its pages and encodings make of few bytes.
 
 A value is no longer than the largest page of its column, whatever the encoding; so a row that is read alone takes a
-page or two. Lists are read as indices into their dictionaries, and measured before they are expanded.
+page or two, and some rows at a time do while pages are small. Lists are read as indices into their dictionaries, and
+measured before they are expanded.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -12,11 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.parquet_footer import Chunk, FooterError, read_footer
-from data.parquet_pages import PAGE_BYTES, PageWatch
+from data.parquet_pages import DELTA_BYTE_ARRAY, PAGE_BYTES, LargePageError, PageWatch
 from data.unpacking import RATIO
 
 BATCH_ROWS = 64
 """Where a dictionary comes with each batch: a smaller number copies it too often."""
+SMALL_PAGE_BYTES, ROWS_OF_SMALL_PAGES = 8 << 20, 16
+"""Each row may take a page: 128 MiB together. One row at a time reads documents of 2 KB at half the rate. Arrow looks at
+a page's size each 1,024 values, so up to 8 KB a document its pages are small."""
 DELTAS = {5, 6, 7}
 """Encodings by parquet.thrift: DELTA_BINARY_PACKED, DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY."""
 VALUE_BYTES = 16
@@ -89,18 +95,28 @@ class ParquetRows:
         if not self.columns:
             return
         for number in range(self.num_row_groups) if row_group is None else [row_group]:
-            group = self._row_groups[number]
-            self._pages.follow(group, self._metadata.schema, self._dictionaries)
-            yield from self._file.iter_batches(
-                batch_size=self._rows_at_a_time(group),
-                row_groups=[number],
-                columns=self.columns,
-                use_threads=False,
-            )
+            yield from self._rows_of(number)
 
-    def _rows_at_a_time(self, group: Sequence[Chunk]) -> int:
-        claimed = sum(group[index].unpacked_bytes for index in self._leaves)
-        return self._batch_rows if claimed <= PAGE_BYTES else 1
+    def _rows_of(self, row_group: int) -> Iterator[pa.RecordBatch]:
+        chunks, given = self._row_groups[row_group], 0
+        if self._batch_rows == 1 and not any(DELTA_BYTE_ARRAY in chunks[i].encodings for i in self._leaves):
+            try:
+                for batch in self._read(row_group, ROWS_OF_SMALL_PAGES, SMALL_PAGE_BYTES):
+                    yield batch
+                    given += len(batch)
+                return
+            except LargePageError:
+                pass  # again from the group's start, a row at a time
+        claimed = sum(chunks[index].unpacked_bytes for index in self._leaves)
+        rows = self._batch_rows if claimed <= PAGE_BYTES else 1
+        yield from islice(self._read(row_group, rows, sys.maxsize), given, None)
+
+    def _read(self, row_group: int, rows: int, small_bytes: int) -> Iterator[pa.RecordBatch]:
+        schema = self._metadata.schema
+        self._pages.follow(self._row_groups[row_group], schema, self._dictionaries, small_bytes)
+        return self._file.iter_batches(
+            batch_size=rows, row_groups=[row_group], columns=self.columns, use_threads=False
+        )
 
 
 def _row_groups(file: Any) -> tuple[tuple[Chunk, ...], ...]:

@@ -72,6 +72,19 @@ def test_rows_are_those_that_arrow_reads(options: dict[str, Any], columns: tuple
     assert read(written(table(), **options), *columns) == table().select(columns).to_pylist()
 
 
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_rows_are_the_same_where_pages_grow_too_large_for_several_at_a_time(
+    compression: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_rows, "SMALL_PAGE_BYTES", 2 << 20)
+    rng = np.random.default_rng(0)  # incompressible, so that the large page is far behind the first ones
+    texts = [rng.bytes(700 if n < 2_048 else 3_000).hex() for n in range(ROWS)]
+    content = pa.table({"id": range(ROWS), "text": texts})
+    file = written(content, use_dictionary=False, compression=compression)
+    assert {len(batch) for batch in ParquetRows(file, ("text", "id")).batches()} == {16, 1}
+    assert read(file, "text", "id") == content.to_pylist()
+
+
 def test_rows_of_pandas_are_those_that_arrow_reads() -> None:
     frame = pd.DataFrame(
         {
@@ -186,7 +199,7 @@ def test_columns_that_lie_on_each_other_are_refused() -> None:
     file = written(table())
     watch = PageWatch(file, RATIO)
     metadata = pq.read_metadata(watch)
-    watch.follow(read_footer(watch).row_groups[0], metadata.schema, [])
+    watch.follow(read_footer(watch).row_groups[0], metadata.schema, [], sys.maxsize)
     watch.seek(4)
     assert watch.read(10)
     watch.seek(4)
