@@ -1,5 +1,6 @@
 """Laws of the manifest: named by all of its content, and refused when that was altered."""
 
+import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from cluster.config import from_dict
 from cluster.storage import Store, open_store
 from data.manifest import (
     FRAGMENT_DTYPES,
@@ -20,6 +23,8 @@ from data.manifest import (
     read_manifest,
     write_manifest,
 )
+from trainers.config import PretrainConfig, run_store
+from trainers.pretrain import pinned_or_prepared
 
 SHARDS = (
     Shard("shards/a.parquet", "train", "plays", 1_000, "aa"),
@@ -190,3 +195,19 @@ def test_summary_adds_up_to_the_counts_of_the_fragments() -> None:
     assert summary["set_aside"] == {"plays": 1, "poems": 0}
     tokens = [counts["tokens"] for split in summary["splits"].values() for counts in split.values()]
     assert sum(tokens) == int(np.sum(FRAGMENTS.num_tokens))
+
+
+def test_a_run_on_a_manifest_without_hashes_says_so_and_how_to_get_them(tmp_path: Path) -> None:
+    config = from_dict(
+        PretrainConfig,
+        {
+            "run": {"name": "first", "storage": f"{tmp_path}/runs"},
+            "corpus": {"uri": f"{tmp_path}/raw", "prepared": f"{tmp_path}/prepared"},
+        },
+    )
+    store, run, said = open_store(config.corpus.prepared), run_store(config), io.StringIO()
+    write_manifest(store, MANIFEST)
+    run.put("manifest.json", json.dumps({"digest": MANIFEST.digest}).encode())
+    assert pinned_or_prepared(config, Console(file=said, width=1_000)).digest == MANIFEST.digest
+    (line,) = said.getvalue().splitlines()
+    assert MANIFEST.digest in line and "CRC-32 alone" in line and "data/prepare.py" in line
