@@ -43,6 +43,10 @@ class LocalStore(Store):
     def child(self, path: str) -> Store:
         return replace(self, uri=super().child(path).uri, root=self.root or self.uri)
 
+    def storage_path(self) -> str:
+        self._resolved("")  # Ray would follow a link that leads out
+        return str(self._path(""))
+
     def _path(self, path: str) -> Path:
         return _folder(self.uri) / checked_path(path)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
+from urllib.parse import quote
 
 from cluster.printable import printable
 
@@ -141,6 +142,11 @@ class Store(ABC):
     def child(self, path: str) -> "Store":
         """The store at a path within this one."""
         return replace(self, uri=f"{self.uri.rstrip('/')}/{checked_path(path)}")
+
+    def storage_path(self) -> str:
+        """This place as Ray and pyarrow take it: a URI with all quoted that has a meaning in one, or a local path."""
+        scheme, _, place = self.uri.partition("://")
+        return f"{scheme}://{quote(place)}"
 
     def exists(self, path: str) -> bool:
         try:

@@ -90,8 +90,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalS3]:
 
 @pytest.fixture
 def s3_uri(s3: LocalS3) -> str:
-    """An empty place in the S3 server."""
-    return f"s3://{BUCKETS[0]}/{uuid.uuid4().hex}"
+    """An empty place in the S3 server, with all in its name that means something else in a URI."""
+    return f"s3://{BUCKETS[0]}/{uuid.uuid4().hex} 50%25?é中#x+y"
 
 
 @pytest.fixture(scope="session")

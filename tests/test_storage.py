@@ -17,6 +17,7 @@ from urllib.parse import parse_qs
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -546,3 +547,16 @@ def test_the_store_that_holds_a_file_is_that_of_its_uri(uri: str, folder: str, n
 def test_a_slash_too_few_is_no_folder_of_that_name(uri: str) -> None:
     with pytest.raises(ConfigError, match=uri.replace(":/", "://")):
         open_store(uri)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.text("ab %?#é中+&=;:@[]{}|^`~'\"", min_size=1).map(lambda name: f"x{name}x"))
+@pytest.mark.parametrize("scheme", ["s3://bucket/", "gs://bucket/", "/folder/"])
+def test_ray_and_pyarrow_take_a_place_for_the_place_that_it_is(
+    scheme: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in (("AWS_ENDPOINT_URL", "http://127.0.0.1:9"), ("AWS_REGION", "us-east-1")):
+        monkeypatch.setenv(variable, value)  # or it would ask Amazon where the bucket is
+    uri = scheme + name
+    _, path = pyarrow.fs.FileSystem.from_uri(open_store(uri).storage_path())
+    assert path == uri.partition("://")[2] or path == uri

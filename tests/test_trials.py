@@ -172,3 +172,16 @@ def test_a_trial_whose_process_is_killed_each_time_fails_with_what_ray_says_of_i
 def test_a_trial_without_gpus_sees_none(sweep):
     searched(sweep, trial_experiments.telling_its_gpus)
     assert {sweep.read(i.path) for i in sweep.list("trials/") if i.path.endswith("/cuda")} == {b""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["s3", "folder"])
+def test_a_search_works_in_a_store_whose_name_means_something_else_in_a_uri(
+    where, ray_session, request, tmp_path
+):
+    trial_experiments.registered()
+    uri = request.getfixturevalue("s3_uri") if where == "s3" else str(tmp_path / "a 50%25?é中#x+y")
+    sweep = open_store(f"{uri}/sweep")
+    [winner] = searched(sweep, trial_experiments.scored_by_rate)
+    assert winner.point == {"rate": max(RATES)}
+    assert any(info.path.startswith("ray/") for info in sweep.list()), "Tune's own state went elsewhere"

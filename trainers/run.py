@@ -162,7 +162,7 @@ def trainer(
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex[:12],
-            storage_path=run.child("ray").uri.removeprefix("file://"),
+            storage_path=run.child("ray").storage_path(),
             failure_config=FailureConfig(max_failures=max_failures),
             callbacks=[ShortClaim()],  # type: ignore[list-item]  # which Ray hands on as it is
             logging_config=LoggingConfig(log_level="WARNING"),  # what it says at each start, the run says too

@@ -234,7 +234,7 @@ def run_trials(
         run_config=tune.RunConfig(
             # Scratch: what counts is in the trials' own folders, so a torn file of Tune's can stop nothing.
             name=f"start-{time.time_ns()}",
-            storage_path=sweep.child("ray").uri.removeprefix("file://"),
+            storage_path=sweep.child("ray").storage_path(),
             verbose=0,
             callbacks=[deaths],
             # Of processes that are lost with their node, or killed for memory; the trial goes on from its checkpoints.
