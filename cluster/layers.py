@@ -1,6 +1,7 @@
 """What is given over the defaults: YAML files and the command line, as values by dotted name."""
 
 import copy
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 from cluster.errors import ConfigError
 from cluster.keys import Key, choices, keys_of, members, nearest, sections_of
+from cluster.local_store import open_regular
 from cluster.strict_yaml import LARGEST_BYTES, parse_yaml
 
 
@@ -50,10 +52,10 @@ def read_arguments(
 
 def _read_yaml(cls: type, path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
+        with open(os.path.realpath(path), "rb", opener=open_regular) as file:
             content = parse_yaml(file.read(LARGEST_BYTES + 1), f"--config {path}")
     except OSError as error:
-        alike = nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        alike = nearest(path.name, [other.name for other in path.parent.glob("*.yaml") if other != path])
         remedy = f"; nearest: {path.parent / alike}" if alike else ""
         problems.append(f"--config {path}: {error.strerror}{remedy}")
     except ConfigError as error:

@@ -66,7 +66,7 @@ class LocalStore(Store):
         return self._resolved(folder) / name
 
     def _open(self, path: str, buffering: int = -1) -> BinaryIO:
-        return open(self._resolved(path), "rb", buffering=buffering, opener=_open_regular)
+        return open(self._resolved(path), "rb", buffering=buffering, opener=open_regular)
 
     def read(self, path: str) -> bytes:
         with self._named("read", path), self._open(path) as file:
@@ -245,7 +245,7 @@ def _folder(uri: str) -> Path:
     return Path(uri.removeprefix("file://"))
 
 
-def _open_regular(path: str, flags: int) -> int:
+def open_regular(path: str, flags: int) -> int:
     """An opener for `open`. A FIFO does not hold it up; a link that appears meanwhile is not followed."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:

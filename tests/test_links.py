@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import ConfigError, load_config
 from cluster.storage import StorageError, Store, open_store
 from data.corpus import CorpusConfig, list_raw_shards
+from data.tokens import TokenizerConfig
 
 READS: dict[str, Callable[[Store, str], object]] = {
     "read": lambda store, path: store.read(path),
@@ -186,6 +188,28 @@ def test_what_is_no_regular_file_is_refused_without_waiting(way: str, kind: str,
             path.symlink_to(kind)
         with pytest.raises(StorageError, match=r"shard\.jsonl"):
             READS[way](open_store(str(folder)), path.name)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "circle"])
+def test_a_configuration_that_is_no_regular_file_is_one_line_and_no_waiting(
+    kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if kind == "circle" else kind)
+    with within(seconds=5), pytest.raises(ConfigError) as refused:
+        load_config(TokenizerConfig, ["--config", str(path)], description="")
+    [line] = refused.value.problems
+    assert line.startswith(f"--config {path}: ")
+
+
+def test_a_configuration_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real.yaml").write_text("boundary: x\n")
+    (tmp_path / "link.yaml").symlink_to("real.yaml")
+    arguments = ["--config", str(tmp_path / "link.yaml")]
+    assert load_config(TokenizerConfig, arguments, description="").config.boundary == "x"
 
 
 def test_a_device_inside_the_store_is_refused(folder: Path) -> None:
