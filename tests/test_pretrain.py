@@ -11,6 +11,7 @@ import pytest
 
 from cluster.local_s3 import LocalS3
 from cluster.loopback import is_loopback
+from cluster.printable import printable
 from cluster.storage import open_store
 from tests.small_run import (
     STEPS,
@@ -75,7 +76,7 @@ def test_one_command_goes_from_raw_text_to_a_judged_exported_and_reported_model(
         "byte 6-gram",
         f"test (step {test['step']})",
         "waited for data",
-        json.loads(store.read("samples.json"))[0]["continuation"].splitlines()[0],
+        printable(json.loads(store.read("samples.json"))[0]["continuation"].splitlines()[0]),
         f"report: {run.root}/runs/pretrain/report.html",
     )
     assert sorted(map(told.index, in_order)) == [told.index(line) for line in in_order]
