@@ -47,6 +47,9 @@ RAY_ENVIRONMENT = {
     "RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2",
     "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "8",
     "RAY_DATA_LOG_LEVEL": "WARNING",  # it says of each burst that it was read
+    # A bar that is closed before it was shown is made once more, with a thread of tqdm's. While the interpreter
+    # ends, as after Ctrl-C, that thread never starts, and is waited for.
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing about a run leaves the machine unasked
 }
 

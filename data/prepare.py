@@ -25,6 +25,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.config import ConfigError, load_config, run_entry
+from cluster.interrupts import interruptible
 from cluster.scratch import problem_writing_locally
 from cluster.session import ray_session
 from cluster.storage import StorageError, Store, open_store
@@ -185,7 +187,8 @@ def _fix_tokenizer(
         fingerprint = read_record(store, trained, remedy)["tokenizer"]
         return load_tokenizer(store, fingerprint, config.tokenizer.boundary)
     train_bytes = [each["bytes"].get("train", 0) for each in surveys]
-    fixed = train_tokenizer(sample_texts(pieces, train_bytes, config), config.tokenizer)
+    texts = sample_texts(pieces, train_bytes, config)
+    fixed = interruptible(partial(train_tokenizer, texts, config.tokenizer))
     store.put(fixed.path, fixed.json.encode())
     put_record(store, trained, {"tokenizer": fixed.fingerprint})
     return fixed

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,38 @@ def start_command(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         )
     STARTED.append(driver)
     return driver
+
+
+class Terminal:
+    """A command that writes to a terminal, in a process group of its own; it ends with the with-block."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._shown, terminal = os.openpty()
+        self.driver = subprocess.Popen(command, stdout=terminal, stderr=terminal, process_group=0)
+        os.close(terminal)
+        self._read: list[bytes] = []
+        # Else it would wait once the terminal's buffer is full.
+        self._reader = threading.Thread(target=self._show, daemon=True)
+        self._reader.start()
+
+    def text(self) -> str:
+        """All that it wrote so far."""
+        return b"".join(self._read).decode(errors="replace")
+
+    def _show(self) -> None:
+        with contextlib.suppress(OSError):  # nobody has it open any more
+            while read := os.read(self._shown, 65_536):
+                self._read.append(read)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.driver.poll() is None:
+            kill_tree(self.driver.pid)
+            self.driver.wait()
+        self._reader.join()
+        os.close(self._shown)
 
 
 class SmallRun:

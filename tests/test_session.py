@@ -26,6 +26,11 @@ import json, os, time
 from cluster.session import ray_session
 from cluster.workers import ClusterConfig
 
+def has_bars():
+    import ray.data
+
+    return ray.data.DataContext.get_current().enable_progress_bars
+
 def ask():
     from ray.util.state import get_actor
 
@@ -35,12 +40,14 @@ def ask():
     except Exception as caught:
         error = [each.__name__ for each in type(caught).__mro__]
     policies = getattr(os, "sched_getscheduler", lambda pid: None)
-    return {"error": error, "seconds": time.monotonic() - began, "policy": policies(0)}
+    seconds = time.monotonic() - began
+    return {"error": error, "seconds": seconds, "policy": policies(0), "bars": has_bars()}
 
 with ray_session(ClusterConfig(address="local")):
     import ray
 
     found = ray.get(ray.remote(ask).remote())
+    found["bars"] |= has_bars()
     print(json.dumps(found | {"head": ray.get_runtime_context().gcs_address}), flush=True)
     input()
 """
@@ -71,6 +78,13 @@ def test_who_asks_the_dashboard_that_a_local_session_lacks_is_refused_at_once(an
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux has it")
 def test_processes_of_a_local_session_are_of_the_batch_class(answer: dict[str, Any]) -> None:
     assert answer["policy"] == os.SCHED_BATCH
+
+
+@pytest.mark.cluster
+def test_ray_data_has_no_progress_bar_of_its_own_for_a_thread_of_it_can_hang_after_ctrl_c(
+    answer: dict[str, Any],
+) -> None:
+    assert answer["bars"] is False
 
 
 @pytest.mark.cluster
