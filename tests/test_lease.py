@@ -199,3 +199,31 @@ with leases.lease(run):
     assert driver.returncode == 1
     assert "process 7 on elsewhere" in errors and "Traceback" not in errors
     assert set(paths(run)) - {FIRST.replace("json", "renewed")} == {FIRST, SECOND}
+
+
+DAMAGED = b'{"host": "elsewhere", "pid": -1}'
+
+
+def test_a_damaged_lease_that_nobody_renews_is_taken_over_and_told(run):
+    run.put(FIRST, DAMAGED)
+    told: list[str] = []
+    with lease(run, told.append, patience=0.06):
+        assert SECOND in paths(run)
+    assert len(told) == 1 and "00000001.json is damaged: pid" in told[0] and "waiting" in told[0]
+
+
+def test_a_driver_whose_lease_was_damaged_lives_as_long_as_it_renews(run, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.02)
+    lost: list[str] = []
+    with lease(run, on_lost=lost.append):
+        run.put(FIRST, DAMAGED)
+        with pytest.raises(RunTakenError, match="unknown process"), lease(run, print, patience=0.6):
+            pass
+    assert not lost and FIRST.replace("json", "ended") in paths(run)
+
+
+def test_files_with_other_names_are_nobodys_lease(run):
+    for name in (".DS_Store", "copy.json", "00000009.json.bak", "00000009 2.json"):
+        run.put(f"{FOLDER}/{name}", b"\xff")
+    with lease(run):
+        assert FIRST in paths(run)

@@ -399,3 +399,31 @@ def test_a_missing_column_is_one_error_before_anything_is_started(model, tmp_pat
     monkeypatch.setattr(predict, "ray_session", lambda cluster: pytest.fail("started"))
     with pytest.raises(ConfigError, match="there is no column 'text' .*nearest: texts"):
         predict.predict(options_of(model[0], uri, tmp_path / "out"))
+
+
+def test_a_damaged_part_is_answered_again_and_a_damaged_count_is_made_anew(
+    model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(prediction, "PART_ROWS", 8)
+    uri, output = put_lines(tmp_path / "r.jsonl", records(20)), open_store(str(tmp_path / "out"))
+    predictor = Predictor(model[0], output.uri, 4, 1)
+    [piece] = pieces_of(uri)
+    answered(predictor, piece)
+    finished, part = f"finished/{piece.name}", f"{piece.name}-00001.jsonl"
+    whole, lines = output.read(part), output_lines(output)
+    for damaged, again in (
+        (whole[:-5], 8),
+        (whole.replace(b'"place"', b'"plac"', 1), 8),
+        (b"\xff" * 9, 8),
+        (
+            whole.partition(b"\n")[2],
+            12,
+        ),  # seven records, and those of the next part, which are other ones then
+    ):
+        output.put(finished, b'{"answered": -1}')
+        output.put(part, damaged)
+        assert finished_pieces(output) == {}
+        assert answered(predictor, piece) == Counts(again, 0)
+        assert output_lines(output) == lines and finished_pieces(output) == {piece.name: Counts(20, 0)}
+    told = capsys.readouterr().out
+    assert told.count(part) == told.count(f"{finished} is damaged: ") == 4
