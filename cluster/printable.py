@@ -71,12 +71,11 @@ class PrintableStream:
     """A text stream that hides keys and writes control characters out, whoever prints to it."""
 
     def __init__(self, stream: TextIO) -> None:
-        # Rich looks for this name, and writes past us what its console has made: see cluster/terminal.py.
-        self.rich_proxied_file = stream
+        self.stream = stream
 
     def write(self, text: str) -> int:
         shown = _CONTROL_OF_STREAM.sub(lambda found: _written(found[0], _KEPT_IN_LINES), without_keys(text))
-        self.rich_proxied_file.write(shown)
+        self.stream.write(shown)
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -84,7 +83,7 @@ class PrintableStream:
             self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.rich_proxied_file, name)
+        return getattr(self.stream, name)
 
 
 def printable_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,13 +1,13 @@
 """The console of a command: what it prints stands there as it is, without markup, keys or control characters."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from cluster.printable import printable
+from cluster.printable import PrintableStream, printable
 
 
 class Terminal(Console):
@@ -18,6 +18,16 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream itself, for what is drawn here is printable already, and a live line moves the cursor."""
+        found: Any = Console.file.fget(self)  # type: ignore[attr-defined]
+        return found.stream if isinstance(found, PrintableStream) else found
+
+    @file.setter
+    def file(self, new: IO[str]) -> None:
+        self._file = new
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Of every text, those in tables too, before it is cut into lines."""

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cluster.config import ConfigError, run_entry
 from cluster.keys import shown
@@ -134,6 +136,28 @@ def test_a_console_prints_names_as_they_are(name: str) -> None:
     plain = re.sub(r"\x1b\[[\d;]*m", "", output.getvalue())
     assert plain.count(printable(name)) == 4
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", plain)
+
+
+def test_a_live_line_is_drawn_over_itself_while_what_others_print_stays_printable(monkeypatch) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "xterm")
+
+    def main() -> None:
+        console = Terminal(force_terminal=True, color_system="standard")
+        with Live(console=console, auto_refresh=False) as live:
+            live.update(Text("step 1"), refresh=True)
+            print("a record \x1b[2J[/b] at s3://KEY:PLANTED@bucket")
+            live.update(Text("step 2\x1b[2J"), refresh=True)
+
+    run_entry(main)
+    told = screen.getvalue()
+    assert "\x1b[2K" in told and "\\u001b[2K" not in told, "the line before was not wiped"
+    assert "\x1b[2J" not in told and "PLANTED" not in told and "[/b]" in told
 
 
 def test_a_console_hides_a_key_before_it_breaks_the_line() -> None:
