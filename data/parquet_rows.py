@@ -21,8 +21,8 @@ from data.unpacking import RATIO
 BATCH_ROWS = 64
 """Where a dictionary comes with each batch: a smaller number copies it too often."""
 SMALL_PAGE_BYTES, ROWS_OF_SMALL_PAGES = 8 << 20, 16
-"""Each row may take a page: 128 MiB together. One row at a time reads documents of 2 KB at half the rate. Arrow looks at
-a page's size each 1,024 values, so up to 8 KB a document its pages are small."""
+"""Each row may take a page: 128 MiB together. One row at a time reads documents of 2 KB at half the rate. Arrow looks
+at a page's size each 1,024 values, so up to 8 KB a document its pages are small."""
 DELTAS = {5, 6, 7}
 """Encodings by parquet.thrift: DELTA_BINARY_PACKED, DELTA_LENGTH_BYTE_ARRAY, DELTA_BYTE_ARRAY."""
 VALUE_BYTES = 16

@@ -23,6 +23,10 @@ from cluster.storage import StorageError, Store
 from data.manifest import Manifest, Shard
 from data.shard_hashes import AlteredError, forget_footers, hash_shard, read_row_group
 
+# A byte flipped on the way (seen with ranged GETs, which no client notices) is gone when read again; one on disk is
+# not. A fragment takes two requests, of the footer and of itself, and either may be hit.
+READ_ATTEMPTS = 3
+
 
 class ShardError(UserError, RuntimeError):
     """A token shard does not hold what the manifest says.
@@ -201,7 +205,7 @@ def read_fragment(store: Store, manifest: Manifest, fragment: int) -> np.ndarray
         boundary.
 
     Raises:
-        ShardError: the fragment does not have the manifest's hash or checksum, also when read a second time.
+        ShardError: the fragment does not have the manifest's hash or checksum, also when read again.
         StorageError: the store could not be read.
     """
     column = _read_verified(store, manifest, fragment, ["tokens"]).column("tokens")
@@ -227,9 +231,7 @@ def _read_verified(store: Store, manifest: Manifest, fragment: int, columns: lis
     row_group, checksum = int(fragments.row_group[fragment]), int(fragments.checksum[fragment])
     blake2b = fragments.blake2b[fragment].tobytes() if shard.footer_blake2b else None
     reason = ""
-    # A byte flipped on the way (seen with ranged GETs, which no client notices) is gone when read again; one
-    # on disk is not.
-    for _ in range(2):
+    for _ in range(READ_ATTEMPTS):
         try:
             table = read_row_group(store, shard, row_group, blake2b, columns)
         except StorageError:

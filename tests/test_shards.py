@@ -131,10 +131,10 @@ def test_a_flipped_byte_on_the_disk_is_refused_by_shard_and_fragment(tmp_path: P
     assert refused == 1
 
 
-class _FlipsOneByteOnce(LocalStore):
-    """A store behind a wire that damages one of the answers."""
+class _FlipsBytes(LocalStore):
+    """A store behind a wire that damages answers."""
 
-    flips: list[bool] = [True]
+    flips: list[bool] = []
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
         content = bytearray(super().read_range(path, start, length))
@@ -144,11 +144,18 @@ class _FlipsOneByteOnce(LocalStore):
         return bytes(content)
 
 
-def test_a_byte_flipped_on_the_way_is_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_flips", [1, 2])
+@pytest.mark.parametrize("footer_is_known", [True, False])
+def test_a_byte_flipped_on_the_way_is_read_again(
+    tmp_path: Path, num_flips: int, footer_is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = open_store(str(tmp_path))
     manifest = write(store, [document(5_000)], fragment=10_000)
-    read_fragment(store, manifest, 0)  # its footer is now known, so that the tokens are what is damaged
-    damaged = _FlipsOneByteOnce(store.uri, store.policy)
+    if footer_is_known:  # so that the tokens are what is damaged
+        read_fragment(store, manifest, 0)
+    damaged = _FlipsBytes(store.uri, store.policy)
+    monkeypatch.setattr(_FlipsBytes, "flips", [True] * num_flips)
+    monkeypatch.setattr("data.shard_hashes.open_store", lambda uri: damaged)
     assert np.array_equal(read_fragment(damaged, manifest, 0), document(5_000))
     assert not damaged.flips
 
