@@ -137,7 +137,8 @@ def column_names(store: Store, path: str, columns: Collection[str]) -> list[str]
             raise
         except (OSError, pa.ArrowException):
             return None  # told when its rows are read
-    next(rows_in(store, path, columns), None)
+    if format_of(path) == ".csv":
+        next(rows_in(store, path, columns), None)  # a row below has lost what its header repeats
     rows = (row for _, row in islice(rows_in(store, path, ()), RECORDS_TRIED))
     return next((list(row) for row in rows if isinstance(row, dict)), None)
 
