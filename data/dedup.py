@@ -17,13 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cluster.storage import StorageError, Store
+from cluster.storage import Store
 from data.corpus import CorpusError
 from data.manifest import SPLITS
-from data.piece_records import forget_damaged
+from data.piece_tables import Within, read_table, write_table
 from data.splits import KEEPING_ORDER, scrambled
 
 T = TypeVar("T")
@@ -33,9 +32,9 @@ U = TypeVar("U")
 DOCUMENTS_PER_RANGE = 4_194_304
 # At 3 requests of 20 ms each, 1,000 files take a range 4 s.
 READING_THREADS = 16
-# Small enough that a range, or the duplicates of one piece, can be read out of a large file.
-ROW_GROUP = 65_536
 
+HASHES = {"high": pa.uint64(), "low": pa.uint64(), "ordinal": pa.int64(), "split": pa.uint8()}
+DUPLICATES = {"piece": pa.int32(), "ordinal": pa.int64(), "split": pa.uint8()}
 _RANK = np.array([KEEPING_ORDER.index(split) for split in SPLITS], np.uint8)
 
 
@@ -56,12 +55,12 @@ def write_hashes(contents: bytes, splits: bytes) -> bytes:
             "split": np.frombuffer(splits, np.uint8)[order],
         }
     )
-    return _parquet(table)
+    return write_table(table, "high")
 
 
 def read_hashes(store: Store, path: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """What `write_hashes` was given, in the order of reading: contents [documents, 16] and splits [documents]."""
-    table = _read(store, path, HASHES)
+    table = read_table(store, path, HASHES)
     order = np.argsort(table.column("ordinal").to_numpy())
     words = np.stack([table.column(name).to_numpy()[order] for name in ("high", "low")], axis=1)
     return words.astype(">u8").view(np.uint8), table.column("split").to_numpy()[order]
@@ -83,7 +82,8 @@ def merge_hashes(store: Store, files: Sequence[HashFile]) -> bytes:
     merged = joined.take(np.lexsort((low, high)))
     first = pa.scalar(files[0].first_piece, pa.int32())
     place = merged.schema.get_field_index("piece")
-    return _parquet(merged.set_column(place, "piece", pc.subtract(merged.column("piece"), first)))
+    merged = merged.set_column(place, "piece", pc.subtract(merged.column("piece"), first))
+    return write_table(merged, "high")
 
 
 def find_duplicates(store: Store, files: Sequence[HashFile], index: int, num_ranges: int) -> pa.Table:
@@ -98,9 +98,7 @@ def find_duplicates(store: Store, files: Sequence[HashFile], index: int, num_ran
         (uint8), sorted.
     """
     lowest, highest = ((2**64 * bound) // num_ranges for bound in (index, index + 1))
-    within = (pc.field("high") >= pa.scalar(lowest, pa.uint64())) & (
-        pc.field("high") <= pa.scalar(highest - 1, pa.uint64())
-    )
+    within = ("high", lowest, highest - 1)
     tables = _in_threads(lambda file: _read_hashes(store, file, within), files)
     joined = pa.concat_tables(tables)
     high, low, ordinal, split, piece = (
@@ -120,7 +118,7 @@ def record_duplicates(store: Store, path: str, duplicates: pa.Table) -> dict[str
         Columns piece, split, count, and fingerprint: a sum modulo 2**64 that tells which ordinals they are,
         to be added up over ranges. One row for each piece and split that has any.
     """
-    store.put(path, _parquet(duplicates))
+    store.put(path, write_table(duplicates, "piece"))
     piece, ordinal, split = (duplicates.column(name).to_numpy() for name in ("piece", "ordinal", "split"))
     keys, group = np.unique(piece.astype(np.int64) * len(SPLITS) + split, return_inverse=True)
     fingerprint = np.zeros(len(keys), np.uint64)
@@ -159,18 +157,17 @@ def add_up(records: Iterable[Mapping[str, Any]], num_pieces: int) -> Duplicates:
 
 def duplicates_of(store: Store, paths: list[str], piece: int) -> np.ndarray:
     """Ordinals (int64, ascending) of one piece's documents to leave out, from the files of all ranges."""
-    here = pc.field("piece") == pa.scalar(piece, pa.int32())
 
     def read(path: str) -> np.ndarray:
-        return _read(store, path, DUPLICATES, here).column("ordinal").to_numpy()
+        return read_table(store, path, DUPLICATES, ("piece", piece, piece)).column("ordinal").to_numpy()
 
     found = _in_threads(read, paths)
     return np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
 
 
-def _read_hashes(store: Store, hashes: HashFile, within: pc.Expression | None = None) -> pa.Table:
+def _read_hashes(store: Store, hashes: HashFile, within: Within | None = None) -> pa.Table:
     """Columns high, low, ordinal, split, and piece in the corpus's order, of the documents within a range."""
-    table = _read(store, hashes.path, HASHES, within)
+    table = read_table(store, hashes.path, HASHES, within)
     first = pa.scalar(hashes.first_piece, pa.int32())
     if "piece" not in table.column_names:
         return table.append_column("piece", pa.repeat(first, len(table)))
@@ -178,40 +175,7 @@ def _read_hashes(store: Store, hashes: HashFile, within: pc.Expression | None = 
     return table.set_column(place, "piece", pc.add(table.column("piece"), first))
 
 
-HASHES = {"high": pa.uint64(), "low": pa.uint64(), "ordinal": pa.int64(), "split": pa.uint8()}
-DUPLICATES = {"piece": pa.int32(), "ordinal": pa.int64(), "split": pa.uint8()}
-
-
-def _read(
-    store: Store, path: str, columns: Mapping[str, pa.DataType], within: pc.Expression | None = None
-) -> pa.Table:
-    """A Parquet file of a piece of work, or the part of it.
-
-    Raises:
-        CorpusError: it is damaged or gone; its piece is done again by the next command.
-    """
-    try:
-        with store.open(path) as file:
-            table = pq.read_table(file, filters=within, page_checksum_verification=True)
-    except StorageError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise forget_damaged(store, path, str(error)) from None
-    found = dict(zip(table.column_names, table.schema.types, strict=True))
-    if found != columns and found != {**columns, "piece": pa.int32()}:
-        raise forget_damaged(store, path, f"it has the columns {', '.join(table.column_names)}")
-    if table.column("split").null_count or (pc.max(table.column("split")).as_py() or 0) >= len(SPLITS):
-        raise forget_damaged(store, path, "it has a split that there is not")
-    return table
-
-
 def _in_threads(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
     """For reading, which waits."""
     with ThreadPoolExecutor(READING_THREADS) as pool:
         return list(pool.map(function, items))
-
-
-def _parquet(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP, write_page_checksum=True)
-    return sink.getvalue().to_pybytes()

@@ -4,13 +4,17 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from stored_kinds import corpus_config, put_corpus
 from test_prepare import _Counting as Counting
 
 from cluster.storage import Store, open_store
 from cluster.stored_file import DamagedFileError
+from data import piece_tables
 from data.corpus import CorpusError
+from data.dedup import DUPLICATES, duplicates_of
 from data.manifest import read_manifest
 from data.piece_records import SEAL, put_record, read_record
 from data.prepare import existing_manifest, prepare
@@ -134,3 +138,29 @@ def test_a_record_is_read_back_as_it_was_put_and_not_with_another_number(tmp_pat
     store.put(path, store.read(path).replace(b"3", b"4", 1))
     with pytest.raises(DamagedFileError, match="it does not have the hash"):
         read_record(store, path)
+
+
+def test_of_a_table_only_the_row_groups_within_are_read_also_of_one_from_before_it_had_bounds(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(piece_tables, "ROW_GROUP", 4)
+    store, path = open_store(str(tmp_path)), "pieces/duplicates-x.parquet"
+    pieces = [0, 0, 1, 1, 1, 1, 1, 1, 1, 3, 7, 7]
+    columns = {"piece": pieces, "ordinal": list(range(12)), "split": [0] * 12}
+    table = pa.table({name: pa.array(values, DUPLICATES[name]) for name, values in columns.items()})
+    store.put(path, piece_tables.write_table(table, "piece"))
+    reads, read = [], pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, n, **how: reads.append(n) or read(self, n, **how)
+    )
+    for wanted, groups in ((0, [0]), (1, [0, 1, 2]), (2, [2]), (3, [2]), (7, [2]), (9, [])):
+        found = [n for n, piece in enumerate(pieces) if piece == wanted]
+        assert duplicates_of(store, [path], wanted).tolist() == found and reads == groups, wanted
+        reads.clear()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=4)
+    store.put(path, sink.getvalue().to_pybytes())
+    assert duplicates_of(store, [path], 1).tolist() == list(range(2, 9)) and reads == [0, 1, 2]
+    empty = table.slice(0, 0)
+    store.put(path, piece_tables.write_table(empty, "piece"))
+    assert duplicates_of(store, [path], 1).tolist() == []
