@@ -14,8 +14,8 @@ RATIO = 1_000
 (504 under zstd at level 19; a web server's log 16; `python benchmarks/bench_unpacking.py`). Deflate ends at 1,032."""
 FREE_BYTES = 1 << 30
 """What any file may unpack to, whatever its ratio: one line repeated reaches 294 under gzip and 11,552 under zstd."""
-RECORD_BYTES = 64
-"""Least that a record counts for. Preparing keeps 17 bytes of each, so at FREE_BYTES its memory is 285 MB."""
+RECORD_BYTES = 256
+"""What a record counts for besides. Preparing sorts the hashes of a shard in 80 bytes each: 340 MB at FREE_BYTES."""
 # Of a torn compressed file the block at the tear is lost: small blocks lose little.
 BLOCK_BYTES = 65_536
 

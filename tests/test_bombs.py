@@ -135,7 +135,7 @@ def test_what_unpacks_to_more_than_its_bound_is_refused_by_name_with_the_key(
     monkeypatch.setattr(unpacking.Expansion.__init__, "__defaults__", (unpacking.RATIO, 100_000))
     records = [
         {"text": "x"}
-    ] * 5_000  # 80 KB of JSON, but 5,000 records, and each counts for 64 bytes at least
+    ] * 5_000  # 80 KB of JSON, but 5,000 records, and each counts for 256 bytes besides
     content = {
         "a.jsonl.gz": gzip.compress(lines(records)),
         "a.parquet": bytes(plain(pa.Table.from_pylist(records))),

@@ -262,7 +262,7 @@ def test_no_bomb_takes_more_memory_than_its_bounds(tmp_path):
 
 def test_a_task_of_many_records_from_few_bytes_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("trainers.task_records.FREE_BYTES", 100_000)
-    content = b'{"text": "a", "label": "x"}\n' * 2_000  # 56 KB, and each record counts for 64 bytes besides
+    content = b'{"text": "a", "label": "x"}\n' * 2_000  # 56 KB, and each record counts for 256 bytes besides
     (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(content))
     monkeypatch.setattr(record_files, "RATIO", 100)
     with pytest.raises(

@@ -17,7 +17,8 @@ from trainers.task import TaskConfig
 SHOWN = 3
 """Wrong records that an error names."""
 FREE_BYTES = 256 << 20
-"""What a file of a task may unpack to, whatever its ratio. All its examples are in memory: at 64 bytes each, 4 M."""
+"""What a file of a task may unpack to, whatever its ratio. All its examples are in memory, and each counts for 256
+bytes besides: 1 M of them at most."""
 
 Target = Any
 """str (a label, or an answer), list[str] (labels or tags), float, or {"text": str, "start": int} of a span."""
