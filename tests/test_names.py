@@ -39,8 +39,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_of_any_name_is_trained_to_its_report(tmp_path: Path) -> None:
-    run = SmallRun(str(tmp_path / NAME), tmp_path / "log.txt")
+@pytest.mark.parametrize("where", ["file", "s3"])
+def test_a_run_of_any_name_is_trained_to_its_report(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = request.getfixturevalue("s3_uri") if where == "s3" else str(tmp_path)
+    run = SmallRun(f"{root}/{NAME}", tmp_path / "log.txt")
     put_corpus(open_store(f"{run.root}/raw"))
     arguments = run.command(run__steps=4, run__name=NAME, run__log_events=True, cluster__num_workers=2)
     ended_well(arguments, tmp_path / "log.txt")
