@@ -2,12 +2,12 @@
 
 import ast
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from task_files import put_task
 
 from cluster.config import ConfigError, load_config
 from cluster.errors import UserError
@@ -108,12 +108,15 @@ def test_a_stored_configuration_that_is_no_mapping_is_named(content: str, tmp_pa
         read_yaml(open_store(str(tmp_path)), "config.yaml", dict[str, Any], "put it back")
 
 
-def test_a_configuration_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
-    endless = put_task(tmp_path / "a.yaml")
-    Path(endless).unlink()
-    Path(endless).symlink_to("/dev/zero")
+def test_a_configuration_of_a_gigabyte_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)  # sparse
+    tracemalloc.start()
     with pytest.raises(ConfigError, match="bytes of YAML"):
-        load_config(PretrainConfig, ["--config", endless], description="")
+        load_config(PretrainConfig, ["--config", str(path)], description="")
+    assert tracemalloc.get_traced_memory()[1] < 10 * LARGEST_BYTES
+    tracemalloc.stop()
 
 
 def test_no_module_reads_yaml_by_itself() -> None:
