@@ -156,6 +156,14 @@ def test_a_run_goes_on_with_other_workers_stage_and_steps_but_not_with_another_m
     assert "'run.name'" in lines[0] or "run.name" in lines[0]
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_bound_on_unpacking_changes_no_run_nor_one_of_before_there_was_one(finished: bool) -> None:
+    before = to_dict(load())
+    assert changed_keys(before, load("--corpus.max_expansion", "7"), finished=finished) == []
+    del before["corpus"]["max_expansion"]
+    assert changed_keys(before, load(), finished=finished) == []
+
+
 def test_a_changed_configuration_is_refused_by_the_run_that_has_another(tmp_path):
     run = open_store(str(tmp_path))
     check_unchanged(run, load())

@@ -228,6 +228,7 @@ CHANGEABLE = (
     "corpus.prepared",
     "corpus.uri",
     "corpus.sources",
+    "corpus.max_expansion",  # refuses a raw shard, or does nothing
 )
 
 
@@ -248,6 +249,7 @@ IDLE = (
     "checkpoint.",
     "heartbeat.",
     "corpus.prepared",
+    "corpus.max_expansion",
     "engine.zero_stage",
     "engine.offload",
     "engine.micro_batch_rows",
