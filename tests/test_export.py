@@ -17,6 +17,7 @@ from trainers import export as export_module
 from trainers.checkpoint import CheckpointConfig
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.export import export, load_exported, main
+from trainers.export_folder import ForeignFolderError
 from trainers.generate import SamplingConfig, generate
 from trainers.model import build
 from trainers.shape import ModelConfig
@@ -223,6 +224,25 @@ def test_the_entry_exports_the_checkpoint_that_was_asked_for(run, which, step, t
     loaded = dict(load_exported(open_store(str(tmp_path / "out"))).model.named_parameters())
     assert all(torch.equal(loaded[name], p) for name, p in models[step].named_parameters())
     assert f"step-{step:08d}" in capsys.readouterr().out
+
+
+def test_the_entry_replaces_a_model_of_others_only_where_it_is_told_to(run, tmp_path):
+    store, models = run
+    config = transformers.LlamaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "out", max_shard_size="20KB")
+    (tmp_path / "out/models").mkdir()
+    (tmp_path / "out/models/weights.bin").write_bytes(b"kept")
+    arguments = ["--run", store.uri, "--step", "last", "--output", str(tmp_path / "out")]
+    with pytest.raises(ForeignFolderError, match=r"out holds config\.json.*--overwrite"):
+        main(arguments)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").hidden_size == 32
+    main([*arguments, "--overwrite"])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.model.norm.weight, models[2].norm.weight)
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+    assert (tmp_path / "out/models/weights.bin").read_bytes() == b"kept"
 
 
 @pytest.mark.parametrize(

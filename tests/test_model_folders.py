@@ -328,6 +328,15 @@ def with_weights(store: Store, change: Callable[[dict[str, torch.Tensor]], objec
     save_file(weights, path)
 
 
+def test_a_tokenizer_with_more_entries_than_the_embedding_is_refused(
+    fixed: FixedTokenizer, tmp_path: Path
+) -> None:
+    """Its last ids would end what is asked of the model in an IndexError."""
+    store = put_model(tmp_path, fixed, replace(LLAMA, vocab_size=fixed.vocab_size - 1))
+    told = refusal(lambda: load_exported(store))
+    assert told and f"{store.uri}/tokenizer.json has {fixed.vocab_size} entries, its embedding " in told
+
+
 def test_whole_numbers_are_no_weights(fixed: FixedTokenizer, tmp_path: Path) -> None:
     store = put_model(tmp_path, fixed, LLAMA)
     with_weights(store, lambda w: w.update({"model.norm.weight": torch.ones(8, dtype=torch.int32)}))

@@ -125,7 +125,7 @@ def load_exported(source: Store) -> Exported:
     origin = f"{source.uri}/tokenizer.json"
     ids, tokenizer = special_ids(tokenizer_json, origin=origin), parse_tokenizer(tokenizer_json, origin)
     boundary_id = boundary_of(stored.fields, ids, stored.config.vocab_size, source.uri)
-    fits_tokenizer(tokenizer, stored.fields, boundary_id, source.uri)
+    fits_tokenizer(tokenizer, stored.fields, stored.config.vocab_size, boundary_id, source.uri)
     return Exported(model.eval(), tokenizer, boundary_id, pretraining_of(stored.fields).get("objective"))
 
 

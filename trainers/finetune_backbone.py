@@ -54,7 +54,7 @@ def read_facts(config: FinetuneConfig) -> BackboneFacts:
         origin = f"{stored.source.uri}/tokenizer.json"
         ids, tokenizer = special_ids(serialised, origin=origin), parse_tokenizer(serialised, origin)
         boundary_id = boundary_of(stored.fields, ids, stored.config.vocab_size, stored.source.uri)
-        fits_tokenizer(tokenizer, stored.fields, boundary_id, stored.source.uri)
+        fits_tokenizer(tokenizer, stored.fields, stored.config.vocab_size, boundary_id, stored.source.uri)
     except FileNotFoundError as error:
         raise ConfigError([f"backbone.uri={uri} holds no exported model: {error}"]) from None
     except ValueError as error:
@@ -125,12 +125,6 @@ def make_encoder(
 def misfits(config: FinetuneConfig, task: TaskConfig, facts: BackboneFacts) -> Iterator[str]:
     """A line for each thing that backbone, task and configuration do not have in common."""
     shape, uri = facts.shape, config.backbone.uri
-    size = facts.tokenizer.get_vocab_size()
-    if size > shape.vocab_size:
-        yield (
-            f"backbone.uri={uri}: its tokenizer.json has {size:,} entries, its embedding {shape.vocab_size:,}: it is "
-            "not the tokenizer that it was trained with; put that one there"
-        )
     if config.batch.max_tokens > shape.max_positions:
         yield (
             f"batch.max_tokens={config.batch.max_tokens:,} is more than the backbone's {shape.max_positions:,} "

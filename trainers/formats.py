@@ -195,8 +195,17 @@ def boundary_of(fields: Mapping[str, Any], ids: SpecialIds, vocab_size: int, uri
     return found
 
 
-def fits_tokenizer(tokenizer: Tokenizer, fields: Mapping[str, Any], boundary_id: int, uri: str) -> None:
-    """Raise ModelFolderError for another tokenizer than the one that config.json says the model was trained with."""
+def fits_tokenizer(
+    tokenizer: Tokenizer, fields: Mapping[str, Any], vocab_size: int, boundary_id: int, uri: str
+) -> None:
+    """Raise ModelFolderError for another tokenizer than the one that config.json says the model was trained with, or
+    for one with more entries than the model's embedding."""
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if size > vocab_size:
+        raise ModelFolderError(
+            f"{uri}/tokenizer.json has {size:,} entries, its embedding {vocab_size:,}: it is not the tokenizer that "
+            "the model was trained with; put that one there"
+        )
     trained = pretraining_of(fields).get("tokenizer")
     boundary = tokenizer.id_to_token(boundary_id)
     if trained is None or boundary is None:

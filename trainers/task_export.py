@@ -40,6 +40,7 @@ from trainers.formats import (
     TASK,
     Format,
     boundary_of,
+    fits_tokenizer,
     format_of,
     read_headers,
     read_stored,
@@ -224,6 +225,9 @@ def read_stored_task(source: Store) -> StoredTask:
         with torch.device("meta"):
             model = TaskModel(Backbone(shape), task, adapt, seed=0)
         task_weights(model, fields["model_type"], headers, source.uri)
+    tokenizer = parse_tokenizer(tokenizer_json, origin)
+    boundary_id = boundary_of(fields, ids, shape.vocab_size, source.uri)
+    fits_tokenizer(tokenizer, fields, shape.vocab_size, boundary_id, source.uri)
     return StoredTask(
         source=source,
         fields=fields,
@@ -232,8 +236,8 @@ def read_stored_task(source: Store) -> StoredTask:
         adapt=adapt,
         max_tokens=max_tokens,
         scale=(scale[0], scale[1]),
-        tokenizer=parse_tokenizer(tokenizer_json, origin),
-        boundary_id=boundary_of(fields, ids, shape.vocab_size, source.uri),
+        tokenizer=tokenizer,
+        boundary_id=boundary_id,
     )
 
 
