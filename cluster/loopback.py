@@ -5,7 +5,6 @@ import secrets
 import stat
 import sys
 from ipaddress import ip_address
-from pathlib import Path
 
 TOKEN = "RAY_AUTH_TOKEN"
 """Variable that holds the token of all Ray processes below this one."""
@@ -43,10 +42,21 @@ def is_loopback(address: str) -> bool:
 
 def close_token_file() -> None:
     """Take the file in which Ray keeps this user's token from all others: it is written with the usual mode, 0644."""
-    path = Path.home() / ".ray" / "auth_token"
-    if not path.is_file() or not (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+    path = os.path.expanduser("~/.ray/auth_token")
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except OSError:  # there is none, or it is out of this user's reach
         return
-    path.chmod(mode & 0o700)
+    if not mode & 0o077:
+        return
+    try:
+        os.chmod(path, mode & 0o700)
+    except OSError as error:  # another user's, or a mounted Secret
+        print(
+            f"{path} holds Ray's token and others can open it: take it from them ({error.strerror})",
+            flush=True,
+        )
+        return
     print(
         f"{path} holds Ray's token and others could open it: its mode is now {mode & 0o700:04o}", flush=True
     )

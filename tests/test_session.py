@@ -1,5 +1,6 @@
 """What a session is like, in a process of its own: only one fits into a process."""
 
+import errno
 import json
 import os
 import secrets
@@ -121,6 +122,23 @@ def test_a_process_without_the_token_runs_nothing_in_a_local_session(
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "in" not in done.stdout.splitlines(), done.stdout
     assert "AuthenticationError" in done.stderr, done.stderr
+
+
+def test_a_token_file_that_is_mounted_read_only_is_told_of_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / ".ray" / "auth_token"
+    path.parent.mkdir()
+    path.write_text("secret")
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "chmod", refuse)
+    close_token_file()
+    told = capsys.readouterr().out
+    assert str(path) in told and "take it from them" in told and "secret" not in told
 
 
 def test_a_ray_imported_before_its_session_is_refused_for_it_would_listen_on_all_addresses(
