@@ -19,7 +19,9 @@ ANEW = "that piece of work is done again"
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{16}|[0-9a-f]{32})$")]
+"""Of a manifest without hashes and with them."""
 
 
 @pydantic.with_config(WITH_OTHER_KEYS)
@@ -53,7 +55,7 @@ class Tokens(TypedDict):
 
 
 class Inputs(TypedDict):
-    manifest: Fingerprint
+    manifest: Digest
 
 
 class Trained(TypedDict):

@@ -185,7 +185,12 @@ def _fix_tokenizer(
     if store.exists(trained):
         remedy = 'write {"tokenizer": NAME} there, by the name of its folder in tokenizers/, or change corpus.prepared'
         fingerprint = read_record(store, trained, remedy)["tokenizer"]
-        return load_tokenizer(store, fingerprint, config.tokenizer.boundary)
+        try:
+            return load_tokenizer(store, fingerprint, config.tokenizer.boundary)
+        except FileNotFoundError as gone:
+            raise CorpusError(
+                f"{gone}, but {trained} names it: put it back, or choose another corpus.prepared"
+            ) from None
     train_bytes = [each["bytes"].get("train", 0) for each in surveys]
     texts = sample_texts(pieces, train_bytes, config)
     fixed = interruptible(partial(train_tokenizer, texts, config.tokenizer))

@@ -87,6 +87,12 @@ def test_the_note_of_a_trained_tokenizer_is_never_guessed(folder) -> None:
     [tokenizer] = store.list("tokenizers/")
     store.put(path, json.dumps({"tokenizer": tokenizer.path.split("/")[1]}).encode())  # as the error says
     assert prepare(corpus_config(folder), fan_out=Counting()).digest == read_manifest(store).digest
+    store.delete(first(store, "inputs"))
+    store.delete(tokenizer.path)
+    with pytest.raises(
+        CorpusError, match=f"{tokenizer.path}: no such object, but {path} names it: put it back"
+    ):
+        prepare(corpus_config(folder), fan_out=Counting())
 
 
 @pytest.mark.parametrize("kind", ["hashes", "duplicates"])

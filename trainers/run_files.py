@@ -9,8 +9,8 @@ from typing_extensions import TypedDict
 from cluster.stored_file import WITH_OTHER_KEYS
 from trainers.metric_records import Count
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")]
-"""Of a manifest, or a tokenizer's fingerprint."""
+Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{16}|[0-9a-f]{32})$")]
+"""Of a manifest without hashes and with them."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 MADE_ANEW = "delete it, and run the same command again: it is made anew"
