@@ -92,6 +92,13 @@ def printable_traceback(kind: type[BaseException], error: BaseException, trace: 
         sys.__excepthook__(kind, error, trace)
 
 
+def print_only_printable() -> None:
+    """From here on, what this process prints is printable: for Ray's, which write logs and have no entry."""
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), PrintableStream):
+            setattr(sys, name, PrintableStream(stream))
+
+
 @contextmanager
 def printable_output() -> Iterator[None]:
     """Standard output and standard error show printable text alone for the length of a with-block."""

@@ -13,6 +13,7 @@ import psutil
 
 from cluster.config import ConfigError
 from cluster.loopback import close_token_file, is_loopback, set_local_variables
+from cluster.printable import print_only_printable
 from cluster.store import PATIENCE
 from cluster.workers import ClusterConfig, Resources, shortages
 
@@ -209,6 +210,7 @@ def prepare_process() -> None:
     """What each of Ray's processes does first."""
     import ray.util
 
+    print_only_printable()
     quiet_ray()
     # Else Ray Train asks any Ray of this machine whether its controller lives, and another one knows no such actor.
     os.environ.setdefault("RAY_API_SERVER_ADDRESS", ray.get_runtime_context().gcs_address)

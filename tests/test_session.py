@@ -23,7 +23,7 @@ from tests.ray_nodes import RayNodes
 from tests.small_run import listening
 
 ASK = """
-import json, os, time
+import json, logging, os, time
 from cluster.session import ray_session
 from cluster.workers import ClusterConfig
 
@@ -31,6 +31,13 @@ def has_bars():
     import ray.data
 
     return ray.data.DataContext.get_current().enable_progress_bars
+
+def logged():
+    # What stands in this process's logs then.
+    told = "\\x1b[2J at s3://KEY:PLANTED@bucket"
+    print("printed", told, flush=True)
+    logging.getLogger("of.a.worker").warning("logged %s", told)
+    return [open(os.readlink(f"/proc/self/fd/{number}")).read() for number in (1, 2)]
 
 def ask():
     from ray.util.state import get_actor
@@ -42,7 +49,7 @@ def ask():
         error = [each.__name__ for each in type(caught).__mro__]
     policies = getattr(os, "sched_getscheduler", lambda pid: None)
     seconds = time.monotonic() - began
-    return {"error": error, "seconds": seconds, "policy": policies(0), "bars": has_bars()}
+    return {"error": error, "seconds": seconds, "policy": policies(0), "bars": has_bars(), "logs": logged()}
 
 with ray_session(ClusterConfig(address="local")):
     import ray
@@ -86,6 +93,14 @@ def test_ray_data_has_no_progress_bar_of_its_own_for_a_thread_of_it_can_hang_aft
     answer: dict[str, Any],
 ) -> None:
     assert answer["bars"] is False
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux has it")
+def test_logs_of_rays_processes_hold_no_key_and_no_control_sequence(answer: dict[str, Any]) -> None:
+    out, err = answer["logs"]
+    assert "printed \\u001b[2J at s3://***@bucket" in out and "logged \\u001b[2J at s3://***@bucket" in err
+    assert "PLANTED" not in out + err and "\x1b[2J" not in out + err
 
 
 @pytest.mark.cluster

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -560,3 +561,15 @@ def test_ray_and_pyarrow_take_a_place_for_the_place_that_it_is(
     uri = scheme + name
     _, path = pyarrow.fs.FileSystem.from_uri(open_store(uri).storage_path())
     assert path == uri.partition("://")[2] or path == uri
+
+
+def test_a_traceback_shows_no_password_of_an_endpoint_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret")):
+        monkeypatch.setenv(name, value)
+    at_once = RetryPolicy(connect_seconds=1, silence_seconds=1, give_up_seconds=0)
+    for endpoint, chained in (("http://user:PLANTED@127.0.0.1:9", False), ("http://127.0.0.1:9", True)):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(StorageError) as failed:
+            open_store("s3://bucket/x", at_once).read("y")
+        told = "".join(traceback.format_exception(failed.value))
+        assert "PLANTED" not in told and ("botocore" in told) == chained, told
