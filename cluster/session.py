@@ -148,7 +148,11 @@ def reach_head(given: str) -> None:
         host, port = port, str(CLIENT_PORT)
     if not host or not port.isdigit():
         raise ConfigError(
-            [no_head(given, f"{address} is no address of a Ray head: give host:port, or ray://host:port")]
+            [
+                no_head(
+                    given, f"{address} is no address of a Ray head: give it as head:6379 or ray://head:10001"
+                )
+            ]
         )
     ends = time.monotonic() + CONNECT_SECONDS
     while True:

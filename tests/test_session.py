@@ -212,7 +212,7 @@ def test_who_starts_them_is_scheduled_as_before_also_where_the_kernel_refuses(
     [
         ("127.0.0.1:9", "127.0.0.1:9 does not answer: "),
         ("ray://127.0.0.1:9", "ray://127.0.0.1:9 does not answer: "),
-        ("head", "head is no address of a Ray head: give host:port, or ray://host:port"),
+        ("head", "head is no address of a Ray head: give it as head:6379 or ray://head:10001"),
     ],
 )
 def test_a_head_that_is_not_there_is_one_line_within_the_time_that_a_starting_one_gets(
