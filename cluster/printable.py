@@ -51,7 +51,9 @@ def _without_user(rest: str, bucket: bool) -> str:
     port = re.sub(r"^\[[^\]]*\]", "", authority.rpartition("@")[2]).partition(":")[2]  # [::1] is a host
     if "@" in authority and not bucket:
         return f"{HIDDEN}@{authority.rpartition('@')[2]}{rest[len(authority) :]}"
-    if "@" in authority or (":" in authority and (bucket or not re.fullmatch(r"\d*", port))):
+    if "@" in authority or (
+        ":" in authority and (bucket or ("@" in rest and not re.fullmatch(r"\d*", port)))
+    ):
         return f"{HIDDEN}@{rest.rpartition('@')[2]}" if "@" in rest else HIDDEN
     return rest
 

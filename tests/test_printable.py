@@ -73,6 +73,7 @@ def test_a_signature_in_a_query_is_hidden_and_the_rest_stays(name, secret) -> No
         'endpoint URL: "http://[::1]:9000/bucket"',
         "http://host:9: refused",
         "ray://head:10001 does not answer",
+        "give host:port, or ray://host:port; check that a head runs there",
         "mail a@b.c: key=value",
         "metrics: 3:4@5",
     ],
