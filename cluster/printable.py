@@ -13,8 +13,8 @@ from typing import Any, TextIO, cast
 HIDDEN = "***"
 
 # A bucket has no colon: where one stands, a key was meant, also if the @ after it was cut off.
-_BUCKET_URI = re.compile(r"\b((?:s3[an]?|gs):/*)([^\s'\"]+)", re.IGNORECASE)
-_URI = re.compile(r"\b([a-z][a-z0-9+.-]+://)([^\s'\"/][^\s'\"]*)", re.IGNORECASE)
+_BUCKET_URI = re.compile(r"(?<![a-z])((?:s3[an]?|gs):/*)([^\s'\"]+)", re.IGNORECASE)
+_URI = re.compile(r"(?<![a-z])([a-z][a-z0-9+.-]+://)([^\s'\"/][^\s'\"]*)", re.IGNORECASE)
 _URI_AS_PATH = re.compile(
     r"\b([a-z][a-z0-9+.-]+:/)[^\s'\"/@]*@", re.IGNORECASE
 )  # which joins its two slashes

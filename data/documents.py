@@ -159,6 +159,7 @@ def _read_jsonl(
             yield _broken(number, f"longer than corpus.max_record_bytes={config.max_record_bytes:,}", line)
             continue
         if not line.strip():
+            stream.skip_line()
             continue
         record = parse_record(line, columns, is_first=number == 1)
         if isinstance(record, str):

@@ -18,6 +18,7 @@ from data import unpacking
 from data.corpus import CorpusConfig, CorpusError, RawShard
 from data.documents import Broken, Document, read_documents
 from data.pieces import SET_ASIDE_BYTES, SET_ASIDE_RECORDS, Piece, survey
+from trainers.record_files import BrokenRow, rows_in
 
 MOST_MEMORY = 512 << 20
 """Above what a reader takes before it reads: eight times what a page of Parquet may unpack to."""
@@ -149,6 +150,24 @@ def test_what_unpacks_to_more_than_its_bound_is_refused_by_name_with_the_key(
     ):
         list(read_documents(store, shard, CorpusConfig(max_expansion=100)))
     assert list(read_documents(store, shard, CorpusConfig(max_expansion=10_000)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
+def test_blank_lines_count_as_records(name: str, tmp_path: Path) -> None:
+    store, blank = open_store(str(tmp_path)), b"\n" * 5_000
+    store.put(name, gzip.compress(b"text\n" + blank))
+    [*_, (_, last)] = rows_in(store, name, ["text"], free_bytes=100_000)
+    assert isinstance(last, BrokenRow) and last.ends_file and "unpack to more than 100,000" in last.reason
+    assert not [row for _, row in rows_in(store, name, ["text"]) if getattr(row, "ends_file", False)]
+
+
+def test_blank_lines_of_a_raw_shard_count_as_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpacking.Expansion.__init__, "__defaults__", (unpacking.RATIO, 100_000))
+    store, content = open_store(str(tmp_path)), gzip.compress(b"\n" * 5_000)
+    store.put("a.jsonl.gz", content)
+    shard = RawShard("web", "a.jsonl.gz", len(content), "1")
+    with pytest.raises(CorpusError, match="unpack to more than"):
+        list(read_documents(store, shard, CorpusConfig(max_expansion=100)))
 
 
 def surveyed(folder: Path, content: bytes, config: CorpusConfig) -> list[dict[str, object]]:

@@ -26,7 +26,7 @@ SECRETS = st.text("abcdefABCDEF0123456789/+=-_.~%$!*,;:@", min_size=16, max_size
     lambda key: f"k{key}k"
 )
 USERS = st.sampled_from(["AKIAPLANTED", "user", ""])
-OF_BUCKETS = st.sampled_from(["s3://", "s3:/", "s3:", "S3://", "gs://", "gs:/", "s3a://"])
+OF_BUCKETS = st.sampled_from(["s3://", "_s3://", "9s3:/", "s3:/", "s3:", "S3://", "gs://", "gs:/", "s3a://"])
 OF_SERVERS = st.sampled_from(["http://", "https://", "ray://", "redis://"])
 AROUND = st.sampled_from(
     ["{}", "run.storage={}: no", '"{}"', "['{}']", "({}) is away", "a=1\nat {}\n", "{} and {}"]

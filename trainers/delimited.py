@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import IO
 
 from data.parquet_rows import RepeatedColumnError
@@ -12,9 +12,11 @@ class LongRecordError(ValueError):
     """A record without end, or with one too far away: an opening quote takes in all that follows."""
 
 
-def csv_rows(file: IO[bytes], columns: Collection[str], max_bytes: int) -> Iterator[dict[str, str] | str]:
+def csv_rows(
+    file: IO[bytes], columns: Collection[str], max_bytes: int, skip_line: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, str] | str]:
     """The rows below the header by its names, each empty field an empty text; a row that cannot be read is its
-    error's text.
+    error's text. `skip_line` is called at each blank line.
 
     Raises:
         RepeatedColumnError: the header names one of `columns` twice.
@@ -36,6 +38,7 @@ def csv_rows(file: IO[bytes], columns: Collection[str], max_bytes: int) -> Itera
             yield f"not CSV: {error}"
             continue
         if not fields:
+            skip_line()
             continue
         if names is None:
             names = fields

@@ -159,10 +159,13 @@ def _json_rows(stream: Any, columns: Collection[str]) -> Iterator[tuple[int, Row
     for number, line in enumerate(lines_of(stream, MAX_RECORD_BYTES), 1):
         if line.strip():
             yield number, parsed(line, columns, is_first=number == 1)
+        else:
+            stream.skip_line()
 
 
 def _csv_rows(stream: Any, columns: Collection[str]) -> Iterator[tuple[int, Row]]:
-    for number, row in enumerate(csv_rows(io.BufferedReader(stream), columns, MAX_RECORD_BYTES), 1):
+    rows = csv_rows(io.BufferedReader(stream), columns, MAX_RECORD_BYTES, stream.skip_line)
+    for number, row in enumerate(rows, 1):
         yield number, BrokenRow(row) if isinstance(row, str) else _asked(row, columns)
 
 
