@@ -17,7 +17,7 @@ from trainers.charts import draw_charts
 
 CASES = int(os.environ.get("FUZZ_CASES", "80"))
 """Of each kind, times its weight; some thousands in all."""
-QUICK_CASES = 3
+QUICK_CASES = 2
 SECONDS, MEMORY_BYTES = 5.0, 600 << 20
 """Of all cores that one reading may take at most, and all readings of a kind may add to the process."""
 NAMED = (UserError, StorageError)
