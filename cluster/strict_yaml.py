@@ -82,6 +82,8 @@ def parse_yaml(content: str | bytes, where: str) -> Any:
         OverflowError,  # of dates and numbers out of range
         AttributeError,  # of `!!timestamp x`
         KeyError,  # of `!!bool x`
+        IndexError,  # of `!!int ""`
+        TypeError,  # of `!!timestamp {=: x}`
     ) as error:
         raise ConfigError([f"{where}: not YAML: {_told(error)}"]) from None
 

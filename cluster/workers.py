@@ -12,6 +12,8 @@ Resources = Mapping[str, float]
 
 MOST_CPUS = 4_096
 """Of a host; the largest have some hundreds."""
+LEAST_CPUS = 1e-4
+"""Ray counts in ten thousandths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +47,11 @@ class ClusterConfig:
                 f"{at}.min_workers={self.min_workers} must be between 0 (a fixed size) and "
                 f"{at}.num_workers={self.num_workers}"
             )
-        if self.cpus_per_worker <= 0:
-            yield f"{at}.cpus_per_worker={self.cpus_per_worker} must be positive; on shared cores, try 0.75"
+        if self.cpus_per_worker < LEAST_CPUS:
+            yield (
+                f"{at}.cpus_per_worker={self.cpus_per_worker} must be {LEAST_CPUS:g} or more: Ray counts no less; on "
+                "shared cores, try 0.75"
+            )
         for key in ("cpus_per_worker", "threads_per_worker"):
             if getattr(self, key) > MOST_CPUS:
                 yield f"{at}.{key}={getattr(self, key):g} is more than any host has; {MOST_CPUS:,} at most"

@@ -12,6 +12,7 @@ from cluster.config import UserError
 from cluster.printable import printable
 from cluster.storage import open_store
 from cluster.store import name_problem
+from cluster.workers import LEAST_CPUS, MOST_CPUS
 from data.clean import Normalization
 from data.splits import SplitConfig
 from data.tokens import TokenizerConfig
@@ -95,8 +96,11 @@ class CorpusConfig:
             yield f"{at}.max_record_bytes={self.max_record_bytes:,} is below 1,024"
         if self.max_expansion < 1:
             yield f"{at}.max_expansion={self.max_expansion} is below 1; give the ratio of the best packed shard"
-        if self.cpus_per_piece <= 0:
-            yield f"{at}.cpus_per_piece={self.cpus_per_piece} is not positive; give 1, or less to share CPUs"
+        if not LEAST_CPUS <= self.cpus_per_piece <= MOST_CPUS:
+            yield (
+                f"{at}.cpus_per_piece={self.cpus_per_piece} must be {LEAST_CPUS:g} to {MOST_CPUS:,}; "
+                "give 1, or less to share CPUs"
+            )
         yield from self.splits.problems(f"{at}.splits")
         yield from self.tokenizer.problems(f"{at}.tokenizer")
 

@@ -117,6 +117,23 @@ def test_the_largest_numbers_are_taken_or_refused_by_a_line_without_a_traceback_
         assert time.process_time() - started < 5, (config, name)
 
 
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (PretrainConfig, "cluster.cpus_per_worker", "1e-320"),  # the workers that fit: an infinite number
+        (PretrainConfig, "corpus.cpus_per_piece", "1e-320"),
+        (PretrainConfig, "corpus.cpus_per_piece", "5000"),  # waits for such a node without end
+        (FinetuneConfig, "run.seeds", "[0, -1]"),
+    ],
+)
+def test_what_no_machine_or_generator_can_count_is_refused_by_its_key(
+    config: type, key: str, value: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(config, [f"--{key}", value], description="")
+    assert any(line.startswith(f"{key}=") for line in refused.value.problems)
+
+
 @pytest.mark.parametrize("text", [".nan", ".inf", "-.inf", "1e400", "1e308"])
 @pytest.mark.parametrize(
     "key", ["guard.max_norm_ratio", "order.weights.a", "optimizer.betas", "engine.deepspeed.a"]

@@ -179,6 +179,7 @@ def changed(store: Store, file: str, **fields: Any) -> None:
         ({"intermediate_size": 10_000_000}, "config.json describes a model of 2 layers and 480,"),
         ({"vocab_size": 10_000_000}, "config.json describes a model"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is no finite number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps=1000"),
         ({"rms_norm_eps": None, "rope_parameters": [1]}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta=inf"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings=1"),

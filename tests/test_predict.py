@@ -318,7 +318,12 @@ def test_a_job_that_was_killed_goes_on_and_every_record_is_answered_once(
         ("rows_per_batch", 0, "--rows-per-batch=0 must be at least 1"),
         ("rows_per_batch", -1, "--rows-per-batch=-1 must be at least 1"),
         ("max_new_tokens", 0, "--max-new-tokens=0 must be at least 1"),
-        ("cpus_per_worker", 0.0, "--cpus-per-worker=0 must be positive; on shared cores, try 0.5"),
+        ("cpus_per_worker", 0.0, "--cpus-per-worker=0 must be 0.0001 or more; on shared cores, try 0.5"),
+        (
+            "cpus_per_worker",
+            1e-320,
+            "--cpus-per-worker=9.99989e-321 must be 0.0001 or more; on shared cores, try 0.5",
+        ),
         ("gpus_per_worker", -1.0, "--gpus-per-worker=-1 must be 0 or more"),
     ],
 )

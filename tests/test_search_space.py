@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.bounds import LARGEST_INTEGER
 from cluster.config import ConfigError, from_dict
 from trainers.finetune_config import FinetuneConfig
 from tune.proposals import Proposals, key_of
@@ -20,6 +21,12 @@ SPACE = {
     "batch.rows_per_step": {"int": [8, 64]},
     "adapt.dropout": {"uniform": [0.0, 0.3]},
 }
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+@pytest.mark.parametrize("seed", [-1, 2**32, LARGEST_INTEGER])
+def test_a_search_takes_every_seed(search, seed):
+    assert Proposals(parse_space(SPACE, BASE), search, 1, seed, []).propose() is not None
 
 
 @pytest.mark.slow

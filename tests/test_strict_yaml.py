@@ -45,6 +45,8 @@ REFUSED = {
     "a date as a key": ("a: {2024-01-01: 1}\n", "put it in quotes"),
     "a list as a key": ("? [a]\n: b\n", "not YAML"),
     "a tag": ("a: !!python/object/apply:os.system [ls]\n", "not YAML"),
+    "a number without digits": ('a: !!int ""\n', "not YAML"),
+    "a mapping tagged as a date": ("a: !!timestamp {=: x}\n", "not YAML"),
     "no UTF-8": (b"a: \xff\n", "not YAML"),
     "an unfinished list": ("a: [1\n", "not YAML"),
 }

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from task_files import SHAPE
 
+from cluster.bounds import LARGEST_INTEGER
 from trainers.lora import LoRALinear, add_lora, merge_lora
 from trainers.model import build
 from trainers.optimizer import OptimizerConfig, parameter_groups
@@ -89,6 +90,12 @@ def test_a_merged_adapter_does_what_the_adapted_layer_did():
     merge_lora(net)
     assert isinstance(net.o_proj, torch.nn.Linear)
     torch.testing.assert_close(net(x), adapted)
+
+
+def test_an_adapter_takes_the_largest_seed():
+    net = torch.nn.Sequential()
+    net.add_module("o_proj", torch.nn.Linear(6, 5))
+    assert add_lora(net, ["o_proj"], rank=2, alpha=8.0, seed=LARGEST_INTEGER) == 1
 
 
 def test_each_layer_learns_slower_than_the_one_above():

@@ -38,6 +38,8 @@ class FinetuneRunConfig:
             yield f"{at}.task must be given: the path of a task file"
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             yield f"{at}.seeds={list(self.seeds)} must be one or more different numbers"
+        if min(self.seeds, default=0) < 0:
+            yield f"{at}.seeds={list(self.seeds)} must not be negative: no order of records has such a seed"
 
 
 @dataclass(frozen=True, kw_only=True)

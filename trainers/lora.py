@@ -41,7 +41,7 @@ def add_lora(module: nn.Module, targets: Sequence[str], rank: int, alpha: float,
     module.requires_grad_(False)
     found = list(_linears(module, targets))
     for number, (parent, name, linear) in enumerate(found):
-        setattr(parent, name, LoRALinear(linear, rank, alpha, seed * 65_537 + number))
+        setattr(parent, name, LoRALinear(linear, rank, alpha, (seed * 65_537 + number) % 2**63))
     return len(found)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,11 @@ class Fields:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0."""
         value = self._given(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not 0 < value <= sys.float_info.max
+        ):
             raise ModelFolderError(f"{self.at}: {key}={_shown(value)} is no finite number above 0")
         return float(value)
 

@@ -29,7 +29,7 @@ from cluster.session import ray_session
 from cluster.storage import Store, open_store
 from cluster.store import former_version
 from cluster.stored_file import read_json
-from cluster.workers import ClusterConfig, shortages
+from cluster.workers import LEAST_CPUS, ClusterConfig, shortages
 from trainers.lease import RunTakenError, lease
 from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
 from trainers.prediction_rows import Piece, column_problems, pieces_of
@@ -90,8 +90,8 @@ def option_problems(options: argparse.Namespace) -> Iterator[str]:
     for key in ("workers", "rows_per_batch", "max_new_tokens"):
         if (value := getattr(options, key)) < 1:
             yield f"--{key.replace('_', '-')}={value} must be at least 1"
-    if not options.cpus_per_worker > 0:
-        yield f"--cpus-per-worker={options.cpus_per_worker:g} must be positive; on shared cores, try 0.5"
+    if not options.cpus_per_worker >= LEAST_CPUS:
+        yield f"--cpus-per-worker={options.cpus_per_worker:g} must be {LEAST_CPUS:g} or more; on shared cores, try 0.5"
     if not options.gpus_per_worker >= 0:
         yield f"--gpus-per-worker={options.gpus_per_worker:g} must be 0 or more"
 

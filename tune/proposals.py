@@ -14,6 +14,8 @@ from optuna.trial import TrialState, create_trial
 from tune.search_space import Dimension, Point, SearchSpace
 
 Search = Literal["random", "grid", "tpe"]
+SEEDS = 2**32
+"""That numpy's generator, which Optuna draws from, can tell apart."""
 REPEATS = 100
 """Draws in a row that propose nothing new, after which a space of choices is taken for exhausted."""
 
@@ -34,10 +36,10 @@ class Proposals:
         self._space = space
         sampler = (
             optuna.samplers.TPESampler(
-                seed=seed + len(known), multivariate=True, group=True, constant_liar=True
+                seed=(seed + len(known)) % SEEDS, multivariate=True, group=True, constant_liar=True
             )
             if search == "tpe"
-            else optuna.samplers.RandomSampler(seed=seed)
+            else optuna.samplers.RandomSampler(seed=seed % SEEDS)
         )
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._grid = space.grid() if search == "grid" else None
