@@ -39,7 +39,7 @@ class Step(TypedDict):
 
     step: Count
     attempt: Count
-    time: NotRequired[UnixTime]
+    time: UnixTime
     loss: Measured
     tokens: NotRequired[Count]
     lr: NotRequired[Measured]
@@ -55,7 +55,7 @@ class Step(TypedDict):
 class Validation(TypedDict):
     step: Count
     attempt: Count
-    time: NotRequired[UnixTime]
+    time: UnixTime
     validation: dict[str, Measured]
 
 
@@ -63,7 +63,7 @@ class Validation(TypedDict):
 class Event(TypedDict):
     step: Count
     attempt: Count
-    time: NotRequired[UnixTime]
+    time: UnixTime
     event: str
     world_size: NotRequired[Annotated[int, Field(ge=1, lt=2**31)]]
     watts: NotRequired[Annotated[float, Field(ge=0, le=1e9)] | None]
