@@ -33,12 +33,13 @@ _swept: set[Path] = set()  # folders that this process has looked through alread
 class LocalStore(Store):
     """A folder on a disk, or on a file system that all hosts mount, with rename and hard links.
 
-    The folder itself may be a link or lie under one. Links below it are followed only while they stay inside of the
-    folder that was opened by URI, of which `child` stores are parts; a link to a folder is refused by a listing.
+    The folder that was opened by URI may be a link or lie under one. Links below it are followed only while they stay
+    inside of this store; so neither a `child` store's folder nor one on the way to it leads to another place. A link
+    to a folder is refused by a listing.
     """
 
     root: str = field(default="", repr=False)
-    """URI of the folder that no link leads out of, if this store is a part of it."""
+    """URI of the folder that was opened, if this store is a part of it."""
 
     def child(self, path: str) -> Store:
         return replace(self, uri=super().child(path).uri, root=self.root or self.uri)
@@ -51,14 +52,14 @@ class LocalStore(Store):
         return _folder(self.uri) / checked_path(path)
 
     def _resolved(self, path: str) -> Path:
-        """Where `path` leads, links followed. Raises `StorageError` if that is outside of the store's root."""
-        root, found = (
-            os.path.realpath(place) for place in (_folder(self.root or self.uri), self._path(path))
-        )
-        if found != root and not found.startswith(os.path.join(root, "")):
+        """Where `path` leads, links followed. Raises `StorageError` if that is outside of the store."""
+        opened = _folder(self.root or self.uri)
+        home = Path(os.path.realpath(opened), _folder(self.uri).relative_to(opened))
+        found = Path(os.path.realpath(self._path(path)))
+        if not found.is_relative_to(home):
             remedy = "put what it leads to in its place, or give that folder itself"
-            raise self._error("use", path, f"a link there leads out of {root}", remedy)
-        return Path(found)
+            raise self._error("use", path, f"a link there leads out of {home}", remedy)
+        return found
 
     def _target(self, path: str) -> Path:
         """Where an object is written or removed: a link in its place is replaced or removed, not followed."""

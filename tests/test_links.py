@@ -105,6 +105,20 @@ def test_an_export_that_is_a_link_to_another_folder_is_neither_listed_nor_emptie
     assert os.listdir(secret.parent) == [secret.name]
 
 
+@pytest.mark.parametrize("linked", ["runs/new/export", "runs/new"])
+def test_one_run_does_not_export_over_another_by_a_link(linked: str, folder: Path) -> None:
+    old = folder / "runs" / "old" / "export"
+    old.mkdir(parents=True)
+    (old / "config.json").write_bytes(b"old")
+    (folder / linked).parent.mkdir(exist_ok=True)
+    (folder / linked).symlink_to(old if linked.endswith("export") else old.parent)
+    export = open_store(f"{folder}/runs").child("new").child("export")
+    for use in (export.list, lambda: export.delete("config.json"), lambda: export.put("config.json", b"new")):
+        with pytest.raises(StorageError, match=r"leads out of .*runs/new/export"):
+            use()
+    assert (old / "config.json").read_bytes() == b"old"
+
+
 @pytest.mark.parametrize("way", ["put", "upload", "delete"])
 def test_a_link_is_itself_replaced_or_removed_and_what_it_leads_to_stays(
     way: str, folder: Path, secret: Path
