@@ -10,9 +10,9 @@ import numpy as np
 from rich.table import Table
 
 from cluster.storage import Store
-from cluster.stored_file import read_text
+from cluster.stored_file import DamagedFileError, place_of, read_text
 from trainers.charts import ORANGE, Chart, draw_plain
-from trainers.finetune_result import FinetuneResult, read_result
+from trainers.finetune_result import RESULT, FinetuneResult, read_result
 from trainers.metrics import read_metrics, validations_of
 from trainers.report import REPORT, page_environment
 from trainers.run_files import PUT_BACK
@@ -96,6 +96,8 @@ def write_task_report(run: Store, prepared: PreparedTask) -> str:
     """Make the page of one seed's run and put it there; returns its URI."""
     task = prepared.task
     result = read_result(run, task.judged_by)
+    if "test" not in result:
+        raise DamagedFileError(place_of(run, RESULT), "it has no verdict of the test split", PUT_BACK)
     answers = read_answers(run, "answers.jsonl", task, PUT_BACK)
     curve = [(r["step"], r["validation"][task.judged_by]) for r in validations_of(read_metrics(run))]
     page = {
