@@ -100,7 +100,7 @@ def read_record(store: Store, path: str, remedy: str = ANEW, *, is_bounded: bool
     sealed = content.pop(SEAL, None)
     if sealed is not None and sealed != _hash(content):
         raise DamagedFileError(where, f"it does not have the hash {sealed!r:.80}", remedy)
-    if sealed is None and (wrong := matches(content, SHAPES[kind])):
+    if wrong := matches(content, SHAPES[kind]):
         raise DamagedFileError(where, wrong, remedy)
     return content
 

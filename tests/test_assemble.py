@@ -32,10 +32,10 @@ def test_records_come_in_order_and_few_are_read_before_they_are_taken(tmp_path):
     store = _Counting(f"file://{tmp_path}")
     digests = [f"{number:016x}" for number in range(NUM_PIECES)]
     for number, digest in enumerate(digests):
-        put_record(store, record_path("tokens", digest), {"number": number})
+        put_record(store, record_path("tokens", digest), {"shards": [], "set_aside": number})
     records = read_records(store, "tokens", digests)
-    assert next(records) == {"number": 0} and store.num_read <= READING_THREADS
-    assert [record["number"] for record in records] == list(range(1, NUM_PIECES))
+    assert next(records) == {"shards": [], "set_aside": 0} and store.num_read <= READING_THREADS
+    assert [record["set_aside"] for record in records] == list(range(1, NUM_PIECES))
 
 
 def test_surveys_of_versions_that_did_not_count_torn_shards_are_read():

@@ -60,6 +60,7 @@ def run(tmp_path):
         (lambda line: line.replace(b'"loss"', b'"lost"'), "loss: Field required"),
         (lambda line: b"[" * 100_000, "line 4: "),
         (lambda line: b"\xff" + line, "utf-8"),
+        (lambda line: line.replace(b'"time"', b'"then"'), "time: Field required"),
         (lambda line: b"7", "it is no record"),
     ],
 )  # fmt: skip

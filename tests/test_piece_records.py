@@ -146,6 +146,14 @@ def test_a_record_is_read_back_as_it_was_put_and_not_with_another_number(tmp_pat
         read_record(store, path)
 
 
+@pytest.mark.parametrize("kind", ["survey", "duplicates", "tokens", "inputs", "tokenizer"])
+def test_a_record_with_its_hash_but_of_another_shape_is_damaged(tmp_path, kind) -> None:
+    store, path = open_store(str(tmp_path)), f"pieces/{kind}-0123456789abcdef.json"
+    put_record(store, path, {"shards": 1, "set_aside": "1"})
+    with pytest.raises(DamagedFileError, match=f"{path} is damaged"):
+        read_record(store, path)
+
+
 def test_of_a_table_only_the_row_groups_within_are_read_also_of_one_from_before_it_had_bounds(
     tmp_path, monkeypatch
 ) -> None:
