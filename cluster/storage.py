@@ -21,6 +21,7 @@ import boto3
 import botocore.exceptions as aws
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
+from botocore.utils import is_valid_endpoint_url, is_valid_ipv6_endpoint_url
 
 from cluster.bounds import location_problem, seconds_given
 from cluster.config import ConfigError
@@ -67,8 +68,7 @@ def open_store(uri: str, policy: RetryPolicy | None = None) -> Store:
         return LocalStore(f"file://{Path(rest or uri).expanduser().absolute()}", policy)
     bucket = rest.partition("/")[0]
     if scheme == "s3" and bucket and not {"@", ":"} & set(bucket):
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        return S3Store(f"s3://{rest.strip('/')}", policy, endpoint)
+        return S3Store(f"s3://{rest.strip('/')}", policy, _endpoint())
     if scheme == "gs" and bucket and not {"@", ":"} & set(bucket):
         return GoogleStore(f"gs://{rest.strip('/')}", policy)
     if {"@", ":"} & set(bucket):  # whoever wrote it there meant a key: it is not shown
@@ -230,6 +230,26 @@ class S3Store(RemoteStore):
             remedy = _REMEDIES.get(type(error).__name__, _REMEDIES[""])
             return Failure(str(error), remedy, is_passing=isinstance(error, _PASSING))
         return None
+
+
+def _endpoint() -> str | None:
+    """The store's address by the environment; None for Amazon's. ConfigError, which does not show it, if it is none."""
+    for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        if given := os.environ.get(variable):
+            if _is_address(given):
+                return given
+            remedy = "give it as http://HOST:PORT or https://HOST"
+            raise ConfigError([f"the variable {variable} is no address of a store; {remedy}"])
+    return None
+
+
+def _is_address(text: str) -> bool:
+    if not re.fullmatch(r"https?://\S+", text, re.IGNORECASE):
+        return False
+    try:  # as the client does, whose own error shows all of it
+        return bool(is_valid_endpoint_url(text) or is_valid_ipv6_endpoint_url(text))
+    except ValueError:
+        return False
 
 
 def _aws_variables() -> tuple[tuple[str, str], ...]:

@@ -573,3 +573,28 @@ def test_a_traceback_shows_no_password_of_an_endpoint_either(monkeypatch: pytest
             open_store("s3://bucket/x", at_once).read("y")
         told = "".join(traceback.format_exception(failed.value))
         assert "PLANTED" not in told and ("botocore" in told) == chained, told
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1:9/user:PLANTED@x",
+        "http//user:PLANTED@h",
+        "http://user:PLANTED x@h",
+        "http://user:PLANTED@[::1",
+    ],
+)
+def test_what_is_no_address_is_told_in_one_line_that_does_not_show_it(
+    variable: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, address)
+    with pytest.raises(ConfigError, match=f"{variable} is no address") as refused:
+        open_store("s3://bucket/x").exists("y")
+    assert "PLANTED" not in str(refused.value)
+
+
+def test_addresses_of_stores_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("http://127.0.0.1:9", "HTTP://minio.ns.svc:9000/", "https://u:p@h", "http://[::1]:9000"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        assert getattr(open_store("s3://bucket/x"), "endpoint", None) == address
