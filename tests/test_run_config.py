@@ -164,6 +164,16 @@ def test_a_bound_on_unpacking_changes_no_run_nor_one_of_before_there_was_one(fin
     assert changed_keys(before, load(), finished=finished) == []
 
 
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("key", [("model", "num_layers"), ("order", "seed"), ("schedule", "warmup_steps")])
+def test_a_key_that_is_younger_than_a_run_had_its_default_there(key: tuple[str, str], finished: bool) -> None:
+    before = to_dict(load())
+    del before[key[0]][key[1]]
+    assert changed_keys(before, load(), finished=finished) == []
+    [line] = changed_keys(before, load(f"--{'.'.join(key)}", "77"), finished=finished)
+    assert line.startswith(f"{'.'.join(key)}=77")
+
+
 def test_a_changed_configuration_is_refused_by_the_run_that_has_another(tmp_path):
     run = open_store(str(tmp_path))
     check_unchanged(run, load())

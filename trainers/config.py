@@ -260,18 +260,21 @@ IDLE = (
 
 def changed_keys(before: dict[str, Any], now: Any, judged: bool = False, finished: bool = False) -> list[str]:
     """One line per key that a run cannot change under way, or once it is `judged` or `finished`, comparing its stored
-    configuration with this one."""
-    old, new = dict(flatten(before)), dict(flatten(to_dict(now)))
+    configuration with this one. A key that is younger than the run had its default there."""
+    new = dict(flatten(to_dict(now)))
+    young = {key: value for key, value in flatten(to_dict(type(now)())) if key in new}
+    old = young | dict(flatten(before))
 
     def may_change(key: str) -> bool:
-        if finished and key in old:  # a key that is younger than the run had no other value
+        if finished:
             return key.startswith(IDLE)
         return key.startswith(CHANGEABLE) and not (judged and key in ENDS_A_RUN)
 
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [
         f"{key}={new.get(key)!r}, but the run was started with {old.get(key)!r}; give it back, or choose a new run.name"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not may_change(key)
+        for key in changed
+        if not may_change(key) and not any(key.startswith(f"{empty}.") for empty in changed)
     ]
 
 
