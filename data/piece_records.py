@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, NotRequired
 
 import pydantic
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from cluster.storage import Store
@@ -17,7 +17,9 @@ SEAL = "sha256"
 """Key of the hash of all others; records of before have none."""
 ANEW = "that piece of work is done again"
 
+NO_OTHER_KEYS = pydantic.ConfigDict(extra="forbid")
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Index = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{16}|[0-9a-f]{32})$")]
@@ -37,6 +39,13 @@ class Survey(TypedDict):
     pinned: NotRequired[Sha256]
 
 
+def _equally_long(columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    if len({len(values) for values in columns.values()}) > 1:
+        raise ValueError("its columns are not equally long")
+    return columns
+
+
+@pydantic.with_config(NO_OTHER_KEYS)
 class DuplicateCounts(TypedDict):
     piece: list[Count]
     split: list[Annotated[int, Field(ge=0, lt=3)]]
@@ -44,9 +53,30 @@ class DuplicateCounts(TypedDict):
     fingerprint: list[Annotated[int, Field(ge=0, lt=2**64)]]
 
 
+@pydantic.with_config(NO_OTHER_KEYS)
+class FragmentColumns(TypedDict):
+    row_group: list[Index]
+    num_tokens: list[Count]
+    num_bytes: list[Count]
+    num_documents: list[Count]
+    checksum: list[Annotated[int, Field(ge=0, lt=2**32)]]
+    blake2b: NotRequired[list[Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]]]
+
+
+@pydantic.with_config(NO_OTHER_KEYS)
+class ShardFields(TypedDict):
+    path: str
+    split: str
+    source: str
+    num_bytes: Count
+    sha256: Sha256
+    footer_bytes: NotRequired[Count]
+    footer_blake2b: NotRequired[str]
+
+
 class WrittenShard(TypedDict):
-    shard: dict[str, str | int]
-    fragments: dict[str, list[int] | list[str]]
+    shard: ShardFields
+    fragments: Annotated[FragmentColumns, AfterValidator(_equally_long)]
 
 
 class Tokens(TypedDict):
@@ -65,7 +95,7 @@ class Trained(TypedDict):
 SHAPES: Mapping[str, Any] = {
     "survey": Survey,
     "merged": dict[str, str],
-    "duplicates": DuplicateCounts,
+    "duplicates": Annotated[DuplicateCounts, AfterValidator(_equally_long)],
     "tokens": Tokens,
     "inputs": Inputs,
     "tokenizer": Trained,

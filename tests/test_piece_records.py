@@ -64,6 +64,19 @@ def test_the_piece_of_a_damaged_record_is_done_again_and_told(
     assert capsys.readouterr().out.count(f"{path} is damaged: ") == 1
 
 
+@pytest.mark.parametrize("column", ["row_group", "num_tokens", "checksum", "blake2b"])
+def test_a_record_with_its_hash_whose_columns_do_not_fit_is_damaged(folder, column: str) -> None:
+    store = store_of(folder)
+    path = first(store, "tokens")
+    content = read_record(store, path)
+    fragments = content["shards"][0]["fragments"]
+    for wrong in ([], fragments[column] * 2, ["x"] * len(fragments[column])):
+        changed = content["shards"][0] | {"fragments": fragments | {column: wrong}}
+        put_record(store, path, content | {"shards": [changed]})
+        with pytest.raises(DamagedFileError, match="fragments"):
+            read_record(store, path)
+
+
 def test_a_damaged_note_of_the_inputs_costs_a_look_at_the_pieces_and_no_work(folder, capsys) -> None:
     store, work = store_of(folder), Counting()
     path = first(store, "inputs")

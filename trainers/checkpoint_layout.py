@@ -96,6 +96,8 @@ def check_layout(files: Sequence[StoredFile], tensors: Mapping[str, StoredTensor
     Raises:
         CheckpointError: the first tensor or file of which that is not so.
     """
+    if not tensors:
+        raise CheckpointError("it has no tensor")
     for name, tensor in tensors.items():
         for kind, extents in tensor.kinds.items():
             _check_covered(f"{kind} of {name}", tensor.shape, extents)
