@@ -42,7 +42,7 @@ def scored_by_rate(folder: Store, point: Point, seed: int, report: Report) -> Sc
 
 def scored_step_by_step(folder: Store, point: Point, seed: int, report: Report) -> Score:
     """As training does: validations on the way, and a checkpoint to go on from."""
-    folder.put("seed-0/checkpoints/step-1/weights", b"")
+    folder.put("seed-0/checkpoints/step-00000001-w1-a1/worker-00000-000.safetensors", b"")
     for step in range(1, 10):
         report(step / 10, point["rate"] * step, {"loss": 1.0})
     return Score(point["rate"] * 10, {"loss": 1.0})
