@@ -84,7 +84,7 @@ class GoogleStore(RemoteStore):
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         writer = uuid.uuid4().hex
-        about = json.dumps({"metadata": {"writer": writer}}).encode()
+        about = json.dumps({"metadata": {"writer": writer}}, allow_nan=False).encode()
         parts = ((b"application/json", about), (b"application/octet-stream", data))
         body = b"".join(
             b"--%s\r\nContent-Type: %s\r\n\r\n%s\r\n" % (writer.encode(), *part) for part in parts

@@ -94,7 +94,7 @@ class Manifest:
             "format": FORMAT if self.hashed else FIRST_FORMAT,
             "shards": [{name: getattr(shard, name) for name in names} for shard in self.shards],
         }
-        content = hashlib.sha256(json.dumps(everything, sort_keys=True).encode())
+        content = hashlib.sha256(json.dumps(everything, sort_keys=True, allow_nan=False).encode())
         for name, dtype in FRAGMENT_DTYPES.items():
             column = getattr(self.fragments, name)
             content.update(np.ascontiguousarray(column, np.dtype(dtype).newbyteorder("<")).data)

@@ -128,7 +128,7 @@ def encode(
     for name, values in columns.items():
         table = table.append_column(f"fragment_{name}", pa.ListArray.from_arrays(bounds, values))
     content = dict(header) | {"format": FORMAT if hashed else UNHASHED_FORMAT}
-    table = table.replace_schema_metadata({"manifest": json.dumps(content, sort_keys=True)})
+    table = table.replace_schema_metadata({"manifest": json.dumps(content, sort_keys=True, allow_nan=False)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()

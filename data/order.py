@@ -309,4 +309,4 @@ def _named_changes(at: str, schedule: Sequence[WeightChange]) -> list[tuple[str,
 
 
 def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([ORDER_VERSION, *parts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([ORDER_VERSION, *parts], allow_nan=False).encode()).hexdigest()[:16]

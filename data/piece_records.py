@@ -110,7 +110,7 @@ def record_path(kind: str, digest: str) -> str:
 
 def put_record(store: Store, path: str, content: Mapping[str, Any]) -> None:
     """Put a record, with its hash."""
-    store.put(path, json.dumps({**content, SEAL: _hash(content)}).encode())
+    store.put(path, json.dumps({**content, SEAL: _hash(content)}, allow_nan=False).encode())
 
 
 def read_record(store: Store, path: str, remedy: str = ANEW, *, is_bounded: bool = False) -> dict[str, Any]:
@@ -143,4 +143,4 @@ def forget_damaged(store: Store, path: str, why: str) -> CorpusError:
 
 
 def _hash(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -31,7 +31,9 @@ def write_table(table: pa.Table, key: str) -> bytes:
     """Parquet of a table that is sorted by `key`, with checksums of its pages."""
     values = table.column(key).to_numpy()
     groups = [values[start : start + ROW_GROUP] for start in range(0, max(1, len(values)), ROW_GROUP)]
-    bounds = json.dumps([[int(group[0]), int(group[-1])] if len(group) else [] for group in groups])
+    bounds = json.dumps(
+        [[int(group[0]), int(group[-1])] if len(group) else [] for group in groups], allow_nan=False
+    )
     metadata = {BOUNDS: f"{zlib.crc32(bounds.encode()):08x}{bounds}".encode()}
     sink = pa.BufferOutputStream()
     pq.write_table(

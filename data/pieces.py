@@ -80,7 +80,8 @@ def _reading(config: CorpusConfig) -> tuple[str, str, str, int]:
 
 def digest_of(*parts: Any) -> str:
     """16 hex digits of a sha256 over JSON."""
-    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:16]
+    content = json.dumps([FORMAT, *parts], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def hashes_path(survey_digest: str) -> str:
@@ -204,7 +205,7 @@ class _SetAside:
         where = {"source": shard.source, "shard": shard.path, "line": broken.line}
         with writing_locally():
             self._num_bytes += self._file.write(
-                json.dumps(where | {"reason": broken.reason, "raw": broken.raw}) + "\n"
+                json.dumps(where | {"reason": broken.reason, "raw": broken.raw}, allow_nan=False) + "\n"
             )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

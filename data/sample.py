@@ -143,7 +143,7 @@ def put_missing(sample: Sample, files: Files, store: Store) -> int:
     """
     shards: dict[str, list[str]] = defaultdict(list)
     for shard, record in sample.documents(files):
-        shards[shard].append(json.dumps(record, ensure_ascii=False))
+        shards[shard].append(json.dumps(record, ensure_ascii=False, allow_nan=False))
     if set(shards) != set(sample.shards):
         raise ValueError(
             f"the packages make the shards {sorted(shards)}, the sample declares {sorted(sample.shards)}"

@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def as_lines(records: Sequence[Record]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    return "".join(
+        json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records
+    ).encode()
 
 
 def checked(archive: Path, digest: str) -> bytes:

@@ -1,15 +1,18 @@
 """Finalists win by their mean over all seeds; what is left of a sweep is told by the trials of this start."""
 
 import io
-from dataclasses import replace
+import json
+import math
+from dataclasses import asdict, replace
 
+import pytest
 from rich.console import Console
 
 from cluster.storage import open_store
-from tune.finalists import rank
+from tune.finalists import best_points, rank
 from tune.measure import Measure
 from tune.search import ProgressLine
-from tune.trial_records import TrialRecord, discard_checkpoints
+from tune.trial_records import TrialRecord, discard_checkpoints, read_trials, record_outcome, trial_name
 
 LUCKY, STEADY = {"rate": 1.0}, {"rate": 0.1}
 
@@ -27,6 +30,26 @@ def test_a_point_that_failed_with_other_seeds_does_not_win_on_one_score():
     ranked = rank([LUCKY, STEADY], [0, 1, 2], trials)
     assert [finalist.point for finalist in ranked] == [STEADY, LUCKY]
     assert [len(finalist.scores) for finalist in ranked] == [3, 1]
+
+
+def test_a_diverged_trial_of_an_older_version_does_not_win_by_its_accuracy(tmp_path):
+    sweep = open_store(str(tmp_path))
+    for point, loss in ((LUCKY, math.nan), (STEADY, 0.5)):
+        name, score = trial_name(point, 0), 0.9 if point == LUCKY else 0.8
+        metrics = {"accuracy": score, "loss": loss}
+        record = TrialRecord(name, point, 0, 1, "finished", score, metrics=metrics)
+        sweep.put(f"trials/{name}/outcome.json", json.dumps(asdict(record)).encode())
+    trials = read_trials(sweep)
+    assert {trial.point["rate"]: trial.status for trial in trials} == {1.0: "failed", 0.1: "finished"}
+    assert best_points(trials, 0, 2) == [STEADY]
+
+
+def test_an_outcome_is_json_whatever_was_measured(tmp_path):
+    sweep, name = open_store(str(tmp_path)), trial_name(LUCKY, 0)
+    record_outcome(sweep, TrialRecord(name, LUCKY, 0, 1, "failed", -math.inf, metrics={"loss": math.nan}))
+    stored = json.loads(sweep.read(f"trials/{name}/outcome.json"), parse_constant=pytest.fail)
+    assert stored["score"] is None and stored["metrics"] == {"loss": None}
+    assert read_trials(sweep)[0].score is None
 
 
 def test_time_left_is_told_by_the_trials_of_this_start():

@@ -1,15 +1,22 @@
 """Trials that fine-tune: what each of them would refuse is refused once before, and no more than that."""
 
+import math
+
 import pytest
 from task_files import put_backbone, put_lines, put_task, sentences
+from trial_experiments import Doing
 
 from cluster.config import from_dict
 from cluster.storage import open_store
+from trainers.diverged import DivergedModelError
 from trainers.finetune_config import FinetuneConfig
 from trainers.task import load_task
 from trainers.task_data import choose_budget, prepare_task
+from tune import trials
+from tune.experiment import Score
 from tune.finetune_trials import FinetuneTrials, point_problems
 from tune.search_space import parse_space
+from tune.trial_records import trial_name
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +104,32 @@ def test_a_trial_comes_to_all_of_its_steps_also_where_the_budget_is_more_than_th
         open_store(str(tmp_path / "trial")), {}, 0, lambda share, score, metrics: shares.append(share)
     )
     assert shares == [0.5, 1.0]
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_comes_to_no_score(made, tmp_path):
+    base, prepared = made(sentences(60), sentences(20, 1))
+    scores: list[float] = []
+    with pytest.raises(DivergedModelError, match="has a score"):
+        FinetuneTrials(base, prepared).train(
+            open_store(str(tmp_path / "trial")),
+            {"optimizer.learning_rate": 1e30},
+            0,
+            lambda share, score, metrics: scores.append(score),
+        )
+    assert len(scores) == 2 and all(map(math.isnan, scores))
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_trial_whose_score_is_not_finite_has_failed(tmp_path, monkeypatch, score):
+    sweep, told = open_store(str(tmp_path)), []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(trials.tune, "report", told.append)
+
+    def diverging(folder, point, seed, report):
+        report(0.5, score, {"accuracy": 0.9, "loss": math.nan})
+        return Score(score, {"accuracy": 0.9})
+
+    trials.run_trial({"point": {}, "seed": 0}, Doing(diverging, cpus=1.0), sweep)
+    assert b"DivergedModelError" in sweep.read(f"trials/{trial_name({}, 0)}/error.txt")
+    assert [each["best_score"] for each in told] == [-math.inf]

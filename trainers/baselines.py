@@ -57,7 +57,7 @@ def write_baselines(run: Store, config: PretrainConfig, manifest: Manifest) -> N
         )
         inputs = (objective.evaluation_inputs(batch) for batch in batches)
         found[split] = measure(inputs, counts_V, ~objective.masking.special, objective.terms[-1].name)
-    run.put(BASELINES, json.dumps(found, indent=2).encode())
+    run.put(BASELINES, json.dumps(found, indent=2, allow_nan=False).encode())
 
 
 def token_counts(corpus: Store, manifest: Manifest) -> NDArray[np.int64]:

@@ -100,7 +100,7 @@ class HostFile:
         for name, kind, _, start, stop in self._ranges:
             header[header_key(name, kind, start)] = header_entry(stop - start, ends[-1])
             ends.append(ends[-1] + (stop - start) * FLOAT32_BYTES)
-        text = json.dumps(header, separators=(",", ":")).encode()
+        text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
         text += b" " * (-len(text) % 8)
         prefix = len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
         file_start = HEADER_ROOM_BYTES - len(prefix)

@@ -56,7 +56,7 @@ def write_floor(run: Store, config: PretrainConfig, manifest: Manifest) -> None:
         "fitted_bytes": model.num_bytes,
         **found,
     }
-    run.put(FLOOR, json.dumps(floor, indent=2).encode())
+    run.put(FLOOR, json.dumps(floor, indent=2, allow_nan=False).encode())
 
 
 def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def write_samples(run: Store, config: PretrainConfig) -> list[dict[str, Any]]:
         settings = SamplingConfig(max_new_tokens=min(100, room), temperature=0.8, top_p=0.95, seed=seed)
         [completion] = complete(exported, [prompt], settings)
         samples.append({"prompt": prompt, "continuation": completion.text, "settings": asdict(settings)})
-    run.put(SAMPLES, json.dumps(samples, indent=2, ensure_ascii=False).encode())
+    run.put(SAMPLES, json.dumps(samples, indent=2, ensure_ascii=False, allow_nan=False).encode())
     return samples
 
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     while batch := list(islice(texts, options.batch_size)):
         vectors = reader.embed(batch, options.pooling, batch_size=options.batch_size)
         for text, vector in zip(batch, vectors.tolist(), strict=True):
-            print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False))
+            print(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False, allow_nan=False))
 
 
 def lines() -> Iterator[str]:

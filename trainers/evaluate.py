@@ -8,6 +8,7 @@ In one process, on a GPU where there is one. The test split is refused: it judge
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -30,11 +31,13 @@ from data.manifest import Manifest, read_manifest
 from data.tokenizer_file import parse_tokenizer
 from data.tokens import fingerprint_of, fix_tokenizer, read_tokenizer
 from data.words import WordKind
+from trainers.diverged import DivergedModelError
 from trainers.evaluation import Evaluation, evaluation_of, sums_over
 from trainers.export import load_exported
 from trainers.few_shot import FewShotConfig, evaluate_few_shot
 from trainers.formats import pretraining_of, read_stored
 from trainers.initial import grown
+from trainers.metrics import finite
 from trainers.objectives import ObjectiveConfig, objective_of
 from trainers.task import load_task
 from trainers.task_data import prepare_task
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if problems := number_problems(options):
         parser.error("; ".join(problems))
     found = ask(options) if options.task else {"split": options.split, **score(options).as_json()}
-    print(json.dumps(found, indent=2))
+    print(json.dumps(finite(found), indent=2, allow_nan=False))
 
 
 def number_problems(options: argparse.Namespace) -> list[str]:
@@ -135,6 +138,7 @@ def score(options: argparse.Namespace) -> Evaluation:
         TestSplitError: for the test split.
         ValueError: an unknown split, a model with another tokenizer than the corpus, or one without positions for
             such rows.
+        DivergedModelError: a loss that is not finite.
     """
     refuse_test_split(options.split)
     if options.split not in SPLITS:
@@ -182,7 +186,12 @@ def score(options: argparse.Namespace) -> Evaluation:
     started = time.perf_counter()
     with torch.inference_mode():
         sums, num_bytes = sums_over(model, device, batches, objective)
-    return evaluation_of(objective.terms, sums, num_bytes, time.perf_counter() - started)
+    found = evaluation_of(objective.terms, sums, num_bytes, time.perf_counter() - started)
+    if not math.isfinite(found.loss):
+        raise DivergedModelError(
+            f"the loss of {folder.uri} on {options.split} is {found.loss}: the model has diverged; take another"
+        )
+    return found
 
 
 @cache

@@ -219,7 +219,7 @@ def generation_config(boundary_id: int) -> dict[str, Any]:
 
 
 def put_json(target: Store, path: str, content: Mapping[str, Any]) -> None:
-    target.put(path, json.dumps(content, indent=2).encode())
+    target.put(path, json.dumps(content, indent=2, allow_nan=False).encode())
 
 
 def export_run(

@@ -45,7 +45,9 @@ def replacing(target: Store, weights: Collection[str], *, overwrite: bool = Fals
             "replace the model there with --overwrite"
         )
     old = {*(ours or ()), *(name for name in foreign if _WEIGHTS.fullmatch(name))}
-    target.put(UNFINISHED, json.dumps({"files": sorted(old | set(weights))}, indent=2).encode())
+    target.put(
+        UNFINISHED, json.dumps({"files": sorted(old | set(weights))}, indent=2, allow_nan=False).encode()
+    )
     target.delete(CONFIG)
     if _is_our_task(_read(target, TASK)):
         target.delete(TASK)

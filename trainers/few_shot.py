@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from cluster.config import ConfigError
+from trainers.diverged import DivergedModelError
 from trainers.export import Exported
 from trainers.generate import SamplingConfig, complete
 from trainers.task import TaskConfig
@@ -161,6 +162,7 @@ def log_likelihoods(
 
     Raises:
         ConfigError: a prompt and its answer share a token, or are longer than the model's positions.
+        DivergedModelError: a log-likelihood is not finite.
     """
     model = exported.model
     rows, starts = encoded(exported, prompts, answers)
@@ -191,6 +193,11 @@ def log_likelihoods(
         nats_B = model(tokens_BT[:, :-1], None, None, tokens_BT[:, 1:], weights_BT[:, 1:].contiguous())[1]
         for (p, a), nats in zip(some, nats_B.tolist(), strict=True):
             found[p, a] = -nats
+    if diverged := int((~np.isfinite(found)).any(axis=1).sum()):
+        raise DivergedModelError(
+            f"the model's log-likelihoods of answers to {diverged:,} of {len(prompts):,} prompts are not finite: it "
+            "has diverged; take another"
+        )
     return found, np.array([[len(row) - start for row in rows[p]] for p, start in enumerate(starts)])
 
 

@@ -36,6 +36,7 @@ try:
     from trainers.stopping import STOP, RunFailed, RunStopped, stop_on_signal
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, prepare_task
+    from trainers.task_evaluation import TaskScore
     from trainers.task_metrics import seeds_interval
     from trainers.task_report import results_table, task_tables, write_task_report
     from trainers.verdict import EXPORT
@@ -65,7 +66,7 @@ def finetune(
     Raises:
         ConfigError: something about task, backbone or configuration cannot be right.
         RunStopped: a run was asked to stop, and has saved.
-        RunFailed, TrainingDiverged: a run that no restart would help.
+        RunFailed, TrainingDiverged, DivergedModelError: a run that no restart would help.
     """
     config = absolute(config)
     task = prepared or prepare_task(load_task(config.run.task), open_store(config.run.prepared))
@@ -160,8 +161,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "dry-run" in loaded.flags:
         return check(config, prepared)
 
-    def tell(step: int, score: Any) -> None:
+    def tell(step: int, score: TaskScore) -> None:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in score.metrics.items())
+        if not score.is_score:
+            shown = "has no score: the model's outputs, or its loss, are not finite"
         console.print(f"step {step:,}: validation {shown}", highlight=False)
 
     runs = [seed_store(config, seed) for seed in config.run.seeds]

@@ -96,7 +96,7 @@ def backbone_digest(config: FinetuneConfig) -> str:
     except ValueError as error:
         raise ConfigError([f"backbone.uri={config.backbone.uri} cannot be adapted: {error}"]) from None
     infos = sorted((i.path, i.num_bytes, former_version(i.version)) for i in source.list() if i.path in read)
-    return hashlib.blake2b(json.dumps(infos).encode(), digest_size=12).hexdigest()
+    return hashlib.blake2b(json.dumps(infos, allow_nan=False).encode(), digest_size=12).hexdigest()
 
 
 def make_encoder(

@@ -17,6 +17,7 @@ from cluster.hardware import device_here
 from cluster.storage import Store
 from cluster.stored_file import read_json
 from trainers.checkpoint_commit import FOLDER as CHECKPOINTS
+from trainers.diverged import LOWER_RATE, DivergedModelError
 from trainers.export import Exported
 from trainers.export_folder import foreign_problem
 from trainers.finetune_backbone import load_backbone, make_encoder
@@ -25,6 +26,7 @@ from trainers.finetune_order import FinetuneOrder, origin_of
 from trainers.finetune_result import RESULT, TaskVerdict
 from trainers.heartbeat import Heartbeat
 from trainers.lora import merge_lora
+from trainers.metrics import finite
 from trainers.model_files import read_weights
 from trainers.run_files import PUT_BACK
 from trainers.task_encoding import Encoder
@@ -59,18 +61,29 @@ def keep_chosen(
     validation_records: int,
     encoder: Encoder,
 ) -> Chosen:
-    """Put what was chosen on storage, the weights first where something is to be done with them."""
+    """Put what was chosen on storage, the weights first where something is to be done with them.
+
+    Raises:
+        DivergedModelError: no validation had a score.
+    """
     if at.weights is None:
-        raise RuntimeError(f"no validation of {run.uri} gave a number; lower optimizer.learning_rate")
+        raise DivergedModelError(
+            f"no validation of {run.uri} has a score, so that there is no model to judge or export: the outputs were "
+            f"not finite; {LOWER_RATE}"
+        )
     chosen = Chosen(at.choice, at.step, train_records, validation_records, encoder.scale)
     if order.judge or order.keep_model:
         run.put(best_path(at.choice.best_step), safetensors.torch.save(at.weights))
-    run.put(CHOSEN, json.dumps(asdict(chosen)).encode())
+    run.put(CHOSEN, json.dumps(asdict(chosen), allow_nan=False).encode())
     return chosen
 
 
 def read_chosen(order: FinetuneOrder, run: Store) -> Chosen | None:
-    """What an earlier start kept; None before the end of training, or where it kept no weights and they are needed."""
+    """What an earlier start kept; None before the end of training, or where it kept no weights and they are needed.
+
+    Raises:
+        DivergedModelError: an older version chose a model whose validation loss is not finite.
+    """
     if not run.exists(CHOSEN):
         return None
     remedy = (
@@ -78,6 +91,11 @@ def read_chosen(order: FinetuneOrder, run: Store) -> Chosen | None:
         "new run.name"
     )
     chosen: Chosen = read_json(run, CHOSEN, Chosen, remedy, not_finite=True)
+    if not all(map(math.isfinite, chosen.choice.metrics.values())):
+        raise DivergedModelError(
+            f"{run.uri}/{CHOSEN} names step {chosen.choice.best_step:,}, where the model's outputs were not finite; "
+            f"{LOWER_RATE}"
+        )
     if (order.judge or order.keep_model) and not run.exists(best_path(chosen.choice.best_step)):
         return None
     return chosen
@@ -112,7 +130,7 @@ def conclude(order: FinetuneOrder, run: Store, chosen: Chosen, heartbeat: Heartb
             )
     if run.exists(VERDICT):
         result["test"] = read_json(run, VERDICT, TaskVerdict, PUT_BACK, not_finite=True)
-    run.put(RESULT, json.dumps(result, indent=2).encode())
+    run.put(RESULT, json.dumps(finite(result), indent=2, allow_nan=False).encode())
     # The run is finished: nobody goes on from them.
     for info in [*run.list(f"{CHECKPOINTS}/"), *run.list("best/")]:
         if is_state(info.path):
@@ -144,7 +162,11 @@ def answer(
     order: FinetuneOrder, model: TaskModel, encoder: Encoder, examples: list[Example]
 ) -> dict[str, Any]:
     """Metrics of the model on records, with a bootstrap interval of the task's metric, and every answer; in the
-    precision that validation chose it in."""
+    precision that validation chose it in.
+
+    Raises:
+        DivergedModelError: outputs that are not finite.
+    """
     device, config = device_here(), order.config
     encoder = replace(encoder, truncate=True)
     encoded = encoder.encode(examples)
@@ -160,8 +182,15 @@ def answer(
     )
     task = encoder.task
     rows_asked = asked(encoder, examples, encoded, config.validation.max_new_tokens)
+    score = score_of(task, examples, found, losses, weights)
+    if not score.is_score:
+        diverged = sum(not one.is_finite for one in found)
+        raise DivergedModelError(
+            f"the chosen model has no verdict: its outputs for {diverged:,} of {len(examples):,} test records, or "
+            f"their loss, are not finite; {LOWER_RATE}"
+        )
     described: dict[str, Any] = {
-        "metrics": score_of(task, examples, found, losses, weights).metrics,
+        "metrics": score.metrics,
         "records": len(examples),
         "truncated": sum(row.truncated for row in rows_asked),
         "answers": answer_lines(examples, found),
@@ -184,4 +213,4 @@ def answer_lines(examples: list[Example], answers: list[Answer]) -> bytes:
         }
         for example, answer in zip(examples, answers, strict=True)
     ]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    return "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines).encode()

@@ -51,7 +51,7 @@ def write_start(run: Store, order: FinetuneOrder) -> None:
     """Write down what the run is."""
     config = order.config
     run.put(CONFIG, to_yaml(replace(config, run=replace(config.run, seeds=(order.seed,)))).encode())
-    run.put(ORIGIN, json.dumps(origin_of(order.prepared, order.backbone)).encode())
+    run.put(ORIGIN, json.dumps(origin_of(order.prepared, order.backbone), allow_nan=False).encode())
 
 
 def identity_of(order: FinetuneOrder) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from trainers.metric_records import Count
 from trainers.run_files import PUT_BACK
 
 RESULT = "result.json"
-Metrics = dict[str, float]
+Metrics = dict[str, float | None]
 
 
 @pydantic.with_config(WITH_OTHER_KEYS)
@@ -44,7 +44,7 @@ def read_result(run: Store, metric: str) -> dict[str, Any]:
     """What a finished run came to. Raises `DamagedFileError`, also where it has no such metric."""
     result = read_json(run, RESULT, SeedResult, PUT_BACK, not_finite=True)
     measured = [result["validation"], *([result["test"]["metrics"]] if "test" in result else [])]
-    if any(metric not in each for each in measured):
+    if any(each.get(metric) is None for each in measured):
         raise DamagedFileError(place_of(run, RESULT), f"it has no {metric}", PUT_BACK)
     return result
 

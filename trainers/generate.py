@@ -24,6 +24,7 @@ from cluster.config import run_entry
 from cluster.hardware import device_here
 from cluster.keys import keys_of
 from cluster.storage import open_store
+from trainers.diverged import DivergedModelError
 from trainers.export import Exported, load_exported
 from trainers.layers import Cache
 from trainers.model import Backbone
@@ -78,6 +79,7 @@ def complete(exported: Exported, prompts: Sequence[str], sampling: SamplingConfi
 
     Raises:
         ValueError: a prompt and its continuation need more positions than the model has, or it is an encoder.
+        DivergedModelError: its scores of the next token are not finite.
     """
     if exported.model.config.attention != "causal":
         raise ValueError("the model is an encoder, which continues no text; see trainers/fill_mask.py")
@@ -88,7 +90,11 @@ def complete(exported: Exported, prompts: Sequence[str], sampling: SamplingConfi
 
     encoded = [encoded_prompt(prompt, exported) for prompt in prompts]
     completions = []
-    for tokens in generate(exported.model, encoded, sampling, ends):
+    for prompt, tokens in zip(prompts, generate(exported.model, encoded, sampling, ends), strict=True):
+        if tokens is None:
+            raise DivergedModelError(
+                f"the model's scores of what follows {prompt[:40]!r} are not finite: it has diverged; take another"
+            )
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         before_stop = cut(text, sampling.stop)
         completions.append(
@@ -121,8 +127,9 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     ends: Callable[[Sequence[int]], bool] = lambda tokens: False,
-) -> list[list[int]]:
-    """Return the tokens that follow each prompt; a row is closed once `ends` is true of its new tokens.
+) -> list[list[int] | None]:
+    """Return the tokens that follow each prompt, None where a token's scores are not finite; a row is closed once
+    `ends` is true of its new tokens.
 
     Shorter prompts are padded on the left with a segment of their own, which nothing else attends to; rotary
     positions are relative, so a prompt's place in its row does not matter.
@@ -142,9 +149,15 @@ def generate(
     streams = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
     written: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
+    diverged_rows: set[int] = set()
     for _ in range(sampling.max_new_tokens):
         hidden_BTD = model(tokens_BT, segments_BT, cache)
-        chosen_B = choose(model.logits(hidden_BTD[:, -1:]).squeeze(1), sampling, streams)
+        logits_BV = model.logits(hidden_BTD[:, -1:]).squeeze(1)
+        finite_B = logits_BV.isfinite().all(dim=-1)
+        # Any token will do for a row whose answer is dropped, but no generator draws from NaN.
+        chosen_B = choose(logits_BV.where(finite_B[:, None], 0.0), sampling, streams)
+        diverged_rows |= open_rows - set(finite_B.nonzero().flatten().tolist())
+        open_rows -= diverged_rows
         for row, token in enumerate(chosen_B.tolist()):
             if row in open_rows:
                 written[row].append(token)
@@ -153,7 +166,7 @@ def generate(
             break
         tokens_BT = chosen_B[:, None].to(device)
         segments_BT = torch.full_like(tokens_BT, PROMPT_SEGMENT)
-    return written
+    return [None if row in diverged_rows else tokens for row, tokens in enumerate(written)]
 
 
 def check_lengths(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.errors import UserError
 from cluster.storage import Store
 from data.manifest import Manifest
 from data.shards import read_fragment_documents
@@ -79,7 +80,7 @@ class Refusal:
         return f"step {self.step} refused: {self.reason}; {self.of_what}: {shown}{more}"
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError, RuntimeError):
     """Too many steps were refused; going on would train on nothing, or hide a fault."""
 
 

@@ -162,7 +162,7 @@ def put_lm_eval_task(folder: Path, asked: Asked) -> None:
     with lines.open("w", encoding="utf-8") as file:
         for prompt, gold in zip(asked.prompts, asked.golds, strict=True):
             row = {"prompt": prompt, "choices": asked.answers, "gold": gold}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     described = {
         "task": asked.name,
         "dataset_path": "json",

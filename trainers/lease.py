@@ -111,7 +111,7 @@ def take(run: Store, own: dict[str, Any], say: Callable[[str], None], patience: 
         if last:
             refuse_living(run, last, say, patience)
         # Of several that take over, one makes it; the others find that it lives.
-        if run.put_if_absent(path_of(last + 1, "json"), json.dumps(own).encode()):
+        if run.put_if_absent(path_of(last + 1, "json"), json.dumps(own, allow_nan=False).encode()):
             return last + 1
 
 

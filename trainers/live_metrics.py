@@ -166,7 +166,7 @@ def event_log(run: str, worker: int | str, stream: TextIO | None = None) -> Call
     def write(record: Record) -> None:
         if "event" in record:
             line = {"run": run, "attempt": record["attempt"], "worker": worker, **finite(record)}
-            print(json.dumps(line), file=stream or sys.stdout, flush=True)
+            print(json.dumps(line, allow_nan=False), file=stream or sys.stdout, flush=True)
 
     return write
 

@@ -215,7 +215,7 @@ def in_words(found: Record) -> str:
         parts = [f"{bits:.3f} bits per byte", f"perplexity {perplexity:,.2f}"]
     else:
         loss = found.get("loss")
-        parts = [f"loss {math.inf if loss is None else loss:.3f}"]
+        parts = ["loss not finite" if loss is None else f"loss {loss:.3f}"]
     accuracies = [key for key in found if key.endswith("_accuracy") and found[key] is not None]
     return ", ".join([*parts, *(f"{key.replace('_', ' ')} {found[key]:.1%}" for key in accuracies)])
 
@@ -224,6 +224,8 @@ def finite(value: Any) -> Any:
     """The value with null for each number that JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

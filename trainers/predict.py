@@ -150,7 +150,7 @@ def pin(output: Store, model: Store, options: argparse.Namespace) -> None:
     wanted = set(paths)
     versions = {info.path: info.version for info in store.list() if info.path in wanted}
     job = {"model": listing_digest(model), "max_new_tokens": options.max_new_tokens, "input": versions}
-    if output.put_if_absent(JOB, json.dumps(job, indent=2).encode()):
+    if output.put_if_absent(JOB, json.dumps(job, indent=2, allow_nan=False).encode()):
         return
     before = read_json(output, JOB, Job, "put it back from a copy, or choose another folder")
     problems = [
@@ -170,7 +170,7 @@ def pin(output: Store, model: Store, options: argparse.Namespace) -> None:
         )
     if problems:
         raise ConfigError([f"--output {output.uri}: {line}; choose another folder" for line in problems])
-    output.put(JOB, json.dumps(job, indent=2).encode())
+    output.put(JOB, json.dumps(job, indent=2, allow_nan=False).encode())
 
 
 def answer(left: Sequence[Piece], model_uri: str, output_uri: str, options: argparse.Namespace) -> None:

@@ -38,7 +38,8 @@ ENCODED_CHARACTERS = 1 << 20
 """Characters of the records that are tokenized together, give or take a record: bounds what their tokens take."""
 FINISHED = "finished/"
 ANSWERED_AGAIN = "its records are answered again"
-as_json = json.JSONEncoder(ensure_ascii=False).encode
+NOT_ANSWERED = "the model's scores for it are not finite"
+as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Counts:
 
     answered: Annotated[int, Field(ge=0)] = 0
     refused: Annotated[int, Field(ge=0)] = 0
-    """Those that are no example: their line holds the error."""
+    """Those that are no example, or that the model has no finite scores for: their line holds the error."""
     truncated: Annotated[int, Field(ge=0)] = 0
     """Answered ones that were cut: longer than the model's positions, or than an answer to write leaves of them."""
 
@@ -114,7 +115,7 @@ class Predictor:
             counts = counts_of(lines)
             total += counts
             yield counts
-        self._output.put(f"{FINISHED}{piece.name}", json.dumps(asdict(total)).encode())
+        self._output.put(f"{FINISHED}{piece.name}", json.dumps(asdict(total), allow_nan=False).encode())
 
     def _answered(self, path: str) -> list[dict[str, Any]] | None:
         """The lines of a part that is there; None where it is damaged, and to be answered again."""
@@ -170,7 +171,11 @@ class Predictor:
         )
         rows = asked(self._encoder, chosen, encoded, self._max_new_tokens)
         for (at, example), row, answer in zip(examples, rows, answers, strict=True):
-            lines[at] |= {"id": example.id, "answer": answer.value}
+            lines[at]["id"] = example.id
+            if not answer.is_finite:
+                lines[at]["error"] = NOT_ANSWERED
+                continue
+            lines[at]["answer"] = answer.value
             if not math.isnan(answer.confidence):
                 lines[at]["confidence"] = round(answer.confidence, 6)
             if row.truncated:
@@ -208,4 +213,4 @@ def listing_digest(store: Store) -> str:
     """Names what a folder holds: 24 hexadecimal digits of path, size and version of each of its files; without the time
     of a file's last change, so that a model may be put back or copied with its times."""
     infos = [(info.path, info.num_bytes, former_version(info.version)) for info in store.list()]
-    return hashlib.blake2b(json.dumps(infos).encode(), digest_size=12).hexdigest()
+    return hashlib.blake2b(json.dumps(infos, allow_nan=False).encode(), digest_size=12).hexdigest()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.tokens import SpecialIds, special_ids
 from data.vocabulary import Vocabulary
+from trainers.diverged import DivergedModelError
 from trainers.export import Exported
 from trainers.objectives import OBJECTIVES
 
@@ -97,6 +98,7 @@ class Reader:
         # The mixed objective predicts a hidden token from the position before it, as causal rows do.
         at = places if self._bidirectional else places - 1
         logits_MV = self._model.logits(self._hidden(rows)[:, at])[0]
+        _refuse_not_finite(logits_MV, repr(text[:40]))
         found = []
         for probabilities_V in logits_MV.double().softmax(dim=-1):
             best = probabilities_V.topk(min(top, len(probabilities_V)))
@@ -119,7 +121,10 @@ class Reader:
         if self._model.pair_head is None:
             raise ValueError("the model has no pair head: train it with objective.kind=masked_next_sentence")
         logits = [self._model.pair_logits(self._hidden(rows)) for rows in self._batches(pairs, batch_size)]
-        return torch.cat(logits).double().softmax(dim=-1)[:, 0].tolist() if logits else []
+        if not logits:
+            return []
+        _refuse_not_finite(torch.cat(logits), "pairs")
+        return torch.cat(logits).double().softmax(dim=-1)[:, 0].tolist()
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], pooling: Pooling = "mean", *, batch_size: int = 32) -> Tensor:
@@ -136,7 +141,9 @@ class Reader:
                 continue
             weights_BT1 = rows.content_BT[:, :, None].to(hidden_BTD)
             vectors.append((hidden_BTD * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1))
-        return torch.cat(vectors).float().cpu()
+        found = torch.cat(vectors).float().cpu()
+        _refuse_not_finite(found, "texts")
+        return found
 
     def _hidden(self, rows: _Rows) -> Tensor:
         """[B, T, D], every position having seen all others."""
@@ -205,6 +212,13 @@ class Reader:
         if token >= len(self._vocabulary.texts) or self._vocabulary.special[token]:
             return self._tokenizer.id_to_token(token) or f"<{token}>"
         return self._vocabulary.texts[token].decode(errors="replace").strip()
+
+
+def _refuse_not_finite(outputs: Tensor, of_what: str) -> None:
+    if not bool(outputs.isfinite().all()):
+        raise DivergedModelError(
+            f"the model's outputs for {of_what} are not finite: it has diverged; take another"
+        )
 
 
 def _place(probabilities_V: Tensor, ids: Sequence[int]) -> Place | None:

@@ -60,9 +60,11 @@ def check_unchanged(run: Store, config: PretrainConfig) -> None:
 def write_start(run: Store, config: PretrainConfig, manifest: Manifest, plan: str) -> None:
     """Write down what the run is. The manifest is pinned by the first start; the rest is what this start has."""
     content = {"digest": manifest.digest, "tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size}
-    run.put_if_absent(MANIFEST, json.dumps({**content, "summary": manifest.summary()}, indent=2).encode())
+    run.put_if_absent(
+        MANIFEST, json.dumps({**content, "summary": manifest.summary()}, indent=2, allow_nan=False).encode()
+    )
     run.put(CONFIG, to_yaml(config).encode())
-    run.put(ENVIRONMENT, json.dumps(environment(config), indent=2).encode())
+    run.put(ENVIRONMENT, json.dumps(environment(config), indent=2, allow_nan=False).encode())
     run.put(PLAN, plan.encode())
 
 

@@ -59,4 +59,4 @@ def record_best(store: Store, selection: Selection, checkpoint: str) -> None:
         **({} if bits == float("inf") else {"bits_per_byte": bits}),
         "why": "lowest loss on the validation split so far",
     }
-    store.put(BEST, json.dumps(best, indent=2).encode())
+    store.put(BEST, json.dumps(best, indent=2, allow_nan=False).encode())

@@ -104,7 +104,7 @@ def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
     reasons = {"contradiction": len(contradicting)} | {key: len(some) for key, some in left_out.items()}
     record = {"labels": task.labels, "counts": counts, "left_out": reasons, "task": to_dict(task)}
     record["unvalidated"] = unvalidated
-    store.put(RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
+    store.put(RECORD, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False).encode())
     return PreparedTask(task, store, digest, counts, reasons)
 
 
@@ -120,7 +120,7 @@ def digest_of(
     """Name the split: 12 hexadecimal digits of the task, without its prompt and metric, and all records."""
     described = to_dict(task)
     kept = {key: described[key] for key in ("kind", "multi_label", "labels", "split")}
-    digest = hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=6)
+    digest = hashlib.blake2b(json.dumps(kept, sort_keys=True, allow_nan=False).encode(), digest_size=6)
     for key, examples in given.items():
         digest.update(key.encode() + to_lines(examples))
     if (
@@ -156,7 +156,7 @@ def without_contradictions(
 
 
 def _written(target: Any) -> str:
-    return json.dumps(target, sort_keys=True)
+    return json.dumps(target, sort_keys=True, allow_nan=False)
 
 
 def without_repetitions(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

@@ -14,7 +14,7 @@ from trainers.task import TaskConfig
 from trainers.task_batches import by_length
 from trainers.task_encoding import Encoded, Encoder, collate
 from trainers.task_labels import labels_in
-from trainers.task_metrics import Answer, measure, read_scores
+from trainers.task_metrics import NOT_FINITE, Answer, measure, read_scores
 from trainers.task_model import TaskModel, likelihoods, loss_sum, target_weight
 from trainers.task_records import Example
 
@@ -24,9 +24,14 @@ class TaskScore:
     """How good a model is on a set of records."""
 
     score: float
-    """The task's metric, turned so that more is better."""
+    """The task's metric, turned so that more is better; NaN where there is none, as of a diverged model."""
     metrics: dict[str, float]
+    """Those that are finite; none where the model's outputs, or its loss, are not."""
     records: int
+
+    @property
+    def is_score(self) -> bool:
+        return math.isfinite(self.score)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,10 +61,21 @@ def answers_to(
             if batch.targets is not None:
                 losses += float(loss_sum(encoder.task.kind, scores, batch.targets, batch.mask_BT, None))
             likely = likelihoods(encoder.task, scores.float()).cpu().numpy()
-            for row, of_row in zip(rows, likely, strict=True):
-                whole = of_row[: len(encoded[row].ids)] if of_row.ndim == 2 else of_row
-                found[row] = read_scores(
-                    encoder.task, examples[row], encoded[row], whole, encoder.scale, encoder.causal
+            # Of scores, not of probabilities: the sigmoid of an infinite score is 1.
+            finite = scores.isfinite().cpu().numpy()
+            for row, of_row, is_finite in zip(rows, likely, finite, strict=True):
+                within: Any = slice(len(encoded[row].ids)) if of_row.ndim == 2 else ...
+                found[row] = (
+                    read_scores(
+                        encoder.task,
+                        examples[row],
+                        encoded[row],
+                        of_row[within],
+                        encoder.scale,
+                        encoder.causal,
+                    )
+                    if is_finite[within].all()
+                    else NOT_FINITE
                 )
         if batch.targets is not None and examples[rows[0]].target is not None:
             weights += target_weight(encoder.task.kind, batch, None)
@@ -78,13 +94,15 @@ def written_answers(
     new_tokens = answer_tokens(max_new_tokens, encoder.max_tokens)
     prompts = [prompt.ids for prompt in encoder.ask(examples, new_tokens)]
     sampling = SamplingConfig(temperature=0, max_new_tokens=new_tokens)
-    texts = [""] * len(prompts)
+    found = [NOT_FINITE] * len(prompts)
     closing = prompts[0][0]  # the boundary, which opens each prompt, also ends an answer
     for rows in by_length([len(prompt) for prompt in prompts], rows_per_batch):
         written = generate(backbone, [prompts[row] for row in rows], sampling, lambda new: new[-1] == closing)
         for row, tokens in zip(rows, written, strict=True):
-            texts[row] = encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    return [Answer(text, math.nan) for text in texts]
+            if tokens is not None:
+                text = encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                found[row] = Answer(text, math.nan)
+    return found
 
 
 def answer_tokens(max_new_tokens: int, max_tokens: int) -> int:
@@ -104,11 +122,16 @@ def asked(
 def score_of(
     task: TaskConfig, examples: Sequence[Example], answers: Sequence[Answer], losses: float, weights: float
 ) -> TaskScore:
-    """Judge answers. Generated answers that were not written (metric: loss) have no other metrics."""
+    """Judge answers. Generated answers that were not written (metric: loss) have no other metrics. One record without
+    finite scores takes the score away: the others' would make a diverged model the best."""
+    if not math.isfinite(losses) or not all(answer.is_finite for answer in answers):
+        return TaskScore(math.nan, {}, len(examples))
     written = [answer.value for answer in answers]
     metrics = {} if written and written[0] is None else measure(task, examples, written)
-    metrics["loss"] = losses / weights if weights else math.nan
-    return TaskScore(task.oriented(metrics[task.judged_by]), metrics, len(examples))
+    if weights:
+        metrics["loss"] = losses / weights
+    metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return TaskScore(task.oriented(metrics.get(task.judged_by, math.nan)), metrics, len(examples))
 
 
 def evaluate_together(

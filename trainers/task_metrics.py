@@ -32,6 +32,12 @@ class Answer:
     """As the record's target: label, list of labels or tags, number, or text."""
     confidence: float
     """Probability that the model gives it; of tags the least of a record; NaN for numbers and free texts."""
+    is_finite: bool = True
+    """Whether the scores behind it are numbers; without, there is no value."""
+
+
+NOT_FINITE = Answer(None, math.nan, is_finite=False)
+"""What a diverged model says."""
 
 
 def read_scores(
@@ -44,7 +50,8 @@ def read_scores(
 ) -> Answer:
     """The answer in one row of `trainers.task_model.likelihoods` ([C], [], [T, C] or [T, 2], without padding)."""
     if task.kind == "regression":
-        return Answer(float(likely) * scale[1] + scale[0], math.nan)
+        number = float(likely) * scale[1] + scale[0]
+        return Answer(number, math.nan) if math.isfinite(number) else NOT_FINITE
     if task.kind == "question_answering":
         return _span(example, encoded, likely)
     if task.kind == "token_classification":

@@ -191,7 +191,7 @@ def _target(task: TaskConfig, row: Mapping[str, Any], words: Sequence[str]) -> T
             raise ValueError(f"{column}={value!r} is not a list of labels")
         return sorted(set(value))
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
-        return json.dumps(value)  # of JSON and Parquet: the label is how JSON writes it
+        return json.dumps(value, allow_nan=False)  # of JSON and Parquet: the label is how JSON writes it
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column}={value!r} is not a {'text' if task.kind == 'generation' else 'label'}")
     return value
@@ -236,4 +236,6 @@ def _span(column: str, value: Any, context: str) -> dict[str, Any]:
 
 def to_lines(examples: Sequence[Example]) -> bytes:
     """JSON lines that `trainers/stored_records.py` reads back."""
-    return "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples).encode()
+    return "".join(
+        json.dumps(asdict(example), ensure_ascii=False, allow_nan=False) + "\n" for example in examples
+    ).encode()

@@ -99,7 +99,10 @@ def write_task_report(run: Store, prepared: PreparedTask) -> str:
     if "test" not in result:
         raise DamagedFileError(place_of(run, RESULT), "it has no verdict of the test split", PUT_BACK)
     answers = read_answers(run, "answers.jsonl", task, PUT_BACK)
-    curve = [(r["step"], r["validation"][task.judged_by]) for r in validations_of(read_metrics(run))]
+    validations = [
+        (r["step"], r["validation"].get(task.judged_by)) for r in validations_of(read_metrics(run))
+    ]
+    curve = [(step, value) for step, value in validations if value is not None]
     page = {
         "name": run.uri.rstrip("/").rpartition("/runs/")[2] or run.uri,
         "task": task,

@@ -37,7 +37,7 @@ def claim_test_split(run: Store, checkpoint: str) -> None:
             f"{run.uri}/{VERDICT} exists: the test split was read, and judges a run only once"
         )
     claim = {"checkpoint": checkpoint}
-    if not run.put_if_absent(CLAIM, json.dumps(claim).encode()):
+    if not run.put_if_absent(CLAIM, json.dumps(claim, allow_nan=False).encode()):
         first = read_json(run, CLAIM, Claim, PUT_BACK)
         if first != claim:
             raise TestSplitError(
@@ -52,5 +52,5 @@ def record_verdict(run: Store, verdict: dict[str, Any]) -> None:
     Raises:
         TestSplitError: there is one.
     """
-    if not run.put_if_absent(VERDICT, json.dumps(verdict, indent=2).encode()):
+    if not run.put_if_absent(VERDICT, json.dumps(verdict, indent=2, allow_nan=False).encode()):
         raise TestSplitError(f"{run.uri}/{VERDICT} exists already: the test split judges a run only once")

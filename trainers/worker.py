@@ -1,5 +1,6 @@
 """One worker's life: put the parts together, train, and let the test split judge what validation chose."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from trainers.checkpoint_writer import CheckpointWriter
 from trainers.clock import RunClock
 from trainers.collectives import Workers, limit_collectives
 from trainers.config import PretrainConfig, evaluation_framing, model_of, run_store
+from trainers.diverged import LOWER_RATE, DivergedModelError
 from trainers.engine import Engine
 from trainers.evaluation import Evaluation, evaluate
 from trainers.export import export
@@ -32,8 +34,8 @@ from trainers.heartbeat import GIL_GRACE_SECONDS, Heartbeat
 from trainers.initial import begun_values
 from trainers.live_metrics import LiveMetrics, event_log
 from trainers.llama import rows_of_fused
-from trainers.loop import SECTIONS, Parts, train
-from trainers.metrics import Meter, MetricsWriter, Record
+from trainers.loop import SECTIONS, Ending, Parts, train
+from trainers.metrics import Meter, MetricsWriter, Record, finite
 from trainers.model import build_hollow, initial_value
 from trainers.objective import Objective
 from trainers.objectives import objective_of
@@ -79,6 +81,7 @@ def work(arguments: dict[str, Any]) -> None:
         limit_collectives(config.heartbeat.longest_seconds + GIL_GRACE_SECONDS)  # DeepSpeed's groups too
         ending = train(parts)
         stream.close()
+        refuse_diverged(run, ending)
         if task.judge and not ending.stopped:
             conclude(parts, data)
 
@@ -259,8 +262,20 @@ def beating(batches: Iterable[EvaluationBatch], heartbeat: Heartbeat, step: int)
         yield batch
 
 
+def refuse_diverged(run: Store, ending: Ending) -> None:
+    """Raise `DivergedModelError`, on all workers alike, where training came to its end without a validation loss."""
+    if not ending.stopped and not ending.selection.best_step:
+        raise DivergedModelError(
+            f"no validation of {run.uri} has a finite loss, so that there is no model to judge or export; {LOWER_RATE}"
+        )
+
+
 def conclude(parts: Parts, data: Data) -> None:
-    """Judge the chosen checkpoint on the test split and export it; what was done already is not done again."""
+    """Judge the chosen checkpoint on the test split and export it; what was done already is not done again.
+
+    Raises:
+        DivergedModelError: its loss on the test split is not finite.
+    """
     run, workers, config = parts.run, parts.workers, parts.config
     parts.heartbeat.beat(config.run.steps, "restore")
     # By asking worker 0 which one it is, the others wait until it has committed the last.
@@ -276,8 +291,13 @@ def conclude(parts: Parts, data: Data) -> None:
         found = evaluate_split(
             config, data, "test", 0, workers, parts.engine, parts.objective, parts.heartbeat
         )
+        if not math.isfinite(found.loss):
+            raise DivergedModelError(
+                f"{record.name} of {run.uri} has no verdict: its loss on the test split is {found.loss}; {LOWER_RATE}"
+            )
         if workers.leads:
-            record_verdict(run, {"step": best.step, "checkpoint": record.name, **found.as_json()})
+            verdict = {"step": best.step, "checkpoint": record.name, **found.as_json()}
+            record_verdict(run, finite(verdict))  # a perplexity may be beyond float64
     if workers.leads:
         parts.heartbeat.beat(best.step, "export")
         tokenizer, target = read_tokenizer(data.corpus, data.manifest.tokenizer), run.child(EXPORT)

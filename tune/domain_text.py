@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     documents = [document for document in joined if not runs.found_in(document)]
     name = prepared.task.name
     lines = [
-        json.dumps({"id": f"{name}/{n}", "text": text}, ensure_ascii=False)
+        json.dumps({"id": f"{name}/{n}", "text": text}, ensure_ascii=False, allow_nan=False)
         for n, text in enumerate(documents)
     ]
     open_store(options.output).put(f"{name}.jsonl", "".join(f"{line}\n" for line in lines).encode())

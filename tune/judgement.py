@@ -16,6 +16,7 @@ from cluster.stored_file import read_json, read_yaml
 from trainers.finetune import finetune
 from trainers.finetune_config import FinetuneConfig, seed_store
 from trainers.finetune_group import place_to_train
+from trainers.metrics import finite
 from trainers.task_data import PreparedTask
 from trainers.task_report import write_task_report
 from tune.search_space import Point
@@ -60,7 +61,7 @@ def read_judged(store: Store) -> Point:
 
 def claim_judgement(store: Store, point: Point) -> None:
     """Write down which point the test split judges; of a sweep it judges one. Raises `ConfigError` for another."""
-    if store.put_if_absent(JUDGED, json.dumps({"point": point}, sort_keys=True).encode()):
+    if store.put_if_absent(JUDGED, json.dumps({"point": point}, sort_keys=True, allow_nan=False).encode()):
         return
     if (first := read_judged(store)) != point:
         raise ConfigError(
@@ -81,5 +82,5 @@ def judge(best: FinetuneConfig, point: Point, store: Store, prepared: PreparedTa
     run = seed_store(here, here.run.seeds[0])
     write_task_report(run, prepared)
     test = result.seeds[0]["test"]
-    store.put("test.json", json.dumps(test, indent=2).encode())
+    store.put("test.json", json.dumps(finite(test), indent=2, allow_nan=False).encode())
     return test

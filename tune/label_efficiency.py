@@ -118,7 +118,7 @@ def measure_curve(
         "points": [vars(point) for point in points],
         "saved": {arm: [vars(saving) for saving in found] for arm, found in saved.items()},
     }
-    store.put("curve.json", json.dumps(content, indent=2).encode())
+    store.put("curve.json", json.dumps(content, indent=2, allow_nan=False).encode())
     console.print(curve_table(points, config.curve.arms, prepared.task.judged_by))
     if saved:
         console.print(savings_table(saved))
@@ -196,7 +196,7 @@ def value_of(
             if arm == "linear"
             else majority(prepared.task, train, test)
         )
-        store.put(path, json.dumps(answers).encode())
+        store.put(path, json.dumps(answers, allow_nan=False).encode())
         found = answers[metric]
     return found
 

@@ -50,7 +50,7 @@ def pin(sweep: Store, config: Any, origin: Mapping[str, str]) -> None:
     Raises:
         ConfigError: one line for each key that differs.
     """
-    first = sweep.put_if_absent(ORIGIN, json.dumps(origin, indent=2).encode())
+    first = sweep.put_if_absent(ORIGIN, json.dumps(origin, indent=2, allow_nan=False).encode())
     if not first and (changed := list(changes(sweep, config, origin))):
         raise ConfigError(
             [f"sweep {sweep.uri}: {line}; give it back, or choose a new sweep.name" for line in changed]

@@ -9,12 +9,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from cluster.storage import Store
 from cluster.stored_file import DamagedFileError, place_of, read_json
 from trainers.finetune_loop import is_state
+from trainers.metrics import finite
 from tune.search_space import Point
 
 FOLDER, STARTED, OUTCOME, ERROR = "trials", "trial.json", "outcome.json", "error.txt"
@@ -37,7 +38,7 @@ class TrialRecord:
     """Best validation score, more is better; None if there was none."""
     seconds: float = 0.0
     """From start to end, of the last start."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     """Of the last validation that was reported."""
     error: str = ""
     """Why it failed."""
@@ -45,20 +46,22 @@ class TrialRecord:
 
 def trial_name(point: Point, seed: int) -> str:
     """12 hexadecimal digits of what is tried."""
-    return hashlib.blake2b(json.dumps([sorted(point.items()), seed]).encode(), digest_size=6).hexdigest()
+    return hashlib.blake2b(
+        json.dumps([sorted(point.items()), seed], allow_nan=False).encode(), digest_size=6
+    ).hexdigest()
 
 
 def record_start(sweep: Store, record: TrialRecord) -> None:
     """Write down what is tried; that of an earlier start stays."""
-    sweep.put_if_absent(f"{FOLDER}/{record.name}/{STARTED}", json.dumps(asdict(record)).encode())
+    sweep.put_if_absent(
+        f"{FOLDER}/{record.name}/{STARTED}", json.dumps(asdict(record), allow_nan=False).encode()
+    )
 
 
 def record_outcome(sweep: Store, record: TrialRecord) -> None:
     """Write down how a trial ended; the first ending counts."""
-    score = record.score if record.score is not None and math.isfinite(record.score) else None
-    sweep.put_if_absent(
-        f"{FOLDER}/{record.name}/{OUTCOME}", json.dumps(asdict(record) | {"score": score}, indent=2).encode()
-    )
+    content = json.dumps(finite(asdict(record)), indent=2, allow_nan=False)
+    sweep.put_if_absent(f"{FOLDER}/{record.name}/{OUTCOME}", content.encode())
 
 
 def read_trials(sweep: Store) -> list[TrialRecord]:
@@ -78,7 +81,15 @@ def read_trial(sweep: Store, name: str, path: str) -> TrialRecord:
     if not record.name == name == trial_name(record.point, record.seed):
         wrong = f"it is of the point {trial_name(record.point, record.seed)}"
         raise DamagedFileError(place_of(sweep, path), wrong, remedy)
-    return record
+    return without_diverged_score(record)
+
+
+def without_diverged_score(record: TrialRecord) -> TrialRecord:
+    """The record as failed where its loss is not finite: older versions kept such a trial's accuracy as its score."""
+    loss = record.metrics.get("loss", 0.0)
+    if record.score is None or (loss is not None and math.isfinite(loss)):
+        return record
+    return replace(record, status="failed", score=None, error="DivergedModelError: the loss is not finite")
 
 
 def discard_checkpoints(sweep: Store, name: str) -> None:

@@ -20,6 +20,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search import Searcher
 
 from cluster.storage import StorageError, Store
+from trainers.diverged import DivergedModelError
 from tune.experiment import Experiment
 from tune.search_space import Point
 from tune.sweep_config import SweepRunConfig
@@ -162,6 +163,8 @@ def run_trial(parameters: dict[str, Any], experiment: Experiment, sweep: Store) 
     folder.delete(ERROR)
     try:
         found = experiment.train(folder, point, seed, report)
+        if not math.isfinite(found.score):
+            raise DivergedModelError(f"the score is {found.score}")
     except Exception as error:
         if is_passing(error):
             raise  # Tune starts it again, as one whose process was lost
