@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import optuna
 
 from cluster.config import ConfigError, from_dict, to_dict
-from cluster.keys import keys_of, nearest
+from cluster.keys import keys_of, members, nearest
 from trainers.config import PretrainConfig
 from trainers.finetune_config import FinetuneConfig
 
@@ -187,12 +187,15 @@ def _problems(base: type, key: str, described: Any, before: Mapping[str, Dimensi
     if not isinstance(values, list) or not values:
         yield f"space.{key}.{kind}={values!r} must be a list"
     elif kind != "choice":
-        if len(values) != 2 or not all(isinstance(v, int | float) for v in values) or values[0] >= values[1]:
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(values) != 2 or len(numbers) != 2 or not values[0] < values[1]:
             yield f"space.{key}.{kind}={values!r} must be the two ends of a range, the lower first"
         elif kind == "loguniform" and values[0] <= 0:
             yield f"space.{key}.loguniform={values!r} must be above 0"
         elif kind == "int" and not all(isinstance(v, int) for v in values):
             yield f"space.{key}.int={values!r} must be whole numbers"
+        elif kind != "int" and not takes_fractions(base, key):
+            yield f"space.{key}.{kind}={values!r}: {key} takes no fractions; write {{int: …}} or {{choice: …}}"
     yield from _condition_problems(key, described.get("if") or {}, before)
 
 
@@ -217,6 +220,12 @@ def path_of(base: type, key: str) -> list[str] | None:
         if key.startswith(f"{name}.") and typing.get_origin(declared.hint) is dict:
             return [*name.split("."), key.removeprefix(f"{name}.")]
     return None
+
+
+def takes_fractions(base: type, key: str) -> bool:
+    """Whether a key's value may be any number of a range; true of what is no key, and of a mapping's entries."""
+    declared = keys_of(base).get(key)
+    return declared is None or float in members(declared.hint)
 
 
 Config = TypeVar("Config", bound=FinetuneConfig | PretrainConfig)
