@@ -183,6 +183,20 @@ def test_a_changed_configuration_is_refused_by_the_run_that_has_another(tmp_path
         check_unchanged(run, load("--batch.seq_len", "512"))
 
 
+def test_steps_that_are_no_more_than_those_done_are_one_line_and_the_runs_own_are_not_refused(tmp_path):
+    run = open_store(str(tmp_path))
+    run.put(CONFIG, to_yaml(load("--run.steps", "100")).encode())
+    for step in (20, 40):
+        run.put(f"checkpoints/step-{step:08d}-w1-a1/COMMIT.json", b"{}")
+    for steps in ("100", "41", "200"):
+        check_unchanged(run, load("--run.steps", steps))
+    for steps in ("40", "20", "7"):
+        with pytest.raises(ConfigError, match=rf"run.steps={steps} is not above the 40 steps that are done"):
+            check_unchanged(run, load("--run.steps", steps))
+    run.put(CONFIG, to_yaml(load("--run.steps", "40")).encode())
+    check_unchanged(run, load("--run.steps", "40"))  # cut off between its last step and its judgement
+
+
 def test_once_the_test_split_is_opened_nothing_may_lead_to_another_choice(tmp_path):
     run = open_store(str(tmp_path))
     run.put(CONFIG, to_yaml(load()).encode())

@@ -23,6 +23,8 @@ from cluster.session import PROJECT
 from cluster.storage import Store
 from cluster.stored_file import read_json, read_yaml
 from data.manifest import Manifest
+from trainers.checkpoint import committed
+from trainers.checkpoint_commit import parse_folder_name
 from trainers.config import PretrainConfig, changed_keys
 from trainers.export_folder import foreign_problem
 from trainers.run_files import PUT_BACK, Pinned
@@ -45,7 +47,7 @@ def check_unchanged(run: Store, config: PretrainConfig) -> None:
     the end over a model that no run wrote.
 
     Raises:
-        ConfigError: one line per key that differs and may not.
+        ConfigError: one line per key that differs and may not, or `run.steps` that are no more than what is done.
     """
     if not run.exists(VERDICT) and (problem := foreign_problem(run.child(EXPORT))):
         raise ConfigError([problem])
@@ -55,6 +57,17 @@ def check_unchanged(run: Store, config: PretrainConfig) -> None:
         return
     if changed := changed_keys(before, config, judged=run.exists(CLAIM), finished=is_finished(run)):
         raise ConfigError([f"run {run.uri}: {line}" for line in changed])
+    # A run that had these steps before has validated the last of them, and goes on to its judgement.
+    steps, section = config.run.steps, before.get("run") or {}
+    steps_before = section.get("steps", PretrainConfig().run.steps)
+    if steps != steps_before and steps <= (done := finished_steps(run)):
+        wrong = f"run.steps={steps:,} is not above the {done:,} steps that are done"
+        raise ConfigError([f"run {run.uri}: {wrong}; give more, or choose a new run.name"])
+
+
+def finished_steps(run: Store) -> int:
+    """Steps of the newest checkpoint; 0 before the first."""
+    return max((found[0] for name in committed(run) if (found := parse_folder_name(name))), default=0)
 
 
 def write_start(run: Store, config: PretrainConfig, manifest: Manifest, plan: str) -> None:
