@@ -362,3 +362,42 @@ def test_several_good_answers_to_one_question_stay_together(tmp_path, kind, simi
     assert not set(where["train"]) & {*where["validation"], *where["test"]} | {*where["validation"]} & {
         *where["test"]
     }
+
+
+def test_texts_of_one_template_that_form_one_group_are_named_with_what_keeps_them_apart(tmp_path):
+    template = (
+        "The quarterly report of the northern branch says that the result of item {} was as expected by all"
+    )
+    records = [{"id": str(n), "text": template.format(n), "label": "ab"[n % 2]} for n in range(60)]
+    with pytest.raises(
+        ConfigError, match=r"60 of 60 texts of t are one group of near-duplicates.*split.similarity=0.7"
+    ):
+        prepared(tmp_path, records)
+    splits = everything(prepared(tmp_path, records, split={"similarity": 1.0}))
+    assert all(splits.values()) and sum(map(len, splits.values())) == 60
+
+
+def test_a_split_that_is_empty_for_want_of_records_is_not_laid_on_near_duplicates(tmp_path):
+    with pytest.raises(ConfigError, match="split of t is empty; raise its fraction"):
+        prepared(tmp_path, sentences(3))
+
+
+@pytest.mark.parametrize("kind", ["classification", "token_classification"])
+def test_records_of_one_class_are_named(tmp_path, kind):
+    tagged = kind == "token_classification"
+    records = [
+        r | {"tokens": r["text"].split(" "), "label": ["O"] * 8 if tagged else "good"} for r in sentences(100)
+    ]
+    with pytest.raises(
+        ConfigError, match="all records have the label '(good|O)': nothing is to be told apart"
+    ):
+        prepared(tmp_path, records, kind=kind)
+
+
+@pytest.mark.parametrize("number", [1e200, -1e31, "1e200"])
+def test_a_number_that_no_float32_holds_is_named_with_its_record(tmp_path, number):
+    records = [
+        {"text": r["text"], "label": number if n == 3 else 1.0 * n} for n, r in enumerate(sentences(60))
+    ]
+    with pytest.raises(ConfigError, match=r"record 4: label=.* is beyond 1e\+30, the largest number"):
+        prepared(tmp_path, records, kind="regression")

@@ -15,7 +15,7 @@ import numpy as np
 import pydantic
 from typing_extensions import TypedDict
 
-from cluster.config import to_dict
+from cluster.config import ConfigError, to_dict
 from cluster.storage import Store
 from cluster.stored_file import WITH_OTHER_KEYS, read_json
 from data.clean import content_hash
@@ -191,7 +191,22 @@ def split_by_content(task: TaskConfig, examples: Sequence[Example]) -> tuple[dic
     for example, point in zip(kept, points, strict=True):
         in_test, in_either = point < task.split.test, point < task.split.test + task.split.validation
         splits["test" if in_test else "validation" if in_either else "train"].append(example)
+    refuse_one_group(task, splits, groups)
     return splits, {"repeated": repeated}
+
+
+def refuse_one_group(task: TaskConfig, splits: Mapping[str, Sequence[Example]], groups: np.ndarray) -> None:
+    """Raise `ConfigError` where a split is empty because most texts are near-duplicates, as templated ones are."""
+    shares = {"validation": task.split.validation, "test": task.split.test, "train": 1.0}
+    empty = [name for name in SPLITS if shares[name] and not splits[name]]
+    largest = int(np.unique(groups, return_counts=True)[1].max(initial=0))
+    if empty and 1 < largest > len(groups) / 2:
+        found = f"{largest:,} of {len(groups):,} texts of {task.name} are one group of near-duplicates"
+        why = f"which two splits never share, so that {' and '.join(empty)} would be empty"
+        remedy = (
+            f"raise split.similarity={task.split.similarity:g} (1: equal texts alone), or give more records"
+        )
+        raise ConfigError([f"{found}, {why}; {remedy}"])
 
 
 def keep_apart(

@@ -57,6 +57,8 @@ def _label_problems(task: TaskConfig, counts: Mapping[str, Counter[str]]) -> Ite
         for label in sorted(set(counts[name]) - set(task.labels)):
             where = f"{counts[name][label]:,} records of {name} have the label {label!r}"
             yield f"{where}, which is not among {list(task.labels)}; correct labels or the records"
+    if len(task.labels) == 1 and not task.multi_label:
+        yield f"all records have the label {task.labels[0]!r}: nothing is to be told apart; add records of another"
     for label in task.labels:
         if not counts["train"][label]:
             yield f"no record of train has the label {label!r}; remove it from labels, or add records"

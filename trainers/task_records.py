@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cluster.bounds import out_of_bounds
 from cluster.config import ConfigError
 from cluster.keys import nearest
 from cluster.storage import Store
@@ -207,6 +208,8 @@ def _number(column: str, value: Any) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{column}={value!r} is not a number")
+    if beyond := out_of_bounds(column, number):
+        raise ValueError(f"{column}={value!r} {beyond}; give it in another unit")
     return number
 
 
