@@ -39,7 +39,7 @@ from cluster.store import (
     checked_path,
 )
 
-__all__ = ["ObjectInfo", "RetryPolicy", "StorageError", "Store", "open_parent", "open_store"]
+__all__ = ["ObjectInfo", "RetryPolicy", "StorageError", "Store", "lies_in", "open_parent", "open_store"]
 
 T = TypeVar("T")
 
@@ -84,6 +84,17 @@ def open_parent(uri: str) -> tuple[Store, str]:
     """The store that holds the file at `uri`, and the file's name there. Raises `ConfigError`."""
     parent, slash, name = uri.rstrip("/").rpartition("/")
     return open_store(parent + slash), name
+
+
+def lies_in(inner: str, outer: str) -> bool:
+    """Whether what is at one URI is the other one's place or a part of it, however both are spelled and linked."""
+    places = []
+    for uri in (inner, outer):
+        scheme, _, place = open_store(uri).uri.partition("://")
+        places.append(
+            f"{scheme}://{os.path.realpath(place) if scheme == 'file' else place}".rstrip("/") + "/"
+        )
+    return places[0].startswith(places[1])
 
 
 # --- S3 ---

@@ -2,6 +2,7 @@
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -373,7 +374,8 @@ def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_pat
     output = open_store(str(tmp_path / "out"))
 
     def pin(folder=model[0], **changes):
-        predict.pin(output, open_store(folder), options_of(folder, source, tmp_path / "out", **changes))
+        options = options_of(folder, source, tmp_path / "out", **changes)
+        predict.pin(output, open_store(folder), options, pieces_of(options.input))
 
     pin()
     put_lines(source / "b.jsonl", records(3))
@@ -397,6 +399,64 @@ def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_pat
     put_lines(source / "a.jsonl", records(4))
     with pytest.raises(ConfigError, match="1 input files have changed or gone since, the first: a.jsonl"):
         pin()
+
+
+def pinned(model, source, output):
+    """The pieces of a start of a job, as it names their answers."""
+    options = options_of(model, source, output)
+    return predict.pin(open_store(str(output)), open_store(model), options, pieces_of(options.input))
+
+
+def test_records_are_answered_once_however_their_place_is_spelled_and_wherever_it_is_moved(model, tmp_path):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    put_lines(source / "a.jsonl", records(3))
+    [first] = pinned(model[0], source, output)
+    assert answered(Predictor(model[0], str(output), 4, 1), first) == Counts(3, 0)
+    (tmp_path / "link").symlink_to(source)
+    for spelled in (f"{tmp_path}/../{tmp_path.name}/in", f"file://{source}/", tmp_path / "link"):
+        assert [piece.name for piece in pinned(model[0], spelled, output)] == [first.name], spelled
+    source.rename(tmp_path / "moved")
+    [moved] = pinned(model[0], tmp_path / "moved", output)
+    assert (
+        moved.name == first.name
+        and list(rows_of(moved, ["id"]))
+        and len(finished_pieces(open_store(str(output)))) == 1
+    )
+
+
+def test_a_job_that_named_answers_by_the_place_of_its_input_goes_on_from_there_and_from_no_other(
+    model, tmp_path
+):
+    source, output = tmp_path / "in", open_store(str(tmp_path / "out"))
+    source.mkdir()
+    put_lines(source / "a.jsonl", records(3))
+    pinned(model[0], source, tmp_path / "out")
+    job = json.loads(output.read(predict.JOB))
+    del job["named_by"]
+    output.put(predict.JOB, json.dumps(job).encode())
+    size = (source / "a.jsonl").stat().st_size
+    described = f"Piece(uri='file://{source}', path='a.jsonl', start=0, stop={size}, row_group=-1)"
+    former = f"a-{hashlib.blake2b(described.encode(), digest_size=6).hexdigest()}"
+    for path in (f"{former}-00000.jsonl", f"finished/{former}"):
+        output.put(path, b'{"answered": 3}')
+        with pytest.raises(
+            ConfigError, match=f"holds answers to {former}, which is no piece of .*as it was at the first"
+        ):
+            pinned(model[0], f"{tmp_path}/../{tmp_path.name}/in", tmp_path / "out")
+    for _ in range(2):
+        assert [piece.name for piece in pinned(model[0], source, tmp_path / "out")] == [former]
+
+
+@pytest.mark.parametrize(
+    ("source", "output"), [("in", "in/out"), ("in", "in"), ("out/in", "out"), ("out/r.jsonl", "link")]
+)
+def test_answers_and_records_that_lie_in_one_another_are_refused(model, tmp_path, source, output):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"--output=.*{output} and --input=.*{source} lie in one another"):
+        predict.predict(options_of(model[0], tmp_path / source, tmp_path / output))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_missing_column_is_one_error_before_anything_is_started(model, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from cluster.config import ConfigError
 from cluster.local_s3 import LocalS3
-from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, open_parent, open_store
+from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, lies_in, open_parent, open_store
 from cluster.store import former_version
 from data.corpus import CorpusConfig
 from tests.fault_proxy import FaultProxy
@@ -542,6 +542,24 @@ def test_no_path_leads_out_of_a_store(store: Store, path: str) -> None:
 def test_the_store_that_holds_a_file_is_that_of_its_uri(uri: str, folder: str, name: str) -> None:
     store, found = open_parent(uri)
     assert (store.uri, found) == (folder, name)
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "lies"),
+    [
+        ("s3://bucket/in/out", "s3://bucket/in/", True),
+        ("s3://bucket/in", "s3://bucket/in", True),
+        ("s3://bucket/in-2", "s3://bucket/in", False),
+        ("s3://bucket/in", "s3://bucket/in/out", False),
+        ("gs://bucket/in/out", "s3://bucket/in", False),
+        ("in/../in/out", "in", True),
+        ("in2", "in", False),
+    ],
+)
+def test_a_place_lies_in_another_by_its_parts_however_both_are_spelled(
+    inner: str, outer: str, lies: bool
+) -> None:
+    assert lies_in(inner, outer) is lies
 
 
 @pytest.mark.parametrize("uri", ["s3:/bucket/x", "gs:/bucket"])

@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,12 +26,12 @@ from cluster.bounds import finite_number, whole_number
 from cluster.config import ConfigError, run_entry
 from cluster.hardware import CPU_ALLOCATOR, CPU_ONLY
 from cluster.session import ray_session
-from cluster.storage import Store, open_store
+from cluster.storage import Store, lies_in, open_store
 from cluster.store import former_version
 from cluster.stored_file import read_json
 from cluster.workers import LEAST_CPUS, ClusterConfig, shortages
 from trainers.lease import RunTakenError, lease
-from trainers.prediction import Counts, Predictor, finished_pieces, listing_digest
+from trainers.prediction import Counts, Predictor, answered_pieces, finished_pieces, listing_digest
 from trainers.prediction_rows import Piece, column_problems, pieces_of
 from trainers.record_files import find_files
 from trainers.task_export import read_stored_task
@@ -45,6 +45,8 @@ class Job(TypedDict):
     model: str
     max_new_tokens: int
     input: dict[str, str]
+    named_by: NotRequired[str]
+    """As that of a piece; without it the place of the input stood in the names of the answers."""
 
 
 class PieceAnswers:
@@ -66,7 +68,7 @@ def predict(options: argparse.Namespace) -> Counts:
     Raises:
         ConfigError: options or inputs that cannot be right, or answers that are another job's.
     """
-    if problems := list(option_problems(options)):
+    if problems := [*option_problems(options), *overlap_problems(options)]:
         raise ConfigError(problems)
     # Workers have another working directory.
     model, output = open_store(options.model), open_store(options.output)
@@ -80,8 +82,7 @@ def predict(options: argparse.Namespace) -> Counts:
     if problems := column_problems(task, pieces):
         raise ConfigError(problems)
     with alone_in(output):
-        pin(output, model, options)
-        answer_missing(pieces, model, output, options)
+        answer_missing(pin(output, model, options, pieces), model, output, options)
     return sum(finished_pieces(output).values(), Counts())
 
 
@@ -94,6 +95,15 @@ def option_problems(options: argparse.Namespace) -> Iterator[str]:
         yield f"--cpus-per-worker={options.cpus_per_worker:g} must be {LEAST_CPUS:g} or more; on shared cores, try 0.5"
     if not options.gpus_per_worker >= 0:
         yield f"--gpus-per-worker={options.gpus_per_worker:g} must be 0 or more"
+
+
+def overlap_problems(options: argparse.Namespace) -> Iterator[str]:
+    """A line where answers would be input of the next start, or lie among what is none of theirs."""
+    if lies_in(options.output, options.input) or lies_in(options.input, options.output):
+        yield (
+            f"--output={options.output} and --input={options.input} lie in one another: answers would be read as "
+            "records; choose a folder beside the input"
+        )
 
 
 @contextmanager
@@ -140,8 +150,9 @@ def as_flags(line: str) -> str:
     return line
 
 
-def pin(output: Store, model: Store, options: argparse.Namespace) -> None:
-    """Write down what the answers are of, or hold it against what is there. Files may be added to the input.
+def pin(output: Store, model: Store, options: argparse.Namespace, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """Write down what the answers are of, or hold it against what is there; the pieces as their answers are named.
+    Files may be added to the input, and all of it may be moved.
 
     Raises:
         ConfigError: the folder holds answers of another model, of files that have changed, or otherwise asked for.
@@ -150,8 +161,9 @@ def pin(output: Store, model: Store, options: argparse.Namespace) -> None:
     wanted = set(paths)
     versions = {info.path: info.version for info in store.list() if info.path in wanted}
     job = {"model": listing_digest(model), "max_new_tokens": options.max_new_tokens, "input": versions}
+    job["named_by"] = ""
     if output.put_if_absent(JOB, json.dumps(job, indent=2, allow_nan=False).encode()):
-        return
+        return pieces
     before = read_json(output, JOB, Job, "put it back from a copy, or choose another folder")
     problems = [
         f"{key} is {job[key]} now, the answers there were made with {before[key]}"
@@ -170,7 +182,17 @@ def pin(output: Store, model: Store, options: argparse.Namespace) -> None:
         )
     if problems:
         raise ConfigError([f"--output {output.uri}: {line}; choose another folder" for line in problems])
+    job["named_by"] = before.get("named_by", store.uri)
+    pieces = [replace(piece, named_by=job["named_by"]) for piece in pieces]
+    if others := answered_pieces(output) - {piece.name for piece in pieces}:
+        raise ConfigError(
+            [
+                f"--output {output.uri} holds answers to {min(others)}, which is no piece of --input={options.input} "
+                "as it is spelled and placed now; give it as it was at the first start, or choose another folder"
+            ]
+        )
     output.put(JOB, json.dumps(job, indent=2, allow_nan=False).encode())
+    return pieces
 
 
 def answer(left: Sequence[Piece], model_uri: str, output_uri: str, options: argparse.Namespace) -> None:

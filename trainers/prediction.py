@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, NotRequired
@@ -37,6 +38,8 @@ PART_BYTES = 64 << 20
 ENCODED_CHARACTERS = 1 << 20
 """Characters of the records that are tokenized together, give or take a record: bounds what their tokens take."""
 FINISHED = "finished/"
+_PIECE = r"([^/]+-[0-9a-f]{12})"
+_OF_A_PIECE = re.compile(rf"{FINISHED}{_PIECE}|{_PIECE}-\d{{5,}}\.jsonl")
 ANSWERED_AGAIN = "its records are answered again"
 NOT_ANSWERED = "the model's scores for it are not finite"
 as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -77,6 +80,11 @@ def finished_pieces(output: Store) -> dict[str, Counts]:
         else:
             found[info.path.removeprefix(FINISHED)] = counts
     return found
+
+
+def answered_pieces(output: Store) -> set[str]:
+    """Names of the pieces that have answers, or are said to be finished."""
+    return {found[1] or found[2] for info in output.list() if (found := _OF_A_PIECE.fullmatch(info.path))}
 
 
 class Predictor:

@@ -6,7 +6,7 @@ is no reason to answer none.
 
 import hashlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import pyarrow as pa
@@ -48,11 +48,14 @@ class Piece:
     start: int = 0
     stop: int = -1
     row_group: int = -1
+    named_by: str = field(default="", repr=False)
+    """Place of the input in the names of answers that were begun when they had it; else none, for it may be moved."""
 
     @property
     def name(self) -> str:
         """What the files with its answers begin with."""
-        digest = hashlib.blake2b(repr(self).encode(), digest_size=6).hexdigest()
+        described = repr(replace(self, uri=self.named_by))
+        digest = hashlib.blake2b(described.encode(), digest_size=6).hexdigest()
         stem = self.path.rpartition("/")[2].partition(".")[0].encode()[:LONGEST_STEM_BYTES]
         return f"{stem.decode(errors='ignore')}-{digest}"
 
