@@ -63,6 +63,7 @@ from trainers.task_export import load_task_model
 from trainers.task_model import TaskModel
 from trainers.task_report import write_task_report
 from trainers.verdict import claim_test_split, record_verdict
+from tune.finalists import finalists_before, record_searched
 from tune.judgement import claim_judgement, refuse_after_judgement
 from tune.label_efficiency import LabelEfficiencyConfig, value_of
 from tune.pretraining_text import pretraining_text
@@ -444,6 +445,7 @@ def put_sweep(folder: Path) -> None:
                 "seconds": 2.0,
             }
             record_outcome(store, TrialRecord(record.name, point, 0, number, **ended))
+    record_searched(store, sweep_config().sweep)
 
 
 def sweep_again(folder: Path) -> Any:
@@ -451,6 +453,7 @@ def sweep_again(folder: Path) -> Any:
     refuse_after_judgement(store, sweep_config().sweep)
     pin(store, sweep_config(), {"task": "t1", "metric": "accuracy"})
     claim_judgement(store, {"optimizer.learning_rate": 0.01})
+    finalists_before(store, sweep_config().sweep, 0)
     return None
 
 
@@ -483,7 +486,7 @@ def answer_options(folder: Path) -> argparse.Namespace:
 def put_answers(folder: Path) -> None:
     put_finetuning(folder)
     options = answer_options(folder)
-    predict.pin(open_store(options.output), open_store(options.model), options)
+    predict.pin(open_store(options.output), open_store(options.model), options, pieces_of(options.input))
     predictor = Predictor(options.model, options.output, 64, 1, 4)
     for piece in pieces_of(options.input):
         list(predictor.answer(piece))
@@ -492,7 +495,7 @@ def put_answers(folder: Path) -> None:
 def answered_again(folder: Path) -> Any:
     options = answer_options(folder)
     output = open_store(options.output)
-    predict.pin(output, open_store(options.model), options)
+    predict.pin(output, open_store(options.model), options, pieces_of(options.input))
     finished = finished_pieces(output)
     return sum(finished.values(), Counts())
 
@@ -576,6 +579,7 @@ KINDS = (
     Kind("sweep's origin", "sweep", "sweep/origin.json", sweep_again, 0.5),
     Kind("sweep's configuration", "sweep", "sweep/config.yaml", sweep_again, 0.2),
     Kind("judged point", "sweep", "sweep/judged.json", sweep_again, 0.5),
+    Kind("end of a search", "sweep", "sweep/searched.json", sweep_again, 0.2),
     Kind("trial's start", "sweep", "sweep/trials/*/trial.json", trials_again, 0.2),
     Kind("trial's outcome", "sweep", "sweep/trials/*/outcome.json", trials_again, 0.2),
     Kind("job of answers", "answers", "answers/predict.json", answered_again),

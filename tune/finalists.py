@@ -1,11 +1,21 @@
 """Which points of a sweep are repeated with other seeds, and which of them wins: by mean and interval."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from cluster.storage import Store
+from cluster.stored_file import read_json
 from trainers.task_metrics import seeds_interval
 from tune.search_space import Point
-from tune.trial_records import TrialRecord
+from tune.sweep_config import SweepRunConfig
+from tune.sweep_folder import PUT_BACK
+from tune.trial_records import TrialRecord, read_trials
+
+SEARCHED = "searched.json"
+"""Under which keys of `sweep` its search has come to an end: TPE may give up below `sweep.trials`, and would find other
+points at a later start."""
 
 
 @dataclass(frozen=True)
@@ -39,3 +49,26 @@ def rank(points: Sequence[Point], seeds: Sequence[int], trials: Sequence[TrialRe
         )  # fmt: skip
         found.append(Finalist(point, scores, *seeds_interval(scores)))
     return sorted(found, key=lambda finalist: (-len(finalist.scores), -finalist.mean))
+
+
+def record_searched(store: Store, sweep: SweepRunConfig) -> None:
+    """Write down that the search has ended and its best points have been repeated."""
+    store.put(SEARCHED, json.dumps(sweep.choosing(), indent=2).encode())
+
+
+def finalists_before(
+    store: Store, sweep: SweepRunConfig, first_seed: int, *, judged: bool = False
+) -> list[Finalist] | None:
+    """What a search that has ended came to, the winner first; None where there is still to search.
+
+    Args:
+        judged: The test split has judged the winner, which a version did that did not write the end of a search down.
+    """
+    if not judged:
+        if not store.exists(SEARCHED):
+            return None
+        if read_json(store, SEARCHED, dict[str, Any], PUT_BACK) != sweep.choosing():
+            return None
+    trials = read_trials(store)
+    seeds = [first_seed + number for number in range(sweep.seeds)]
+    return rank(best_points(trials, first_seed, sweep.best), seeds, trials) or None

@@ -5,7 +5,7 @@ Trials that came after the judgement would choose by a test split that has spoke
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from typing_extensions import TypedDict
@@ -24,8 +24,6 @@ from tune.sweep_config import SweepRunConfig
 from tune.sweep_folder import CONFIG, PUT_BACK, StoredSweep
 
 JUDGED = "judged.json"
-CHOOSES_NOTHING = ("name", "storage", "max_concurrent", "judge")
-"""Keys of `sweep` that have no say in which point wins."""
 REMEDY = "choose a new sweep.name with a test split that has chosen nothing"
 
 
@@ -40,8 +38,8 @@ def _chooses_anew(store: Store, sweep: SweepRunConfig) -> Iterator[str]:
         return
     judged = read_judged(store)
     before = read_yaml(store, CONFIG, StoredSweep, PUT_BACK)["sweep"]
-    for key, value in asdict(sweep).items():
-        if key not in CHOOSES_NOTHING and value != before.get(key, value):
+    for key, value in sweep.choosing().items():
+        if value != before.get(key, value):
             yield (
                 f"sweep.{key}={value!r}, but the test split has judged {judged} of {store.uri}, found with "
                 f"{before[key]!r}: give it back, or {REMEDY}"

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cluster.storage import Store
 from tune.experiment import Experiment
-from tune.finalists import Finalist, best_points, rank
+from tune.finalists import Finalist, best_points, rank, record_searched
 from tune.measure import Measured
 from tune.proposals import Proposals
 from tune.search_space import Point, SearchSpace
@@ -123,6 +123,7 @@ def search(
             first_number=len(read_trials(store)) + 1, num_trials=len(wanted), concurrent=concurrent,
             early_stopping=False,
         )  # fmt: skip
+    record_searched(store, config)
     return rank(best, seeds, read_trials(store))
 
 

@@ -26,7 +26,7 @@ try:
     from trainers.lease import lease
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, prepare_task
-    from tune.finalists import Finalist
+    from tune.finalists import Finalist, finalists_before
     from tune.finetune_trials import FinetuneTrials, point_problems
     from tune.interrupts import stopped_gently
     from tune.judgement import JUDGED, claim_judgement, judge, refuse_after_judgement
@@ -64,23 +64,12 @@ def sweep(
     """Search, choose and judge, from where the sweep is."""
     refuse_after_judgement(store, config.sweep)
     pin(store, config, origin_of(prepared, backbone_digest(config.base)))
-    with ray_session(config.base.cluster):
-        nodes = living_nodes()
-        if problem := unshared_problem(shared_uris(config), nodes):
-            raise ConfigError([problem])
-        concurrent = room_of(config.base.cluster).on(nodes, config.sweep.max_concurrent)
-        finalists = search(
-            config.sweep,
-            FinetuneTrials(config.base, prepared),
-            store,
-            space,
-            first_seed=config.base.run.seeds[0],
-            concurrent=concurrent,
-            measure=prepared.task,
-            console=console,
-        )
+    first_seed, judged_before = config.base.run.seeds[0], store.exists(JUDGED)
+    finalists = finalists_before(store, config.sweep, first_seed, judged=judged_before)
+    if finalists is None:
+        finalists = search_on_cluster(config, store, space, prepared, console)
     best = best_config(config, finalists[0])
-    if config.sweep.judge or store.exists(JUDGED):
+    if config.sweep.judge or judged_before:
         claim_judgement(store, finalists[0].point)  # before best.yaml, which never names another point
     store.put("best.yaml", to_yaml(best).encode())
     judged = judge(best, finalists[0].point, store, prepared) if config.sweep.judge else None
@@ -91,6 +80,26 @@ def sweep(
     console.print(
         f"best configuration: {store.uri.removeprefix('file://')}/best.yaml; page: {page}", highlight=False
     )
+
+
+def search_on_cluster(
+    config: SweepConfig, store: Store, space: SearchSpace, prepared: PreparedTask, console: Console
+) -> list[Finalist]:
+    """Search in a session of Ray's; the winner first."""
+    with ray_session(config.base.cluster):
+        nodes = living_nodes()
+        if problem := unshared_problem(shared_uris(config), nodes):
+            raise ConfigError([problem])
+        return search(
+            config.sweep,
+            FinetuneTrials(config.base, prepared),
+            store,
+            space,
+            first_seed=config.base.run.seeds[0],
+            concurrent=room_of(config.base.cluster).on(nodes, config.sweep.max_concurrent),
+            measure=prepared.task,
+            console=console,
+        )
 
 
 def shared_uris(config: SweepConfig) -> dict[str, str]:

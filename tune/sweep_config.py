@@ -1,7 +1,7 @@
 """The configuration of a sweep."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from cluster.bounds import folder_problems
@@ -11,6 +11,8 @@ from trainers.finetune_config import FinetuneConfig
 from tune.proposals import Search
 from tune.search_space import SearchSpace
 
+CHOOSES_NOTHING = ("name", "storage", "max_concurrent", "judge")
+"""Keys of `sweep` that have no say in which point wins."""
 BEST = "-best"
 """Follows a sweep's name in that of the run that trains its winner."""
 
@@ -52,6 +54,10 @@ class SweepRunConfig:
             yield f"{at}.grace={self.grace} must be above 0 and at most 1"
         if self.max_concurrent < 0:
             yield f"{at}.max_concurrent={self.max_concurrent} must be 0 (as many as fit) or more"
+
+    def choosing(self) -> dict[str, Any]:
+        """The keys that have a say in which point wins."""
+        return {key: value for key, value in asdict(self).items() if key not in CHOOSES_NOTHING}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ try:
     from trainers.lease import lease
     from trainers.planning import manifest_problems, objective_problems, problems_before_start
     from trainers.prediction import listing_digest
+    from tune.finalists import finalists_before
     from tune.interrupts import stopped_gently
     from tune.measure import Measure
     from tune.pretrain_trials import PretrainTrials
@@ -110,7 +111,7 @@ def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console
         ]:
             raise ConfigError(problems)
         pin(store, config, origin_of(config, manifest))
-        finalists = search(
+        finalists = finalists_before(store, config.sweep, base.run.seed) or search(
             config.sweep,
             trials,
             store,
