@@ -6,6 +6,7 @@ nesting, and has the shape that its reader names: a type, checked by pydantic as
 """
 
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -59,12 +60,15 @@ def read_json(store: Store, path: str, shape: Any, remedy: str, *, not_finite: b
 
 
 def read_json_lines(
-    store: Store, path: str, shape: Any, remedy: str, *, not_finite: bool = False
+    store: Store, path: str, shape: Any, remedy: str, *, not_finite: bool = False, checksum: str = ""
 ) -> list[Any]:
-    """The content of a file that has a JSON value of `shape` in each line; raises as `read_json`."""
-    where = place_of(store, path)
+    """The content of a file that has a JSON value of `shape` in each line, and that `checksum` if one is given; raises
+    as `read_json`."""
+    where, content = place_of(store, path), _bounded(store, path, MAX_BYTES, remedy)
+    if checksum and checksum_of(content) != checksum:
+        raise DamagedFileError(where, "it was changed after it was written", remedy)
     # Not splitlines, which ends a line at other bytes too.
-    *lines, rest = _bounded(store, path, MAX_BYTES, remedy).split(b"\n")
+    *lines, rest = content.split(b"\n")
     if rest:
         raise DamagedFileError(where, f"line {len(lines) + 1:,} has no end", remedy)
     return [
@@ -133,6 +137,11 @@ def matches(value: Any, shape: Any) -> str | None:
     except pydantic.ValidationError as error:
         return _what(error)
     return None
+
+
+def checksum_of(content: bytes) -> str:
+    """32 hexadecimal digits of BLAKE2b, for a record beside the file that says what the file holds."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def place_of(store: Store, path: str) -> str:

@@ -12,8 +12,9 @@ from task_files import put_lines, put_task, sentences
 
 from cluster.config import ConfigError, from_dict
 from cluster.storage import open_store
+from cluster.stored_file import DamagedFileError
 from trainers.task import SPLITS, TaskColumns, TaskConfig, TaskFiles, TaskPrompt, TaskSplit, load_task
-from trainers.task_data import PreparedTask, choose_budget, prepare_task
+from trainers.task_data import RECORD, PreparedTask, choose_budget, prepare_task
 from trainers.task_records import example_of, read_examples
 
 
@@ -401,3 +402,27 @@ def test_a_number_that_no_float32_holds_is_named_with_its_record(tmp_path, numbe
     ]
     with pytest.raises(ConfigError, match=r"record 4: label=.* is beyond 1e\+30, the largest number"):
         prepared(tmp_path, records, kind="regression")
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_split_that_was_changed_after_it_was_made_is_refused(tmp_path, noted):
+    made = prepared(tmp_path, sentences(80))
+    if not noted:  # as an older version made it
+        record = json.loads(made.store.read(RECORD))
+        del record["checksums"]
+        made.store.put(RECORD, json.dumps(record).encode())
+    before = everything(made)
+    for split in SPLITS:
+        path = f"{split}.jsonl"
+        content = made.store.read(path)
+        appended = content + content.partition(b"\n")[0] + b"\n"
+        swapped = content.replace(b'"target": "good"', b'"target": "bad"', 1)
+        assert swapped != content
+        for changed in (appended, swapped) if noted else (appended,):
+            made.store.put(path, changed)
+            with pytest.raises(
+                DamagedFileError, match=f"{path} is damaged: it .*delete the folder that it lies in"
+            ):
+                everything(prepared(tmp_path, sentences(80)))
+        made.store.put(path, content)
+        assert everything(prepared(tmp_path, sentences(80))) == before

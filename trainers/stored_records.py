@@ -39,9 +39,14 @@ def target_shape(task: TaskConfig, *, answered: bool = False) -> Any:
     return list[label] if task.kind == "token_classification" or task.multi_label else label
 
 
-def read_split(store: Store, path: str, task: TaskConfig, remedy: str) -> list[Example]:
-    """The examples of a split. Raises `DamagedFileError`."""
-    examples: list[Example] = read_json_lines(store, path, Example, remedy)
+def read_split(
+    store: Store, path: str, task: TaskConfig, remedy: str, *, count: int, checksum: str = ""
+) -> list[Example]:
+    """The examples of a split, which has so many, and that checksum if one was noted. Raises `DamagedFileError`."""
+    examples: list[Example] = read_json_lines(store, path, Example, remedy, checksum=checksum)
+    if len(examples) != count:
+        more = f"it has {len(examples):,} records, not the {count:,} that were put there"
+        raise DamagedFileError(place_of(store, path), more, remedy)
     shape = target_shape(task)
     for number, example in enumerate(examples, 1):
         wrong = matches(example.target, shape)

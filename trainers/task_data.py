@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NotRequired
 
 import numpy as np
@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from cluster.config import ConfigError, to_dict
 from cluster.storage import Store
-from cluster.stored_file import WITH_OTHER_KEYS, read_json
+from cluster.stored_file import WITH_OTHER_KEYS, checksum_of, read_json
 from data.clean import content_hash
 from data.near_duplicates import folded, group_near_duplicates
 from data.splits import KEEPING_ORDER, keyed_points
@@ -48,6 +48,8 @@ class SplitRecord(TypedDict):
     counts: SplitCounts
     left_out: dict[str, Count]
     unvalidated: NotRequired[list[str]]
+    checksums: NotRequired[dict[str, str]]
+    """Of the splits' files; an older record has none."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,23 @@ class PreparedTask:
     """Records of each split."""
     left_out: Mapping[str, int]
     """Records that are in no split, by reason."""
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    """Of the splits' files."""
 
     def read(self, split: str) -> list[Example]:
         """The examples of train or validation; the test split is refused, see `read_test`."""
         assert split in ("train", "validation"), split
-        return self._examples(f"{split}.jsonl")
+        return self._examples(split)
 
     def read_test(self) -> list[Example]:
         """The examples that judge. Call `trainers.verdict.claim_test_split` first."""
-        return self._examples("test.jsonl")
+        return self._examples("test")
 
-    def _examples(self, path: str) -> list[Example]:
-        return read_split(self.store, path, self.task, REMADE)
+    def _examples(self, split: str) -> list[Example]:
+        return read_split(
+            self.store, f"{split}.jsonl", self.task, REMADE,
+            count=self.counts[split], checksum=self.checksums.get(split, ""),
+        )  # fmt: skip
 
 
 def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
@@ -90,22 +97,25 @@ def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
         record = read_json(store, RECORD, SplitRecord, REMADE)
         task = replace(task, labels=tuple(record["labels"]))
         warn_of_unvalidated(task, record.get("unvalidated", []))
-        return PreparedTask(task, store, digest, record["counts"], record["left_out"])
+        checksums = record.get("checksums", {})
+        return PreparedTask(task, store, digest, record["counts"], record["left_out"], checksums)
     splits, left_out = (
         keep_apart(task, agreeing) if task.data.train else split_by_content(task, agreeing["uri"])
     )
     task = checked_labels(task, splits)
     unvalidated = unvalidated_labels(task, splits)
     warn_of_unvalidated(task, unvalidated)
-    for name in SPLITS:
-        store.put(f"{name}.jsonl", to_lines(splits[name]))
+    contents = {name: to_lines(splits[name]) for name in SPLITS}
+    for name, content in contents.items():
+        store.put(f"{name}.jsonl", content)
     store.put(CONTRADICTIONS, to_lines(contradicting))
     counts = {name: len(splits[name]) for name in SPLITS}
     reasons = {"contradiction": len(contradicting)} | {key: len(some) for key, some in left_out.items()}
     record = {"labels": task.labels, "counts": counts, "left_out": reasons, "task": to_dict(task)}
-    record["unvalidated"] = unvalidated
+    checksums = {name: checksum_of(content) for name, content in contents.items()}
+    record |= {"unvalidated": unvalidated, "checksums": checksums}
     store.put(RECORD, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False).encode())
-    return PreparedTask(task, store, digest, counts, reasons)
+    return PreparedTask(task, store, digest, counts, reasons, checksums)
 
 
 def read_given(task: TaskConfig) -> dict[str, list[Example]]:
