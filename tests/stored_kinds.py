@@ -49,6 +49,7 @@ from trainers.heartbeat import Heartbeat
 from trainers.lease import lease
 from trainers.metric_records import METERED
 from trainers.metrics import MetricsWriter, merge_metrics, read_attempts, read_metrics
+from trainers.model_digest import content_digest
 from trainers.prediction import Counts, Predictor, finished_pieces
 from trainers.prediction_rows import pieces_of
 from trainers.progress import Status, Tail
@@ -486,7 +487,9 @@ def answer_options(folder: Path) -> argparse.Namespace:
 def put_answers(folder: Path) -> None:
     put_finetuning(folder)
     options = answer_options(folder)
-    predict.pin(open_store(options.output), open_store(options.model), options, pieces_of(options.input))
+    model = open_store(options.model)
+    digest = content_digest(model, of_task=True)
+    predict.pin(open_store(options.output), model, digest, options, pieces_of(options.input))
     predictor = Predictor(options.model, options.output, 64, 1, 4)
     for piece in pieces_of(options.input):
         list(predictor.answer(piece))
@@ -495,7 +498,8 @@ def put_answers(folder: Path) -> None:
 def answered_again(folder: Path) -> Any:
     options = answer_options(folder)
     output = open_store(options.output)
-    predict.pin(output, open_store(options.model), options, pieces_of(options.input))
+    model = open_store(options.model)
+    predict.pin(output, model, content_digest(model, of_task=True), options, pieces_of(options.input))
     finished = finished_pieces(output)
     return sum(finished.values(), Counts())
 

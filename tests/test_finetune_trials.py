@@ -1,6 +1,7 @@
 """Trials that fine-tune: what each of them would refuse is refused once before, and no more than that."""
 
 import math
+from typing import ClassVar
 
 import pytest
 from task_files import put_backbone, put_lines, put_task, sentences
@@ -16,7 +17,7 @@ from tune import trials
 from tune.experiment import Score
 from tune.finetune_trials import FinetuneTrials, point_problems
 from tune.search_space import parse_space
-from tune.trial_records import trial_name
+from tune.trial_records import read_trials, trial_name
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +134,28 @@ def test_a_trial_whose_score_is_not_finite_has_failed(tmp_path, monkeypatch, sco
     trials.run_trial({"point": {}, "seed": 0}, Doing(diverging, cpus=1.0), sweep)
     assert b"DivergedModelError" in sweep.read(f"trials/{trial_name({}, 0)}/error.txt")
     assert [each["best_score"] for each in told] == [-math.inf]
+
+
+def test_a_backbone_that_is_replaced_ends_the_search_and_fails_no_point(tmp_path, monkeypatch):
+    class Replaced:
+        resources: ClassVar = {"gpu": 0}
+
+        def changed(self):
+            return "the backbone was replaced"
+
+        def train(self, *arguments):
+            raise RuntimeError("its digest is another")
+
+    reports, sweep, point = [], open_store(str(tmp_path)), {"rate": 0.1}
+    monkeypatch.setattr(trials.tune, "report", reports.append)
+    trials.run_trial({"point": point, "seed": 0}, Replaced(), sweep)
+    source = trials.Source(sweep, lambda: (point, 0), lambda record: None, 1, lambda name: "")
+    for trial in ("first", "beside it"):
+        source.suggest(trial)
+    source.on_trial_result("first", reports[-1])
+    source.on_trial_complete("first", reports[-1])
+    source.on_trial_complete("beside it", {"score": 0.9, "best_score": 0.9, "percent": 100})
+    assert source.changed == "the backbone was replaced"
+    assert source.suggest("next") == trials.Searcher.FINISHED
+    assert [trial.status for trial in read_trials(sweep)] == ["unfinished"]
+    assert not [info.path for info in sweep.list() if info.path.endswith("error.txt")]

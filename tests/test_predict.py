@@ -25,6 +25,8 @@ from tests.small_run import kill_tree, start_command
 from trainers import predict, prediction, prediction_rows
 from trainers.export import load_exported
 from trainers.lease import lease
+from trainers.model_digest import content_digest, listing_digest
+from trainers.model_files import ModelFolderError
 from trainers.prediction import Counts, Predictor, finished_pieces
 from trainers.prediction_rows import pieces_of, rows_of
 from trainers.task import TaskColumns, TaskConfig, TaskFiles
@@ -374,8 +376,9 @@ def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_pat
     output = open_store(str(tmp_path / "out"))
 
     def pin(folder=model[0], **changes):
-        options = options_of(folder, source, tmp_path / "out", **changes)
-        predict.pin(output, open_store(folder), options, pieces_of(options.input))
+        options, store = options_of(folder, source, tmp_path / "out", **changes), open_store(folder)
+        digest = content_digest(store, of_task=True)
+        predict.pin(output, store, digest, options, pieces_of(options.input))
 
     pin()
     put_lines(source / "b.jsonl", records(3))
@@ -388,6 +391,7 @@ def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_pat
     with pytest.raises(ConfigError, match="max_new_tokens is 8 now"):
         pin(max_new_tokens=8)
     job = json.loads(output.read(predict.JOB))
+    job["model"] = listing_digest(open_store(model[0]).list())
     job["input"] = {path: former_version(version) for path, version in job["input"].items()}
     output.put(predict.JOB, json.dumps(job).encode())
     pin()  # begun by a version that noted less of a file
@@ -401,10 +405,32 @@ def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_pat
         pin()
 
 
+def replaced(folder, path):
+    """Change a byte of a file, its size and times stay."""
+    before, content = (folder / path).stat(), bytearray((folder / path).read_bytes())
+    content[-1] ^= 1
+    (folder / path).write_bytes(content)
+    os.utime(folder / path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_model_that_was_replaced_by_one_of_equal_size_and_times_answers_nothing(model, tmp_path):
+    folder, uri = tmp_path / "export", put_lines(tmp_path / "r.jsonl", records(3))
+    shutil.copytree(model[0], folder)
+    digest = content_digest(open_store(str(folder)), of_task=True)
+    pinned(str(folder), uri, tmp_path / "out")
+    Predictor(str(folder), str(tmp_path / "out"), 4, 1, digest=digest)  # of the same files the same digest
+    replaced(folder, "model.safetensors")
+    with pytest.raises(ModelFolderError, match=f"was replaced while it answers: {digest} there"):
+        Predictor(str(folder), str(tmp_path / "out"), 4, 1, digest=digest)
+    with pytest.raises(ConfigError, match=f"model is .* now, the answers there were made with {digest}"):
+        pinned(str(folder), uri, tmp_path / "out")
+
+
 def pinned(model, source, output):
     """The pieces of a start of a job, as it names their answers."""
-    options = options_of(model, source, output)
-    return predict.pin(open_store(str(output)), open_store(model), options, pieces_of(options.input))
+    options, store = options_of(model, source, output), open_store(model)
+    digest = content_digest(store, of_task=True)
+    return predict.pin(open_store(str(output)), store, digest, options, pieces_of(options.input))
 
 
 def test_records_are_answered_once_however_their_place_is_spelled_and_wherever_it_is_moved(model, tmp_path):

@@ -86,7 +86,9 @@ def test_the_table_of_balance_counts_each_label_of_train_and_validation(
     for split, targets in (("train", train), ("validation", validation)):
         examples = [Example(f"{split}{n}", "w x", "", ["w", "x"], target) for n, target in enumerate(targets)]
         prepared.store.put(f"{split}.jsonl", to_lines(examples))
-    prepared = replace(prepared, counts={**prepared.counts, "train": len(train), "validation": len(validation)})
+    prepared = replace(
+        prepared, counts={**prepared.counts, "train": len(train), "validation": len(validation)}
+    )
     tokenizer, pad = framed(Tokenizer.from_str(small_tokenizer().json), 0, causal=True)
     _, balance = task_tables(prepared, Encoder(prepared.task, tokenizer, pad, 48, False, True))
     assert rows_of(balance) == rows

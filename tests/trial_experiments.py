@@ -31,6 +31,9 @@ class Doing:
     def resources(self) -> Mapping[str, float]:
         return {"cpu": self.cpus, "gpu": 0}
 
+    def changed(self) -> str | None:
+        return None
+
     def train(self, folder: Store, point: Point, seed: int, report: Report) -> Score:
         return self.training(folder, point, seed, report)
 

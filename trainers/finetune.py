@@ -22,11 +22,11 @@ try:
     from cluster.terminal import Terminal
     from trainers.config import changed_keys
     from trainers.export_folder import foreign_problem
-    from trainers.finetune_backbone import backbone_digest, make_encoder, read_facts
+    from trainers.finetune_backbone import ORIGIN, backbone_digest, backbone_name, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
     from trainers.finetune_group import check_records, place_to_train, train_in_group
     from trainers.finetune_loop import OnValidation
-    from trainers.finetune_order import ORIGIN, FinetuneOrder, origin_of
+    from trainers.finetune_order import FinetuneOrder, origin_of
     from trainers.finetune_result import RESULT, FinetuneResult, read_result
     from trainers.finetune_worker import work_alone
     from trainers.guard import TrainingDiverged
@@ -56,12 +56,13 @@ def finetune(
     keep_model: bool = True,
     on_validation: OnValidation = lambda step, score: None,
     alone: bool | None = None,
+    backbone: str = "",
 ) -> FinetuneResult:
     """Fine-tune once for each seed, each from where it is; seeds that are finished are not trained again.
 
     `alone` trains in this process, as by default one worker does: right where the process has the device, as a sweep's
     trial has. Else the workers are Ray's, in the session that there is. With `judge=False` the test split is not
-    loaded.
+    loaded. `backbone` is the digest that the backbone has to have; by default the one that it has now.
 
     Raises:
         ConfigError: something about task, backbone or configuration cannot be right.
@@ -70,14 +71,15 @@ def finetune(
     """
     config = absolute(config)
     task = prepared or prepare_task(load_task(config.run.task), open_store(config.run.prepared))
-    backbone, results = backbone_digest(config), []
+    backbone, results = backbone or backbone_digest(config), []
     for seed in config.run.seeds:
         run = seed_store(config, seed)
-        check_unchanged(run, config, task, backbone)
+        named = backbone_name(run, config, backbone)
+        check_unchanged(run, config, task, named)
         if not run.exists(RESULT):
             if run.exists(STOP):  # while the seed before was judged
                 raise RunStopped(run.uri)
-            order = FinetuneOrder(config, task, seed, backbone, judge, keep_model)
+            order = FinetuneOrder(config, task, seed, named, judge, keep_model, backbone)
             if config.cluster.num_workers == 1 and alone is not False:
                 work_alone(order, on_validation)
             else:
@@ -96,7 +98,8 @@ def check(config: FinetuneConfig, prepared: PreparedTask) -> None:
     """
     backbone = backbone_digest(config)
     for seed in config.run.seeds:
-        check_unchanged(seed_store(config, seed), config, prepared, backbone)
+        run = seed_store(config, seed)
+        check_unchanged(run, config, prepared, backbone_name(run, config, backbone))
         check_records(FinetuneOrder(config, prepared, seed, backbone))
 
 

@@ -1,7 +1,5 @@
 """The backbone of a fine-tuning run: read, held against the task before a worker is asked for, known by a digest."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,8 +8,8 @@ from tokenizers import Tokenizer
 
 from cluster.config import ConfigError
 from cluster.keys import nearest
-from cluster.storage import open_store
-from cluster.store import former_version
+from cluster.storage import Store, open_store
+from cluster.stored_file import read_json
 from data.tokenizer_file import parse_tokenizer
 from data.tokens import special_ids
 from trainers.export import Exported, load_exported
@@ -19,11 +17,20 @@ from trainers.finetune_config import FinetuneConfig
 from trainers.formats import boundary_of, fits_tokenizer, pretraining_of, read_stored
 from trainers.local_copy import local_copy
 from trainers.model import Backbone, initialize
+from trainers.model_digest import FORMER_LENGTH, content_digest, hashed, listing_digest
 from trainers.model_files import weight_files
+from trainers.run_files import PUT_BACK
 from trainers.shape import ModelConfig
 from trainers.task import TaskConfig
 from trainers.task_encoding import Encoder, framed
 from trainers.task_model import AdaptConfig
+
+ORIGIN = "origin.json"
+"""Of a run or a sweep: digests of what it learns, and from which weights."""
+
+
+class OtherBackboneError(ConfigError):
+    """What lies behind `backbone.uri` is not what the run was started from."""
 
 
 @dataclass(frozen=True)
@@ -63,40 +70,59 @@ def read_facts(config: FinetuneConfig) -> BackboneFacts:
     return BackboneFacts(stored.config, tokenizer, boundary_id, names_tokenizer)
 
 
-def load_backbone(config: FinetuneConfig, seed: int) -> Exported:
+def load_backbone(config: FinetuneConfig, seed: int, digest: str = "") -> Exported:
     """The pretrained model, or one of its shape with initial weights.
+
+    Args:
+        digest: What the bytes that are loaded must have; empty: whatever there is.
 
     Raises:
         ConfigError: there is none, or not with the tokenizer that it was trained with.
+        OtherBackboneError: it is another one.
     """
     uri = config.backbone.uri
     try:
-        exported = load_exported(local_copy(open_store(uri)))
+        source = hashed(local_copy(open_store(uri)))
+        exported = load_exported(source)
     except FileNotFoundError as error:
         raise ConfigError([f"backbone.uri={uri} holds no exported model: {error}"]) from None
     except ValueError as error:
         raise ConfigError([f"backbone.uri={uri} cannot be adapted: {error}"]) from None
+    if digest and (found := source.digest()) != digest:
+        raise OtherBackboneError(
+            [
+                f"backbone.uri={uri} was replaced while the run goes on: {digest} there, {found} here; put that one "
+                "back, or choose a new run.name"
+            ]
+        )
     if config.backbone.from_scratch:
         initialize(exported.model, seed)
     return exported
 
 
 def backbone_digest(config: FinetuneConfig) -> str:
-    """Names what lies behind `backbone.uri` now: 24 hexadecimal digits of path, size and version of each file that is
-    read of it; without the time of a file's last change, so that a model may be put back or copied with its times.
+    """Names what lies behind `backbone.uri` now, by the content of each file that is read of it: 32 hexadecimal digits.
 
     Raises:
         ConfigError: there is no backbone.
     """
-    source = open_store(config.backbone.uri)
+    uri = config.backbone.uri
     try:
-        read = {"config.json", "tokenizer.json", *weight_files(source)}
+        return content_digest(local_copy(open_store(uri)))
     except FileNotFoundError as error:
-        raise ConfigError([f"backbone.uri={config.backbone.uri} holds no exported model: {error}"]) from None
+        raise ConfigError([f"backbone.uri={uri} holds no exported model: {error}"]) from None
     except ValueError as error:
-        raise ConfigError([f"backbone.uri={config.backbone.uri} cannot be adapted: {error}"]) from None
-    infos = sorted((i.path, i.num_bytes, former_version(i.version)) for i in source.list() if i.path in read)
-    return hashlib.blake2b(json.dumps(infos, allow_nan=False).encode(), digest_size=12).hexdigest()
+        raise ConfigError([f"backbone.uri={uri} cannot be adapted: {error}"]) from None
+
+
+def backbone_name(begun: Store, config: FinetuneConfig, digest: str) -> str:
+    """How a run or a sweep knows the backbone: by its digest, or as it was begun, by sizes and times."""
+    before = read_json(begun, ORIGIN, dict[str, str], PUT_BACK) if begun.exists(ORIGIN) else {}
+    if len(before.get("backbone", "")) != FORMER_LENGTH:
+        return digest
+    source = open_store(config.backbone.uri)
+    read = {"config.json", "tokenizer.json", *weight_files(source)}
+    return listing_digest([info for info in source.list() if info.path in read])
 
 
 def make_encoder(

@@ -116,7 +116,7 @@ def conclude(order: FinetuneOrder, run: Store, chosen: Chosen, heartbeat: Heartb
     }
     if order.judge or order.keep_model:
         heartbeat.beat(step, "restore")
-        exported = load_backbone(order.config, order.seed)
+        exported = load_backbone(order.config, order.seed, order.weights)
         encoder = make_encoder(order.config, order.prepared.task, exported, chosen.scale)
         model = chosen_model(order, run, exported, step)
         if order.judge and not run.exists(VERDICT):

@@ -9,6 +9,7 @@ import numpy as np
 from cluster.config import to_dict, to_yaml
 from cluster.storage import Store, open_store
 from data.tokens import fingerprint_of
+from trainers.finetune_backbone import ORIGIN
 from trainers.finetune_config import FinetuneConfig
 from trainers.run_folder import CONFIG
 from trainers.task import TaskConfig
@@ -16,8 +17,6 @@ from trainers.task_data import PreparedTask, choose_budget
 from trainers.task_encoding import Encoded, Encoder
 from trainers.task_evaluation import answer_tokens
 from trainers.task_records import Example
-
-ORIGIN = "origin.json"
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,13 @@ class FinetuneOrder:
     prepared: PreparedTask
     seed: int
     backbone: str
-    """Digest of what lies behind `backbone.uri`."""
+    """What lies behind `backbone.uri`, as the run has it written down."""
     judge: bool = True
     """Read the test split once, at the end. A sweep's trials do not: they do not even load it."""
     keep_model: bool = True
     """Export the chosen model."""
+    weights: str = ""
+    """Digest that the backbone has wherever it is loaded; empty: it is not held against one."""
 
 
 def origin_of(prepared: PreparedTask, backbone: str) -> dict[str, str]:

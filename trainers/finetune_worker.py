@@ -121,7 +121,7 @@ def train_seed(
 ) -> Chosen | None:
     """Train from where the run is to the end, and keep what validation chose: told to worker 0 alone, and to nobody of
     a run that was stopped."""
-    exported = load_backbone(order.config, order.seed)
+    exported = load_backbone(order.config, order.seed, order.weights)
     with ExitStack() as stack:
         parts, num_validated = assemble(
             order, workers, run, attempt, heartbeat, exported, on_validation, stack

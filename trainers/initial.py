@@ -18,6 +18,7 @@ from data.tokens import fix_tokenizer
 from trainers.config import PretrainConfig
 from trainers.formats import Stored, read_stored
 from trainers.model import Backbone, build_empty, initial_value
+from trainers.model_digest import hashed
 from trainers.shape import ModelConfig
 
 # What need not be as in the folder: not part of the shape, or may grow.
@@ -79,6 +80,32 @@ def _contradictions(given: ModelConfig, shape: ModelConfig, uri: str) -> Iterato
         value, stored = getattr(given, field.name), getattr(shape, field.name)
         if field.name not in FREE and value not in (field.default, stored):
             yield f"model.{field.name}={value!r}, but run.init_from={uri} has {stored!r}; leave it out"
+
+
+def initial_values(
+    config: PretrainConfig, shape: ModelConfig, digest: str = ""
+) -> Callable[[str, torch.Size], Tensor]:
+    """`begun_values` of `run.init_from`.
+
+    Args:
+        digest: What the files that are loaded must have; empty: whatever there is.
+
+    Raises:
+        ConfigError: they are others.
+        ValueError: as of `begun_values`.
+    """
+    uri = config.run.init_from
+    source = hashed(open_store(uri))
+    values = begun_values(shape, config.run.seed, read_stored(source))
+    source.read("tokenizer.json")  # which the digest is of too
+    if digest and (found := source.digest()) != digest:
+        raise ConfigError(
+            [
+                f"run.init_from={uri} holds another model than the run was started from: {digest} there, {found} here; "
+                "put that one back, or choose a new run.name"
+            ]
+        )
+    return values
 
 
 def grown(stored: Stored, vocab_size: int) -> Backbone:

@@ -31,7 +31,9 @@ from cluster.store import former_version
 from cluster.stored_file import read_json
 from cluster.workers import LEAST_CPUS, ClusterConfig, shortages
 from trainers.lease import RunTakenError, lease
-from trainers.prediction import Counts, Predictor, answered_pieces, finished_pieces, listing_digest
+from trainers.local_copy import local_copy
+from trainers.model_digest import FORMER_LENGTH, content_digest, listing_digest
+from trainers.prediction import Counts, Predictor, answered_pieces, finished_pieces
 from trainers.prediction_rows import Piece, column_problems, pieces_of
 from trainers.record_files import find_files
 from trainers.task_export import read_stored_task
@@ -81,8 +83,10 @@ def predict(options: argparse.Namespace) -> Counts:
         ) from None
     if problems := column_problems(task, pieces):
         raise ConfigError(problems)
+    digest = content_digest(local_copy(model), of_task=True)
     with alone_in(output):
-        answer_missing(pin(output, model, options, pieces), model, output, options)
+        pieces = list(pin(output, model, digest, options, pieces))
+        answer_missing(pieces, model, digest, output, options)
     return sum(finished_pieces(output).values(), Counts())
 
 
@@ -121,11 +125,13 @@ def alone_in(output: Store) -> Iterator[None]:
         ) from None
 
 
-def answer_missing(pieces: Sequence[Piece], model: Store, output: Store, options: argparse.Namespace) -> None:
-    """Answer the pieces that are not finished, if any, in a session of Ray's.
+def answer_missing(
+    pieces: Sequence[Piece], model: Store, digest: str, output: Store, options: argparse.Namespace
+) -> None:
+    """Answer the pieces that are not finished, if any, in a session of Ray's, by the model of that digest.
 
     Raises:
-        ConfigError: the cluster lacks what the models need.
+        ConfigError: the cluster lacks what the models need, or the model was replaced meanwhile.
     """
     finished = finished_pieces(output)
     left = [piece for piece in pieces if piece.name not in finished]
@@ -140,7 +146,13 @@ def answer_missing(pieces: Sequence[Piece], model: Store, output: Store, options
         with ray_session(cluster) as resources:
             if problems := list(shortages(cluster, resources)):
                 raise ConfigError([as_flags(line) for line in problems])
-            answer(left, model.uri, output.uri, options)
+            try:
+                answer(left, model.uri, digest, output.uri, options)
+            except Exception:
+                if content_digest(local_copy(model), of_task=True) == digest:
+                    raise
+                remedy = "put that one back, or choose another folder for the answers"
+                raise ConfigError([f"--model {model.uri} was replaced while it answers; {remedy}"]) from None
 
 
 def as_flags(line: str) -> str:
@@ -150,7 +162,9 @@ def as_flags(line: str) -> str:
     return line
 
 
-def pin(output: Store, model: Store, options: argparse.Namespace, pieces: Sequence[Piece]) -> Sequence[Piece]:
+def pin(
+    output: Store, model: Store, digest: str, options: argparse.Namespace, pieces: Sequence[Piece]
+) -> Sequence[Piece]:
     """Write down what the answers are of, or hold it against what is there; the pieces as their answers are named.
     Files may be added to the input, and all of it may be moved.
 
@@ -160,15 +174,17 @@ def pin(output: Store, model: Store, options: argparse.Namespace, pieces: Sequen
     store, paths = find_files(options.input)
     wanted = set(paths)
     versions = {info.path: info.version for info in store.list() if info.path in wanted}
-    job = {"model": listing_digest(model), "max_new_tokens": options.max_new_tokens, "input": versions}
+    job = {"model": digest, "max_new_tokens": options.max_new_tokens, "input": versions}
     job["named_by"] = ""
     if output.put_if_absent(JOB, json.dumps(job, indent=2, allow_nan=False).encode()):
         return pieces
     before = read_json(output, JOB, Job, "put it back from a copy, or choose another folder")
+    former = len(before["model"]) == FORMER_LENGTH
+    asked = job | ({"model": listing_digest(model.list())} if former else {})
     problems = [
-        f"{key} is {job[key]} now, the answers there were made with {before[key]}"
+        f"{key} is {asked[key]} now, the answers there were made with {before[key]}"
         for key in ("model", "max_new_tokens")
-        if job[key] != before[key]
+        if asked[key] != before[key]
     ]
     changed = [
         path
@@ -195,14 +211,16 @@ def pin(output: Store, model: Store, options: argparse.Namespace, pieces: Sequen
     return pieces
 
 
-def answer(left: Sequence[Piece], model_uri: str, output_uri: str, options: argparse.Namespace) -> None:
+def answer(
+    left: Sequence[Piece], model_uri: str, digest: str, output_uri: str, options: argparse.Namespace
+) -> None:
     """Run the job on Ray Data, and print how it stands with each part that is answered."""
     import ray.data
 
     # Each row that says a part is answered is a block of its own, and so comes here at once.
     ray.data.DataContext.get_current().target_max_block_size = 1
     threads = max(1, round(options.cpus_per_worker))
-    settings = (model_uri, output_uri, options.rows_per_batch, threads, options.max_new_tokens)
+    settings = (model_uri, output_uri, options.rows_per_batch, threads, options.max_new_tokens, digest)
     variables = {} if options.gpus_per_worker else CPU_ONLY | CPU_ALLOCATOR
     items = [asdict(piece) | {"name": piece.name} for piece in left]
     parts = ray.data.from_items(items, override_num_blocks=len(items)).flat_map(

@@ -5,7 +5,6 @@ file of a format that cannot be entered in the middle. Its answers become parts 
 is there once it is whole; `finished/` names the pieces that are done. A job that was killed goes on at the next part.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -21,9 +20,10 @@ from typing_extensions import TypedDict
 
 from cluster.hardware import device_here
 from cluster.storage import Store, open_store
-from cluster.store import former_version
 from cluster.stored_file import WITH_OTHER_KEYS, DamagedFileError, place_of, read_json, read_json_lines
 from trainers.local_copy import local_copy
+from trainers.model_digest import hashed
+from trainers.model_files import ModelFolderError
 from trainers.prediction_rows import Piece, Row, rows_of
 from trainers.record_files import LONGEST_REASON
 from trainers.task_encoding import Encoded
@@ -91,10 +91,23 @@ class Predictor:
     """Holds a model, and answers pieces into a folder."""
 
     def __init__(
-        self, model_uri: str, output_uri: str, rows_per_batch: int, threads: int, max_new_tokens: int = 64
+        self,
+        model_uri: str,
+        output_uri: str,
+        rows_per_batch: int,
+        threads: int,
+        max_new_tokens: int = 64,
+        digest: str = "",
     ) -> None:
+        """`digest`: what the model that is loaded must have; empty: whatever there is. Raises ModelFolderError."""
         torch.set_num_threads(threads)
-        self._model, self._encoder = load_task_model(local_copy(open_store(model_uri)))
+        source = hashed(local_copy(open_store(model_uri)))
+        self._model, self._encoder = load_task_model(source)
+        if digest and (found := source.digest()) != digest:
+            raise ModelFolderError(
+                f"--model {model_uri} was replaced while it answers: {digest} there, {found} here; put that one back, "
+                "or choose another folder for the answers"
+            )
         self._device = device_here()
         self._model.to(self._device)
         self._output, self._rows, self._max_new_tokens = (
@@ -215,10 +228,3 @@ def counts_of(lines: Iterable[dict[str, Any]]) -> Counts:
     return sum(
         (Counts("error" not in line, "error" in line, "truncated" in line) for line in lines), Counts()
     )
-
-
-def listing_digest(store: Store) -> str:
-    """Names what a folder holds: 24 hexadecimal digits of path, size and version of each of its files; without the time
-    of a file's last change, so that a model may be put back or copied with its times."""
-    infos = [(info.path, info.num_bytes, former_version(info.version)) for info in store.list()]
-    return hashlib.blake2b(json.dumps(infos, allow_nan=False).encode(), digest_size=12).hexdigest()

@@ -101,7 +101,7 @@ def train(config: PretrainConfig, console: Console) -> None:
         console.print(plan, highlight=False)
         with Progress(run, config.run.steps, console=console, line_seconds=config.run.log_every_seconds):
             try:
-                run_workers(config, manifest.digest)
+                run_workers(config, manifest.digest, run_folder.pinned_initial(run))
             except RunFailed as failed:
                 raise SystemExit(f"the run cannot go on: {failed}") from None
 

@@ -59,7 +59,7 @@ CLAIM_SECONDS = 30
 Ray (2.60) has 180 s, and no setting."""
 
 
-def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
+def run_workers(config: PretrainConfig, manifest_digest: str, init: str = "") -> None:
     """Train, judge and export on Ray's workers; returns when they are done or have saved and stopped.
 
     A failed worker group is started anew from the newest checkpoint, `run.max_failures` times. When a node with
@@ -74,7 +74,7 @@ def run_workers(config: PretrainConfig, manifest_digest: str) -> None:
     store, failures_left = run_store(config), config.run.max_failures
     store.delete(FAILURE)
     now = RunClock(store).now
-    task = Task(config, manifest_digest, asked=now())
+    task = Task(config, manifest_digest, asked=now(), init=init)
     group = partial(trainer, work, task, config.cluster, store, config.run.max_failures)
     nodes, tell = NodeWatch(config.cluster, store), DriverLog(config.run.name, config.run.log_events, now)
     spent = LiveGoodput(config.run.name, store, now, partial(lacks_nodes, config.cluster))

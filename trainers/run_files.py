@@ -24,6 +24,8 @@ class Pinned(TypedDict):
 
     digest: Digest
     summary: NotRequired["Summary"]
+    init_from: NotRequired[str]
+    """Digest of the model that the run was started from."""
 
 
 class Summary(TypedDict):

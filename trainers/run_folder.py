@@ -20,13 +20,14 @@ from typing import Any
 from cluster.config import ConfigError, to_yaml
 from cluster.hardware import this_host, worker_watts
 from cluster.session import PROJECT
-from cluster.storage import Store
+from cluster.storage import Store, open_store
 from cluster.stored_file import read_json, read_yaml
 from data.manifest import Manifest
 from trainers.checkpoint import committed
 from trainers.checkpoint_commit import parse_folder_name
 from trainers.config import PretrainConfig, changed_keys
 from trainers.export_folder import foreign_problem
+from trainers.model_digest import content_digest
 from trainers.run_files import PUT_BACK, Pinned
 from trainers.verdict import CLAIM, EXPORT, VERDICT
 
@@ -40,6 +41,11 @@ def pinned_manifest(run: Store) -> str | None:
         return read_json(run, MANIFEST, Pinned, PUT_BACK)["digest"]
     except FileNotFoundError:
         return None
+
+
+def pinned_initial(run: Store) -> str:
+    """Digest of the model that the run was started from; empty where there is none, or an older run noted none."""
+    return read_json(run, MANIFEST, Pinned, PUT_BACK).get("init_from", "")
 
 
 def check_unchanged(run: Store, config: PretrainConfig) -> None:
@@ -73,6 +79,8 @@ def finished_steps(run: Store) -> int:
 def write_start(run: Store, config: PretrainConfig, manifest: Manifest, plan: str) -> None:
     """Write down what the run is. The manifest is pinned by the first start; the rest is what this start has."""
     content = {"digest": manifest.digest, "tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size}
+    if config.run.init_from and not run.exists(MANIFEST):
+        content["init_from"] = content_digest(open_store(config.run.init_from))
     run.put_if_absent(
         MANIFEST, json.dumps({**content, "summary": manifest.summary()}, indent=2, allow_nan=False).encode()
     )

@@ -28,10 +28,9 @@ from trainers.engine import Engine
 from trainers.evaluation import Evaluation, evaluate
 from trainers.export import export
 from trainers.export_folder import foreign_problem
-from trainers.formats import read_stored
 from trainers.guard import Guard, name_documents
 from trainers.heartbeat import GIL_GRACE_SECONDS, Heartbeat
-from trainers.initial import begun_values
+from trainers.initial import initial_values
 from trainers.live_metrics import LiveMetrics, event_log
 from trainers.llama import rows_of_fused
 from trainers.loop import SECTIONS, Ending, Parts, train
@@ -55,6 +54,8 @@ class Task:
     """When the driver began to ask for workers, by the run's clock."""
     judge: bool = True
     """Read the test split and export, once trained. A sweep's trials do neither."""
+    init: str = ""
+    """Digest of the model that `run.init_from` names; empty: it is not held against one."""
 
 
 def work(arguments: dict[str, Any]) -> None:
@@ -125,7 +126,7 @@ def assemble(
     model_config = model_of(config, manifest)
     values: Callable[[str, torch.Size], torch.Tensor] = partial(initial_value, model_config, config.run.seed)
     if config.run.init_from and newest is None:
-        values = begun_values(model_config, config.run.seed, read_stored(open_store(config.run.init_from)))
+        values = initial_values(config, model_config, task.init)
     model = build_hollow(model_config)
     model.activation_checkpointing = config.engine.activation_checkpointing
     engine = Engine(

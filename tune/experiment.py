@@ -30,6 +30,10 @@ class Experiment(Protocol):
     def resources(self) -> Mapping[str, float]:
         """`cpu` and `gpu` of a trial's own process; Ray Train's workers, where it has some, have their own."""
 
+    def changed(self) -> str | None:
+        """What the trials start from that is no longer what the first of them started from, in one line; asked where a
+        trial has failed, for that is no fault of its point."""
+
     def train(self, folder: Store, point: Point, seed: int, report: Report) -> Score:
         """Train from where the trial's folder is, reading no test record. Any error is the point's own fault, but
         for those of `tune.trials.PASSING`, also if Ray Train wraps them."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from cluster.config import ConfigError
 from cluster.storage import Store
 from trainers.finetune import finetune
+from trainers.finetune_backbone import backbone_digest
 from trainers.finetune_config import FinetuneConfig
 from trainers.finetune_group import check_records
 from trainers.finetune_order import FinetuneOrder
@@ -21,6 +22,8 @@ class FinetuneTrials:
 
     base: FinetuneConfig
     prepared: PreparedTask
+    backbone: str = ""
+    """Digest that the backbone has in every trial; empty: each takes what there is."""
 
     @property
     def resources(self) -> Mapping[str, float]:
@@ -35,6 +38,15 @@ class FinetuneTrials:
         storage, _, name = folder.uri.rpartition("/")
         return replace(config, run=replace(config.run, storage=storage, name=name, seeds=(seed,)))
 
+    def changed(self) -> str | None:
+        uri = self.base.backbone.uri
+        if not self.backbone or (found := backbone_digest(self.base)) == self.backbone:
+            return None
+        return (
+            f"base.backbone.uri={uri} was replaced while the sweep goes on: {self.backbone} there, {found} here; "
+            "put that one back, and the same command goes on, or choose a new sweep.name"
+        )
+
     def train(self, folder: Store, point: Point, seed: int, report: Report) -> Score:
         """Only train and validation records are loaded."""
         config = self.config_at(folder, point, seed)
@@ -45,8 +57,9 @@ class FinetuneTrials:
             report(step / total, score.score, score.metrics)
 
         result = finetune(
-            config, prepared=self.prepared, judge=False, keep_model=False, on_validation=validated
-        )
+            config, prepared=self.prepared, judge=False, keep_model=False, on_validation=validated,
+            backbone=self.backbone,
+        )  # fmt: skip
         found = result.seeds[0]
         return Score(found["score"], found["validation"])
 

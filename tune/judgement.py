@@ -67,8 +67,11 @@ def claim_judgement(store: Store, point: Point) -> None:
         )
 
 
-def judge(best: FinetuneConfig, point: Point, store: Store, prepared: PreparedTask) -> dict[str, Any]:
-    """Train the winner once more, in the sweep's folder, and read the test split: once, also if asked again.
+def judge(
+    best: FinetuneConfig, point: Point, store: Store, prepared: PreparedTask, backbone: str = ""
+) -> dict[str, Any]:
+    """Train the winner once more, in the sweep's folder, and read the test split: once, also if asked again. `backbone`
+    is the digest of what its trials started from.
 
     Raises:
         ConfigError: the sweep has judged another point.
@@ -76,7 +79,7 @@ def judge(best: FinetuneConfig, point: Point, store: Store, prepared: PreparedTa
     claim_judgement(store, point)
     here = replace(best, run=replace(best.run, storage=store.uri, name="best", seeds=best.run.seeds[:1]))
     with place_to_train(best.cluster) as alone:
-        result = finetune(here, prepared=prepared, alone=alone)
+        result = finetune(here, prepared=prepared, alone=alone, backbone=backbone)
     run = seed_store(here, here.run.seeds[0])
     write_task_report(run, prepared)
     test = result.seeds[0]["test"]

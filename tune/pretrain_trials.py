@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.storage import Store
+from cluster.storage import Store, open_store
 from trainers.checkpoint import read_best
 from trainers.config import PretrainConfig
+from trainers.model_digest import content_digest
 from trainers.stopping import raise_final
 from trainers.watching import watched
 from tune.experiment import DRIVER, Report, Score
@@ -20,6 +21,8 @@ class PretrainTrials:
     base: PretrainConfig
     manifest: str
     """Digest of what all of them are trained on."""
+    init: str = ""
+    """Digest of what all of them start from; empty: random weights."""
 
     @property
     def resources(self) -> Mapping[str, float]:
@@ -37,6 +40,15 @@ class PretrainTrials:
             ),
         )
 
+    def changed(self) -> str | None:
+        uri = self.base.run.init_from
+        if not self.init or (found := content_digest(open_store(uri))) == self.init:
+            return None
+        return (
+            f"base.run.init_from={uri} was replaced while the sweep goes on: {self.init} there, {found} here; put that "
+            "one back, and the same command goes on, or choose a new sweep.name"
+        )
+
     def train(self, folder: Store, point: Point, seed: int, report: Report) -> Score:
         """Its score is the validation loss in nats per target token, turned so that more is better."""
         # Here: this module is imported by the driver before Ray's variables are set, which Ray reads when imported.
@@ -52,7 +64,7 @@ class PretrainTrials:
         )
 
         def train() -> None:
-            task = Task(config, self.manifest, judge=False)
+            task = Task(config, self.manifest, judge=False, init=self.init)
             run_group(work, task, config.cluster, folder, config.run.max_failures)
             raise_final(folder)
 

@@ -20,7 +20,7 @@ try:
     from cluster.session import ray_session
     from cluster.storage import Store, open_store
     from cluster.terminal import Terminal
-    from trainers.finetune_backbone import backbone_digest
+    from trainers.finetune_backbone import backbone_digest, backbone_name
     from trainers.finetune_config import FinetuneConfig, absolute
     from trainers.finetune_order import origin_of
     from trainers.lease import lease
@@ -63,16 +63,17 @@ def sweep(
 ) -> None:
     """Search, choose and judge, from where the sweep is."""
     refuse_after_judgement(store, config.sweep)
-    pin(store, config, origin_of(prepared, backbone_digest(config.base)))
+    backbone = backbone_digest(config.base)
+    pin(store, config, origin_of(prepared, backbone_name(store, config.base, backbone)))
     first_seed, judged_before = config.base.run.seeds[0], store.exists(JUDGED)
     finalists = finalists_before(store, config.sweep, first_seed, judged=judged_before)
     if finalists is None:
-        finalists = search_on_cluster(config, store, space, prepared, console)
+        finalists = search_on_cluster(config, store, space, prepared, backbone, console)
     best = best_config(config, finalists[0])
     if config.sweep.judge or judged_before:
         claim_judgement(store, finalists[0].point)  # before best.yaml, which never names another point
     store.put("best.yaml", to_yaml(best).encode())
-    judged = judge(best, finalists[0].point, store, prepared) if config.sweep.judge else None
+    judged = judge(best, finalists[0].point, store, prepared, backbone) if config.sweep.judge else None
     page = write_sweep_report(store, space, finalists, judged, prepared.task)
     console.print(sweep_table(read_trials(store), finalists, prepared.task))
     if judged:
@@ -83,16 +84,21 @@ def sweep(
 
 
 def search_on_cluster(
-    config: SweepConfig, store: Store, space: SearchSpace, prepared: PreparedTask, console: Console
+    config: SweepConfig,
+    store: Store,
+    space: SearchSpace,
+    prepared: PreparedTask,
+    backbone: str,
+    console: Console,
 ) -> list[Finalist]:
-    """Search in a session of Ray's; the winner first."""
+    """Search in a session of Ray's, all trials from the backbone of that digest; the winner first."""
     with ray_session(config.base.cluster):
         nodes = living_nodes()
         if problem := unshared_problem(shared_uris(config), nodes):
             raise ConfigError([problem])
         return search(
             config.sweep,
-            FinetuneTrials(config.base, prepared),
+            FinetuneTrials(config.base, prepared, backbone),
             store,
             space,
             first_seed=config.base.run.seeds[0],

@@ -22,6 +22,7 @@ try:
     from cluster.config import ConfigError, load_config, run_entry, to_yaml
     from cluster.session import ray_session
     from cluster.storage import Store, open_store
+    from cluster.stored_file import read_json
     from cluster.terminal import Terminal
     from data.manifest import Manifest
     from data.order import Order, OrderError
@@ -31,8 +32,8 @@ try:
     from trainers.config import PretrainConfig, absolute
     from trainers.initial import with_initial
     from trainers.lease import lease
+    from trainers.model_digest import FORMER_LENGTH, content_digest, listing_digest
     from trainers.planning import manifest_problems, objective_problems, problems_before_start
-    from trainers.prediction import listing_digest
     from tune.finalists import finalists_before
     from tune.interrupts import stopped_gently
     from tune.measure import Measure
@@ -40,7 +41,7 @@ try:
     from tune.search import living_nodes, search
     from tune.search_space import SearchSpace, parse_space
     from tune.sweep_config import BEST, SweepRunConfig, grid_problem, room_of, unshared_problem
-    from tune.sweep_folder import pin
+    from tune.sweep_folder import ORIGIN, PUT_BACK, pin
     from tune.sweep_report import sweep_table, write_sweep_report
     from tune.trial_records import read_trials
 except ModuleNotFoundError as missing:
@@ -103,14 +104,15 @@ def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console
         console.print(corpus_table(manifest))
         if manifest.weakness:
             console.print(manifest.weakness, highlight=False)
-        trials = PretrainTrials(base, manifest.digest)
+        init = content_digest(open_store(base.run.init_from)) if base.run.init_from else ""
+        trials = PretrainTrials(base, manifest.digest, init)
         if problems := [
             *manifest_problems(base, manifest),
             *objective_problems(base, manifest),
             *order_problems(trials, manifest, space),
         ]:
             raise ConfigError(problems)
-        pin(store, config, origin_of(config, manifest))
+        pin(store, config, origin_of(store, config, manifest, init))
         finalists = finalists_before(store, config.sweep, base.run.seed) or search(
             config.sweep,
             trials,
@@ -164,13 +166,12 @@ def range_problems(base: PretrainConfig, space: SearchSpace) -> Iterator[str]:
             )
 
 
-def origin_of(config: PretrainSweepConfig, manifest: Manifest) -> dict[str, str]:
-    """What decides about scores and stands in no key."""
-    init_from = config.base.run.init_from
-    return {
-        "corpus": manifest.digest,
-        "init_from": listing_digest(open_store(init_from)) if init_from else "random weights",
-    }
+def origin_of(store: Store, config: PretrainSweepConfig, manifest: Manifest, init: str) -> dict[str, str]:
+    """What decides about scores and stands in no key; `init` is the digest of the model that trials start from."""
+    before = read_json(store, ORIGIN, dict[str, str], PUT_BACK) if store.exists(ORIGIN) else {}
+    if init and len(before.get("init_from", "")) == FORMER_LENGTH:  # of sizes and times
+        init = listing_digest(open_store(config.base.run.init_from).list())
+    return {"corpus": manifest.digest, "init_from": init or "random weights"}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from ray.train import ControllerError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
+from cluster.errors import ConfigError
 from cluster.storage import StorageError, Store
 from trainers.diverged import DivergedModelError
 from tune.experiment import Experiment
@@ -82,11 +83,13 @@ class Source(Searcher):
         self._cause = cause
         self.ended: list[str] = []
         """Names of the trials that have ended since the start."""
+        self.changed = ""
+        """What is no longer as it was when the search began."""
         self._running: dict[str, tuple[TrialRecord, float]] = {}
         self._last: dict[str, dict[str, Any]] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
-        asked = self._ask()
+        asked = None if self.changed else self._ask()
         if asked is None:
             return Searcher.FINISHED
         point, seed = asked
@@ -110,6 +113,9 @@ class Source(Searcher):
         # The result at which a trial is stopped comes here, and not to on_trial_result.
         last = self._last.pop(trial_id, {})
         last = result if result and "score" in result else last
+        self.changed = self.changed or last.get("changed", "")
+        if self.changed:
+            return  # neither this end nor that of others tells of a point: the trials stay unfinished
         failure = self._failure(trial_id, record.name, error or not last)
         whole = last.get("percent", 0) >= PERCENT
         status: Status = "failed" if failure else "finished" if whole else "stopped"
@@ -168,6 +174,11 @@ def run_trial(parameters: dict[str, Any], experiment: Experiment, sweep: Store) 
     except Exception as error:
         if is_passing(error):
             raise  # Tune starts it again, as one whose process was lost
+        if changed := experiment.changed():
+            tune.report(
+                {"score": -math.inf, "best_score": -math.inf, "percent": 0, "metrics": {}, "changed": changed}
+            )
+            return
         folder.put(ERROR, f"{type(error).__name__}: {error}".encode())
         # Not raised, for Tune would start again what fails again; and told with a score, below any rung, for Tune would
         # end the whole search over a trial that ends without one.
@@ -216,6 +227,7 @@ def run_trials(
 
     Raises:
         KeyboardInterrupt: Ctrl-C; what runs is left unfinished.
+        ConfigError: what the trials start from was replaced meanwhile.
     """
     # Tune would take Ctrl-C for itself and return as if the search had come to its end.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -247,6 +259,8 @@ def run_trials(
     tuner.fit()
     for name in source.ended:  # a trial that was stopped may have been writing one
         discard_checkpoints(sweep, name)
+    if source.changed:
+        raise ConfigError([source.changed])
 
 
 def scheduler(config: SweepRunConfig) -> TrialScheduler:
