@@ -106,11 +106,15 @@ def _hash_of(source: Store, path: str) -> str:
 
 def digest_of(hashes: Mapping[str, str]) -> str:
     """One digest of the hashes of files, by path."""
-    return hashlib.blake2b(json.dumps(sorted(hashes.items())).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(sorted(hashes.items()), allow_nan=False).encode(), digest_size=16
+    ).hexdigest()
 
 
 def listing_digest(infos: Sequence[ObjectInfo]) -> str:
     """As the digest was before it was one of content: of path, size and version of each file, without the time of its
     last change."""
     listed = sorted((info.path, info.num_bytes, former_version(info.version)) for info in infos)
-    return hashlib.blake2b(json.dumps(listed).encode(), digest_size=FORMER_LENGTH // 2).hexdigest()
+    return hashlib.blake2b(
+        json.dumps(listed, allow_nan=False).encode(), digest_size=FORMER_LENGTH // 2
+    ).hexdigest()

@@ -53,7 +53,7 @@ def rank(points: Sequence[Point], seeds: Sequence[int], trials: Sequence[TrialRe
 
 def record_searched(store: Store, sweep: SweepRunConfig) -> None:
     """Write down that the search has ended and its best points have been repeated."""
-    store.put(SEARCHED, json.dumps(sweep.choosing(), indent=2).encode())
+    store.put(SEARCHED, json.dumps(sweep.choosing(), indent=2, allow_nan=False).encode())
 
 
 def finalists_before(
