@@ -194,9 +194,11 @@ def test_a_separator_that_would_end_each_answer_at_once_is_refused(place):
 )
 def test_a_kind_that_has_no_prompt_is_refused_by_name(place, kind, content):
     words = {"tokens": ["a", "b"], "text": "a b"}
-    labels = {"classification": ["x"], "regression": 1.5, "token_classification": ["O", "O"]}
+    labels = {"classification": ["x"], "regression": 1.5}
+    tags = [["O", "O"], ["O", "B-x"]]
     records = [
-        words | {"tokens": ["a", f"b{n}"], "text": f"a b{n}", "label": labels[kind]} for n in range(60)
+        words | {"tokens": ["a", f"b{n}"], "text": f"a b{n}", "label": labels.get(kind, tags[n % 2])}
+        for n in range(60)
     ]
     uri = put_lines(place / f"{kind}.jsonl", records)
     described = {"name": kind, "kind": kind, "data": {"uri": uri}, "split": {"similarity": 1.0}} | content
