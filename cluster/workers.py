@@ -132,6 +132,16 @@ def shortages(config: ClusterConfig, nodes: Sequence[Resources], read_cpus: floa
         )
 
 
+def piece_shortages(cpus_per_piece: float, nodes: Sequence[Resources]) -> Iterator[str]:
+    """A line where no node can hold a piece of the work on a corpus: Ray Data would wait for such a node for ever."""
+    most = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    if cpus_per_piece > most + LEAST_CPUS:
+        yield (
+            f"corpus.cpus_per_piece={cpus_per_piece:g}, but a piece lies on one node, and the largest has {most:g} "
+            f"CPUs; give {min(1.0, most):g}: a piece works in one thread"
+        )
+
+
 def _remedy(config: ClusterConfig, nodes: Sequence[Resources], read_cpus: float) -> str:
     """The most CPUs, in hundredths, with which the fewest workers fit."""
     hundredths = range(1, 1 + int(100 * max((node.get("CPU", 0.0) for node in nodes), default=0.0)))

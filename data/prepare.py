@@ -36,13 +36,14 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.config import ConfigError, load_config, run_entry
+from cluster.hardware import available_cores
 from cluster.interrupts import interruptible
 from cluster.scratch import problem_writing_locally
 from cluster.session import ray_session
 from cluster.storage import StorageError, Store, open_store
 from cluster.stored_file import MAX_BYTES, DamagedFileError
 from cluster.terminal import Terminal
-from cluster.workers import ClusterConfig
+from cluster.workers import ClusterConfig, piece_shortages
 from data.assemble import (
     assemble,
     existing_manifest,
@@ -315,14 +316,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, console = loaded.config, Terminal()
     if problems := corpus_problems(config.corpus):
         raise ConfigError(problems)
+    here = [{"CPU": available_cores()}] if config.cluster.is_local else []
+    too_large = list(piece_shortages(config.corpus.cpus_per_piece, here)) if here else []
     if "dry-run" in loaded.flags:
         if problem := problem_writing_locally(temporary_bytes(config.corpus)):
             raise ConfigError([problem])
-        return console.print("\n".join(describe(config.corpus)))
+        lines = [*describe(config.corpus), *(f"not on this machine: {line}" for line in too_large)]
+        return console.print(*lines, sep="\n")
     try:
         manifest = existing_manifest(config.corpus)
         if manifest is None or manifest.weakness:
-            with ray_session(config.cluster), progress_line(console) as on_progress:
+            if too_large:
+                raise ConfigError(too_large)
+            with ray_session(config.cluster) as nodes, progress_line(console) as on_progress:
+                if problems := list(piece_shortages(config.corpus.cpus_per_piece, nodes)):
+                    raise ConfigError(problems)
                 manifest = prepare(config.corpus, on_progress, renew=True)
     except EXPECTED as error:
         raise ConfigError(str(error).splitlines()) from error

@@ -13,6 +13,7 @@ from cluster.config import ConfigError, load_config, to_dict, to_yaml
 from cluster.session import PROJECT, joined_resources
 from cluster.storage import open_store
 from cluster.workers import ClusterConfig
+from data.prepare import main as prepare_main
 from data.tokens import TokenizerConfig, train_tokenizer
 from trainers.config import BatchConfig, PretrainConfig, absolute, changed_keys, run_store
 from trainers.finetune_config import FinetuneConfig
@@ -125,6 +126,20 @@ def test_a_dry_run_of_every_preset_prints_its_plan_and_writes_nothing(preset, sm
     needs_gpus = config.cluster.gpus_per_worker * config.cluster.num_workers > resources_here()["GPU"]
     assert ("not on this machine" in plan and "GPUs" in plan) or not needs_gpus
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_a_piece_of_the_corpus_too_large_for_this_machine_is_said_by_each_dry_run(tmp_path, capsys):
+    lines = [json.dumps({"id": name, "text": text}, ensure_ascii=False) for name, text in DOCUMENTS]
+    open_store(f"{tmp_path}/raw").put("part-0.jsonl", "\n".join(lines).encode())
+    corpus = ["--corpus.uri", f"{tmp_path}/raw", "--corpus.prepared", f"{tmp_path}/prepared"]
+    corpus += ["--corpus.cpus_per_piece", str(resources_here()["CPU"] + 1), "--dry-run"]
+    runs = ["--run.storage", f"{tmp_path}/runs", "--run.name", "one"]
+    for command, own in ((main, runs), (prepare_main, [])):
+        command([*corpus, *own])
+        assert "not on this machine: corpus.cpus_per_piece" in capsys.readouterr().out
+    for command, own in ((main, runs), (prepare_main, [])):
+        with pytest.raises(ConfigError, match=r"corpus\.cpus_per_piece"):
+            command([*corpus[:-1], *own])
 
 
 def test_large_presets_have_the_published_numbers_of_parameters():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.workers import ClusterConfig, fitting_workers, shortages
+from cluster.workers import ClusterConfig, fitting_workers, piece_shortages, shortages
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,13 @@ def test_numbers_that_no_cluster_has_are_named(wrong: dict[str, float]) -> None:
     ((name, value),) = wrong.items()
     (line,) = ClusterConfig(**wrong).problems("cluster")  # type: ignore[arg-type]
     assert line.startswith(f"cluster.{name}={value:g} must ")
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=4), st.sampled_from([0.3, 1.0, 2.0, 64.0]))
+def test_a_piece_of_the_corpus_that_no_node_can_hold_is_refused_with_what_fits(cpus, each):
+    nodes = [{"CPU": float(cpu)} for cpu in cpus]
+    found = list(piece_shortages(each, nodes))
+    assert bool(found) == all(cpu < each for cpu in cpus)  # also where their sum would do
+    for line in found:
+        assert f"corpus.cpus_per_piece={each:g}" in line
+        assert not list(piece_shortages(float(re.search(r"give (\S+):", line)[1]), nodes))

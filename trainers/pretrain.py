@@ -22,7 +22,7 @@ try:
     from cluster.session import ray_session
     from cluster.storage import open_store
     from cluster.terminal import Terminal
-    from cluster.workers import Resources, shortages
+    from cluster.workers import Resources, piece_shortages, shortages
     from data.manifest import Manifest, read_manifest
     from data.prepare import EXPECTED, corpus_table, prepare
     from data.progress import progress_line
@@ -63,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     problems = list(problems_before_start(config))
     if not problems:
         run_folder.check_unchanged(run, config)
-    too_large = (
-        list(shortages(config.cluster, [resources_here()], READ_CPUS)) if config.cluster.is_local else []
-    )
+    too_large = lacking_on(config, [resources_here()]) if config.cluster.is_local else []
     if "dry-run" in loaded.flags:
         if problems:
             raise ConfigError(problems)
@@ -109,8 +107,21 @@ def train(config: PretrainConfig, console: Console) -> None:
 def node_problems(config: PretrainConfig, resources: Sequence[Resources]) -> list[str]:
     """What is wrong with the nodes of a cluster, or lacks, before a worker is started on them."""
     if config.cluster.is_local:
-        return list(shortages(config.cluster, resources, READ_CPUS))
-    return problems_of_nodes(config.cluster, [run_store(config).uri, config.corpus.prepared], READ_CPUS)
+        return lacking_on(config, resources)
+    places = [run_store(config).uri, config.corpus.prepared]
+    return [*piece_problems(config, resources), *problems_of_nodes(config.cluster, places, READ_CPUS)]
+
+
+def lacking_on(config: PretrainConfig, nodes: Sequence[Resources]) -> list[str]:
+    """What the nodes lack for the workers, and for the work on the corpus."""
+    return [*shortages(config.cluster, nodes, READ_CPUS), *piece_problems(config, nodes)]
+
+
+def piece_problems(config: PretrainConfig, nodes: Sequence[Resources]) -> list[str]:
+    """What the nodes lack for the work on the corpus; nothing once the run has its manifest."""
+    if run_folder.pinned_manifest(run_store(config)):
+        return []
+    return list(piece_shortages(config.corpus.cpus_per_piece, nodes))
 
 
 def pinned_or_prepared(config: PretrainConfig, console: Console) -> Manifest:

@@ -24,6 +24,7 @@ try:
     from cluster.storage import Store, open_store
     from cluster.stored_file import read_json
     from cluster.terminal import Terminal
+    from cluster.workers import piece_shortages
     from data.manifest import Manifest
     from data.order import Order, OrderError
     from data.prepare import EXPECTED, corpus_table, prepare
@@ -89,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def sweep(config: PretrainSweepConfig, store: Store, space: SearchSpace, console: Console) -> None:
     """Prepare, search and choose, from where the sweep is."""
     base = config.base
-    with ray_session(base.cluster):
+    with ray_session(base.cluster) as resources:
+        if problems := list(piece_shortages(base.corpus.cpus_per_piece, resources)):
+            raise ConfigError(problems)
         nodes = living_nodes()
         shared = {"sweep.storage": store.uri, "base.corpus.prepared": base.corpus.prepared}
         shared |= {"base.run.init_from": base.run.init_from} if base.run.init_from else {}
