@@ -36,10 +36,10 @@ from cluster.hardware import this_host
 from cluster.session import PROJECT
 from trainers.causal import causal_lm
 from trainers.engine import Engine
+from trainers.engine_config import EngineConfig
 from trainers.model import build, build_hollow, initial_value
 from trainers.plan_cluster import ClusterPlanConfig, Option, model_of, option_of
 from trainers.shape import flops_per_token
-from trainers.throughput import Strategy
 
 PRESET = PROJECT / "trainers" / "configs" / "gpt2-124m.yaml"
 WAYS = ("bare", "0", "1", "1+eager", "1+serial", "2", "3", "1+recompute", "1+offload", "3+offload-all")
@@ -110,16 +110,20 @@ def planned(config: ClusterPlanConfig, way: str, found: Measured) -> str:
 
 
 def option_by(config: ClusterPlanConfig, way: str) -> Option:
+    return option_of(config, engine_of(config, way))
+
+
+def engine_of(config: ClusterPlanConfig, way: str) -> EngineConfig:
     stage, *added = way.split("+")
-    return option_of(
-        config,
-        Strategy(
-            zero_stage=int(stage),  # type: ignore[arg-type]
-            micro_batch_rows=config.engine.rows_per_pass(config.batch.rows_per_step),
-            activation_checkpointing="recompute" in added,
-            offload=next((OFFLOADS[name] for name in added if name in OFFLOADS), "none"),  # type: ignore[arg-type]
-            compiled="eager" not in added,
-        ),
+    own = {"zero_optimization": {"overlap_comm": False}} if "serial" in added else {}
+    return replace(
+        config.engine,
+        zero_stage=int(stage),  # type: ignore[arg-type]
+        micro_batch_rows=config.engine.rows_per_pass(config.batch.rows_per_step),
+        activation_checkpointing="recompute" in added,
+        offload=next((OFFLOADS[name] for name in added if name in OFFLOADS), "none"),  # type: ignore[arg-type]
+        compile="eager" not in added,
+        deepspeed={**config.engine.deepspeed, **own},
     )
 
 
@@ -182,25 +186,15 @@ def bare_step(config: ClusterPlanConfig, device: torch.device, losses: Losses) -
 
 
 def engine_step(config: ClusterPlanConfig, way: str, losses: Losses) -> Callable[[], float]:
-    strategy, added = option_by(config, way).strategy, way.split("+")
-    own = {"zero_optimization": {"overlap_comm": False}} if "serial" in added else {}
-    engine_config = replace(
-        config.engine,
-        zero_stage=strategy.zero_stage,
-        offload=strategy.offload,
-        activation_checkpointing=strategy.activation_checkpointing,
-        micro_batch_rows=strategy.micro_batch_rows,
-        compile=strategy.compiled,
-        deepspeed={**config.engine.deepspeed, **own},
-    )
+    engine_config = engine_of(config, way)
     model = build_hollow(model_of(config))
-    model.activation_checkpointing = strategy.activation_checkpointing
+    model.activation_checkpointing = engine_config.activation_checkpointing
     engine = Engine(
         model,
         engine_config,
         config.optimizer,
         lambda step: RATE / config.optimizer.learning_rate,
-        micro_batches=config.batch.rows_per_step // strategy.micro_batch_rows,
+        micro_batches=config.batch.rows_per_step // engine_config.micro_batch_rows,
         values=partial(initial_value, model_of(config), 0),
     )
 

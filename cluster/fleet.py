@@ -7,7 +7,7 @@ p6-b200.48xlarge, p5en.48xlarge, p5.48xlarge, p4de.24xlarge, p4d.24xlarge and g6
 
 from dataclasses import dataclass
 
-from cluster.hardware import Accelerator, find_accelerator
+from cluster.hardware import ASSUMED, Accelerator, find_accelerator
 
 GIB = 1 << 30
 
@@ -113,3 +113,14 @@ GPUS = {
         ),
     )
 }
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The row of a device as torch names it, else one of the same chip and board; None if there is none."""
+    found = find_accelerator(device_name)
+    same = [gpu for gpu in GPUS.values() if gpu.accelerator is found]
+    return next((gpu for gpu in same if gpu.device == device_name), same[0] if same else None)
+
+
+ASSUMED_GPU = next(gpu for gpu in GPUS.values() if gpu.accelerator is ASSUMED)
+"""What a run for GPUs is planned for on a machine without any."""

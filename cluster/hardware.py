@@ -209,9 +209,11 @@ def measured_flops_per_second(device: str, precision: Precision, threads: int, s
         torch.set_num_threads(threads_before)
 
 
-def worker_watts(config: EnergyConfig, device: str, device_name: str, cores: float) -> float:
-    """Watts that one worker is taken to draw: its host cores, and its accelerator where it has one."""
-    watts = config.watts_per_core * cores
+def worker_watts(config: EnergyConfig, device: str, device_name: str, threads: int) -> float:
+    """Watts that one worker is taken to draw, in plans and reports: a host core for each thread that it computes on,
+    and its accelerator where it has one. Memory, network and fans of its node are not counted.
+    """
+    watts = config.watts_per_core * threads
     if device == "cuda":
         watts += config.watts_per_device or (find_accelerator(device_name) or ASSUMED).watts
     return watts

@@ -47,14 +47,14 @@ def test_a_plan_for_accelerators_can_be_made_without_one(monkeypatch):
     monkeypatch.setattr(hardware, "device_here", lambda: torch.device("cpu"))
     peak = peak_of("cuda", "Intel(R) Xeon(R) Processor", "bf16")
     assert peak.flops_per_second == 312e12 and "assumed" in peak.source and "A100" in peak.source
-    assert worker_watts(EnergyConfig(), "cuda", "Intel(R) Xeon(R) Processor", cores=1) == 400 + 12
+    assert worker_watts(EnergyConfig(), "cuda", "Intel(R) Xeon(R) Processor", threads=1) == 400 + 12
 
 
 def test_energy_equals_the_computation_by_hand():
     config = EnergyConfig(watts_per_core=10, overhead=1.5, grams_per_kwh=400)
-    assert worker_watts(config, "cpu", "any processor", cores=2) == 20
-    assert worker_watts(config, "cuda", "NVIDIA A100-SXM4-80GB", cores=8) == 400 + 80
-    assert worker_watts(EnergyConfig(watts_per_device=250), "cuda", "NVIDIA A100-SXM4-80GB", cores=0) == 250
+    assert worker_watts(config, "cpu", "any processor", threads=2) == 20
+    assert worker_watts(config, "cuda", "NVIDIA A100-SXM4-80GB", threads=8) == 400 + 80
+    assert worker_watts(EnergyConfig(watts_per_device=250), "cuda", "NVIDIA A100-SXM4-80GB", threads=0) == 250
     # 2,000 W x 1.5 = 3 kW for half an hour: 1.5 kWh, 600 g.
     energy = estimate_energy(config, watts=2000, seconds=1800)
     assert (energy.kwh, energy.co2_grams) == (pytest.approx(1.5), pytest.approx(600))

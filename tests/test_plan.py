@@ -179,4 +179,4 @@ def test_the_plan_of_a_prepared_corpus_says_what_its_order_leaves_out(tmp_path):
     config = load_config(PretrainConfig, [*uris, *sizes], description="").config
     left = Order(manifest, config.order, seq_len=16, rows_per_step=8).remainder()["web"]
     assert left["rows"] > 0 and left["tokens"] > 16 * left["rows"]
-    assert f"{left['rows']:,} rows and {left['tokens']:,} tokens of web" in plan_of(config, manifest)
+    assert f"{left['rows']:,} rows and {left['tokens']:,} tokens of web" in plan_of(config, manifest).text

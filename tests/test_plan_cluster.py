@@ -1,14 +1,23 @@
 import re
+from pathlib import Path
 
 import pytest
 
-from cluster.config import ConfigError, load_config
-from cluster.fleet import GPUS
+from cluster.config import ConfigError, load_config, to_dict
+from cluster.fleet import ASSUMED_GPU, GPUS, find_gpu
+from cluster.hardware import EnergyConfig, Hardware
+from cluster.session import PROJECT
+from trainers import planning, run_folder
 from trainers.config import PretrainConfig
 from trainers.plan import rows_per_worker
-from trainers.plan_cluster import ClusterPlanConfig, job_of, main, options, room
+from trainers.plan_cluster import ClusterPlanConfig, job_of, main, option_of, options, room
+from trainers.planning import plan_of
+from trainers.results import RunFiles, energy_of
 from trainers.throughput import Strategy
+from trainers.units import duration, energy
 
+CONFIGS = PROJECT / "trainers" / "configs"
+ON_GPUS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "gpus_per_worker: 1" in path.read_text()]
 LLAMA_7B = ["--config", "trainers/configs/llama-7b.yaml"]
 
 
@@ -104,7 +113,7 @@ def test_a_run_takes_the_lanes_that_a_plan_names_and_has_its_rows_per_worker(gpu
     run += ["--corpus.uri", "raw", "--corpus.prepared", "prepared"]
     assert load_config(PretrainConfig, run, description="").config.order.lanes == int(lanes)
     best = next(option for option in options(config(*own, "--gpus", str(gpus))) if option.fits)
-    rows = rows_per_worker(job_of(config(*own, "--gpus", str(gpus)), best.strategy))
+    rows = rows_per_worker(job_of(config(*own, "--gpus", str(gpus)), best.plan.job.engine))
     assert best.micro_batches * best.strategy.micro_batch_rows == rows
     assert rows * gpus >= 1_024
 
@@ -122,3 +131,61 @@ def test_at_least_more_workers_than_at_most_is_one_error_that_names_both_keys() 
     (problem,) = [line for line in found.value.problems if "min_workers" in line]
     assert "cluster.min_workers=9" in problem
     assert "cluster.num_workers=4" in problem
+
+
+def report_of(run: PretrainConfig, seconds: float) -> RunFiles:
+    """A run that trained so long on the machine that this process takes its own to be."""
+    environment = run_folder.environment(run)
+    start = {"step": 0, "event": "start", "attempt": 1, "time": 0.0, "world_size": run.cluster.num_workers}
+    end = {"step": run.run.steps, "event": "end", "attempt": 1, "time": seconds}
+    missing = dict.fromkeys(("manifest", "plan", "best", "test", "samples", "floor"))
+    return RunFiles(config=to_dict(run), environment=environment, attempts=[start, end], **missing)
+
+
+@pytest.mark.parametrize("gpu", ["h100-80gb", "a100-80gb"])
+@pytest.mark.parametrize("preset", ON_GPUS, ids=lambda path: path.stem)
+def test_a_dry_run_the_planner_of_clusters_and_a_report_say_the_same_days_and_energy(
+    preset: Path, gpu: str, monkeypatch, capsys
+) -> None:
+    there = Hardware("node", 96, 2**40, "cuda", GPUS[gpu].device, 8, GPUS[gpu].memory_bytes)
+    monkeypatch.setattr(planning, "this_host", lambda: there)
+    monkeypatch.setattr(run_folder, "this_host", lambda: there)
+    given = ["--config", str(preset), "--corpus.prepared", "prepared", "--corpus.uri", "raw"]
+    run = load_config(PretrainConfig, given, description="").config
+    plan = plan_of(run, None)
+    own = ["--gpus", str(run.cluster.num_workers), "--gpu", gpu]
+    planned = option_of(load_config(ClusterPlanConfig, [*given, *own], description="").config, run.engine)
+    assert (planned.plan.seconds, planned.plan.energy) == (plan.seconds, plan.energy)
+    assert planned.plan.memory == plan.memory
+    assert energy_of(report_of(run, plan.seconds)).kwh == pytest.approx(plan.energy.kwh)
+    watts = run.cluster.num_workers * (GPUS[gpu].accelerator.watts + 12 * run.cluster.threads)
+    assert plan.energy.kwh == pytest.approx(watts * 1.58 * plan.seconds / 3.6e6)
+    main([*given, *own])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("configured"))
+    assert duration(plan.seconds) in line and energy(plan.energy.kwh) in line
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "computing"), [(0.75, 0, 1), (0.75, 1, 1), (2.0, 0, 2), (4.0, 1, 1)]
+)
+def test_a_worker_on_cpus_draws_a_core_for_each_thread_that_it_computes_on(
+    cpus: float, threads: int, computing: int
+) -> None:
+    given = ["--corpus.prepared", "prepared", "--corpus.uri", "raw", "--cluster.num_workers", "2"]
+    given += ["--cluster.cpus_per_worker", str(cpus), "--cluster.threads_per_worker", str(threads)]
+    run = load_config(PretrainConfig, given, description="").config
+    watts = 2 * computing * EnergyConfig().watts_per_core
+    plan = plan_of(run, None)
+    assert plan.energy.kwh == pytest.approx(watts * 1.58 * plan.seconds / 3.6e6)
+    assert energy_of(report_of(run, 100.0)).kwh == pytest.approx(watts * 1.58 * 100 / 3.6e6)
+
+
+def test_a_device_leads_to_its_own_row_of_the_fleet() -> None:
+    assert all(find_gpu(gpu.device) == gpu for gpu in GPUS.values())
+    assert find_gpu("NVIDIA H100 PCIe") is None, "another board, with another memory and other links"
+    assert ASSUMED_GPU.device == "NVIDIA A100-SXM4-80GB"
+
+
+def test_a_plan_in_float32_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.precision=fp32"):
+        config("--engine.precision", "fp32")

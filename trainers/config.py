@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.bounds import folder_problems
 from cluster.config import to_dict
-from cluster.hardware import EnergyConfig
+from cluster.hardware import EnergyConfig, worker_watts
 from cluster.storage import Store, open_store
 from cluster.workers import ClusterConfig
 from data.corpus import CorpusConfig
@@ -172,6 +172,11 @@ def shape_problems(objective: ObjectiveConfig, model: ModelConfig) -> Iterator[s
 def run_store(config: PretrainConfig) -> Store:
     """The run's folder."""
     return open_store(config.run.storage).child(config.run.name)
+
+
+def watts_per_worker(config: PretrainConfig, device: str, device_name: str) -> float:
+    """Watts that a plan, a run's records and its report count for each worker."""
+    return worker_watts(config.energy, device, device_name, config.cluster.threads)
 
 
 def model_of(config: PretrainConfig, manifest: Manifest) -> ModelConfig:

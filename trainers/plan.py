@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from cluster.fleet import Gpu
 from cluster.hardware import Energy, EnergyConfig, Peak, estimate_energy
 from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.checkpoint import CheckpointConfig
@@ -20,6 +21,7 @@ from trainers.cross_entropy import chunk_tokens
 from trainers.engine_config import BUCKET_ELEMENTS, EngineConfig, overlaps
 from trainers.optimizer import OptimizerConfig, moments
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
+from trainers.throughput import StepTime, Strategy, step_time
 from trainers.units import count, duration, energy, flop, mass, size
 
 GPU_UTILIZATION = 0.40
@@ -53,6 +55,8 @@ class Job:
     """By source, what an epoch leaves out, as `Order.remainder` counts it; None: not prepared yet."""
     peak: Peak
     """Of one worker's device."""
+    gpu: Gpu | None = None
+    """One worker's device, where cluster/fleet.py has it; None: speed is a share of the peak."""
     watts: float
     """All workers together."""
     energy: EnergyConfig
@@ -114,10 +118,7 @@ def make_plan(job: Job) -> Plan:
     tokens = job.steps * job.rows_per_step * job.seq_len
     flops = tokens * flops_per_token(job.model, job.seq_len, job.target_share)
     peak = job.peak.flops_per_second * job.num_workers
-    if job.tokens_per_second:
-        seconds = tokens / job.tokens_per_second
-    else:
-        seconds = flops / (peak * (CPU_UTILIZATION if job.peak.is_measured else GPU_UTILIZATION))
+    seconds = training_seconds(job)
     state_bytes = FLOAT32 * state_elements(job.model, job.optimizer)
     checkpoint = job.checkpoint
     for_good = job.steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
@@ -133,6 +134,46 @@ def make_plan(job: Job) -> Plan:
         utilization=flops / (seconds * peak) if seconds and peak else 0.0,
         seconds=seconds,
         energy=estimate_energy(job.energy, job.watts, seconds),
+    )
+
+
+def training_seconds(job: Job) -> float:
+    """Of all steps, without what comes between them."""
+    tokens = job.steps * job.rows_per_step * job.seq_len
+    if job.tokens_per_second:
+        return tokens / job.tokens_per_second
+    if step := step_time_of(job):
+        return job.steps * step.total
+    flops = tokens * flops_per_token(job.model, job.seq_len, job.target_share)
+    share = CPU_UTILIZATION if job.peak.is_measured else GPU_UTILIZATION
+    return flops / (job.peak.flops_per_second * job.num_workers * share)
+
+
+def step_time_of(job: Job) -> StepTime | None:
+    """A step on GPUs of the table in cluster/fleet.py; None on others, and in float32, of which no speed is known."""
+    if job.gpu is None or job.engine.precision != "bf16":
+        return None
+    return step_time(
+        job.model,
+        job.seq_len,
+        micro_batches(job),
+        strategy_of(job),
+        job.gpu,
+        job.num_workers,
+        job.target_share,
+    )
+
+
+def strategy_of(job: Job) -> Strategy:
+    """The configured engine, as the model of speed sees it."""
+    engine = job.engine
+    return Strategy(
+        zero_stage=engine.zero_stage,
+        micro_batch_rows=engine.rows_per_pass(rows_per_worker(job)),
+        activation_checkpointing=engine.activation_checkpointing,
+        offload=engine.offload,
+        compiled=engine.compile,
+        overlapped=overlaps(engine, on_gpu=True),
     )
 
 
@@ -260,7 +301,10 @@ def _epochs(plan: Plan) -> str:
 def _basis(plan: Plan) -> str:
     if plan.job.tokens_per_second:
         return f"at {count(plan.job.tokens_per_second)} tokens/s as measured"
-    peak = plan.job.peak
+    peak, gpu = plan.job.peak, plan.job.gpu
+    if gpu and step_time_of(plan.job):
+        of = f"of {flop(peak.flops_per_second)}/s a worker ({peak.source})"
+        return f"at {plan.utilization:.0%} {of}, by the model of trainers/throughput.py for {gpu.name}"
     return f"at an assumed {plan.utilization:.0%} of {flop(peak.flops_per_second)}/s a worker ({peak.source})"
 
 

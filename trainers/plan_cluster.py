@@ -2,7 +2,8 @@
 
     python trainers/plan_cluster.py --config trainers/configs/llama-7b.yaml --gpus 256 --gpu h100-80gb
 
-Memory is counted as in trainers/plan.py, speed estimated as in trainers/throughput.py; nothing is measured or started.
+Time, memory and energy are those of trainers/plan.py, which `pretrain.py --dry-run` prints, speed that of
+trainers/throughput.py; nothing is measured or started.
 The speeds that the estimate was held against (trainers/published_speeds.py) are of stage 3 alone.
 """
 
@@ -21,17 +22,18 @@ from rich.table import Table
 
 from cluster.config import load_config, run_entry
 from cluster.fleet import GPUS, Gpu
-from cluster.hardware import Peak, estimate_energy
+from cluster.hardware import Peak
 from cluster.keys import nearest
 from cluster.terminal import Terminal
 from data.corpus import CorpusConfig
 from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.config import PretrainConfig
-from trainers.engine_config import overlaps
-from trainers.plan import Job, Memory, memory_per_worker, micro_batches, rows_per_worker
+from trainers.engine_config import EngineConfig
+from trainers.plan import Job, Memory, Plan, make_plan, rows_per_worker, step_time_of, strategy_of
+from trainers.planning import job_of as job_of_run
 from trainers.published_speeds import errors
-from trainers.shape import ModelConfig, count_parameters, flops_per_token
-from trainers.throughput import StepTime, Strategy, step_time
+from trainers.shape import ModelConfig, count_parameters
+from trainers.throughput import StepTime, Strategy
 from trainers.units import count, duration, energy, mass, size
 
 RESERVED_BYTES = 3 << 30
@@ -68,6 +70,8 @@ class ClusterPlanConfig(PretrainConfig):
 
     def problems(self, at: str = "") -> Iterator[str]:
         yield from super().problems(at)
+        if self.engine.precision != "bf16":
+            yield f"engine.precision={self.engine.precision}: no speed in it is known for any GPU; plan with bf16"
         if self.gpu not in GPUS:
             guess = nearest(self.gpu, list(GPUS)) or ", ".join(GPUS)
             yield f"gpu={self.gpu} is not in the table of cluster/fleet.py; nearest: {guess}"
@@ -84,18 +88,30 @@ class ClusterPlanConfig(PretrainConfig):
 class Option:
     """One way to train, and what it would come to."""
 
-    strategy: Strategy
-    micro_batches: int
-    memory: Memory
+    plan: Plan
     device_bytes: float
     """Of one GPU's memory."""
     host_bytes: float
     """Of its node's memory, all GPUs of the node together."""
     fits: bool
     time: StepTime
-    tokens_per_second: float
-    """All GPUs."""
-    mfu: float
+
+    @property
+    def strategy(self) -> Strategy:
+        return strategy_of(self.plan.job)
+
+    @property
+    def micro_batches(self) -> int:
+        return self.plan.micro_batches
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All GPUs."""
+        return self.plan.tokens / self.plan.seconds
+
+    @property
+    def mfu(self) -> float:
+        return self.plan.utilization
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def options(config: ClusterPlanConfig) -> list[Option]:
     """Every combination that a configuration can have, the fastest first, those that do not fit last."""
-    rows = rows_per_worker(job_of(config, Strategy(zero_stage=0, micro_batch_rows=1)))
+    rows = rows_per_worker(job_of(config, config.engine))
     sizes = [number for number in BATCH_SIZES if number <= rows and rows % number == 0]
     combinations: Iterator[tuple[Any, ...]] = itertools.product(
         (0, 1, 2, 3), ("none", "optimizer", "optimizer+parameters"), (False, True), sizes
@@ -126,13 +142,12 @@ def options(config: ClusterPlanConfig) -> list[Option]:
     found = [
         option_of(
             config,
-            Strategy(
+            replace(
+                config.engine,
                 zero_stage=stage,
                 offload=offload,
                 activation_checkpointing=recompute,
                 micro_batch_rows=micro,
-                compiled=config.engine.compile,
-                overlapped=overlaps(replace(config.engine, zero_stage=stage, offload=offload), on_gpu=True),
             ),
         )
         for stage, offload, recompute, micro in combinations
@@ -141,59 +156,40 @@ def options(config: ClusterPlanConfig) -> list[Option]:
     return sorted(found, key=lambda option: (not option.fits, -option.tokens_per_second))
 
 
-def option_of(config: ClusterPlanConfig, strategy: Strategy) -> Option:
-    gpu, model = GPUS[config.gpu], model_of(config)
-    job = job_of(config, strategy)
-    passes = micro_batches(job)
-    memory = memory_per_worker(job)
-    on_host = memory.checkpoint_buffers + offloaded(strategy, memory)
-    on_device = memory.total - on_host
+def option_of(config: ClusterPlanConfig, engine: EngineConfig) -> Option:
+    """What a run with this engine would come to."""
+    gpu, plan = GPUS[config.gpu], make_plan(job_of(config, engine))
+    time = step_time_of(plan.job)
+    assert time is not None, "the GPU is of the table"
+    on_host = plan.memory.checkpoint_buffers + offloaded(engine, plan.memory)
+    on_device = plan.memory.total - on_host
     node_bytes = on_host * min(config.gpus, gpu.per_node)
-    time = step_time(model, job.seq_len, passes, strategy, gpu, config.gpus)
-    speed = job.rows_per_step * job.seq_len / time.total
     return Option(
-        strategy=strategy,
-        micro_batches=passes,
-        memory=memory,
+        plan=plan,
         device_bytes=on_device,
         host_bytes=node_bytes,
         fits=on_device <= room(gpu) and node_bytes <= host_room(gpu),
         time=time,
-        tokens_per_second=speed,
-        mfu=speed * flops_per_token(model, job.seq_len) / (config.gpus * gpu.accelerator.bf16),
     )
 
 
-def offloaded(strategy: Strategy, memory: Memory) -> float:
+def offloaded(engine: EngineConfig, memory: Memory) -> float:
     """Bytes of a worker's states that lie in host memory."""
-    optimizer = 0.0 if strategy.offload == "none" else memory.optimizer
-    return optimizer + (memory.parameters if strategy.offload == "optimizer+parameters" else 0.0)
+    optimizer = 0.0 if engine.offload == "none" else memory.optimizer
+    return optimizer + (memory.parameters if engine.offload == "optimizer+parameters" else 0.0)
 
 
-def job_of(config: ClusterPlanConfig, strategy: Strategy) -> Job:
-    """The run as trainers/plan.py counts it, by this strategy."""
+def job_of(config: ClusterPlanConfig, engine: EngineConfig) -> Job:
+    """The run on these GPUs, as its --dry-run counts it there."""
     gpu = GPUS[config.gpu]
-    engine = replace(
-        config.engine,
-        zero_stage=strategy.zero_stage,
-        offload=strategy.offload,
-        activation_checkpointing=strategy.activation_checkpointing,
-        micro_batch_rows=strategy.micro_batch_rows,
-    )
-    return Job(
-        model=model_of(config),
+    run = replace(
+        config,
         engine=engine,
-        optimizer=config.optimizer,
-        checkpoint=config.checkpoint,
-        seq_len=config.batch.seq_len,
-        rows_per_step=config.batch.rows_per_step,
-        steps=config.run.steps,
-        num_workers=config.gpus,
-        lanes=lanes_of(config),
-        peak=Peak(gpu.accelerator.bf16, gpu.accelerator.source),
-        watts=config.gpus * (config.energy.watts_per_device or gpu.accelerator.watts),
-        energy=config.energy,
+        cluster=replace(config.cluster, num_workers=config.gpus, gpus_per_worker=1.0),
+        order=replace(config.order, lanes=lanes_of(config)),
     )
+    peak = Peak(gpu.accelerator.bf16, gpu.accelerator.source)
+    return job_of_run(run, model_of(config), "cuda", gpu.device, peak, gpu)
 
 
 def lanes_of(config: ClusterPlanConfig) -> int:
@@ -272,20 +268,20 @@ def options_table(config: ClusterPlanConfig, found: Sequence[Option]) -> Table:
 
 
 def summary(config: ClusterPlanConfig, gpu: Gpu, best: Option) -> Iterator[str]:
-    """What the run takes by the fastest way that fits."""
-    tokens = config.run.steps * config.batch.rows_per_step * config.batch.seq_len
-    seconds = tokens / best.tokens_per_second
-    hours = config.gpus * seconds / 3600
-    used = estimate_energy(config.energy, job_of(config, best.strategy).watts, seconds)
-    way = best.strategy
+    """What the run takes by the fastest way that fits, and as it is configured."""
+    plan, way = best.plan, best.strategy
+    hours = config.gpus * plan.seconds / 3600
     keys = f"engine.zero_stage={way.zero_stage} engine.offload={way.offload} "
     keys += f"engine.activation_checkpointing={str(way.activation_checkpointing).lower()} "
     yield f"fastest    {keys}engine.micro_batch_rows={way.micro_batch_rows}"
     if not config.order.lanes and (lanes := lanes_of(config)) > AUTOMATIC_LANES:
         yield f"           order.lanes={lanes}: a run of {config.gpus} workers needs it from its first step on"
-    yield f"time       {count(tokens)} tokens in {duration(seconds)}, {hours:,.0f} GPU-hours"
+    yield f"time       {count(plan.tokens)} tokens in {duration(plan.seconds)}, {hours:,.0f} GPU-hours"
     yield f"cost       ${hours * config.dollars_per_gpu_hour:,.0f} at ${config.dollars_per_gpu_hour:g} a GPU-hour"
-    yield f"energy     {energy(used.kwh)}, {mass(used.co2_grams)} CO2; {used.assumption}"
+    yield f"energy     {energy(plan.energy.kwh)}, {mass(plan.energy.co2_grams)} CO2; {plan.energy.assumption}"
+    given = option_of(config, config.engine)
+    fits = "" if given.fits else ", which does not fit"
+    yield f"configured {duration(given.plan.seconds)}, {energy(given.plan.energy.kwh)} with the engine as it is{fits}"
     node = f"{size(gpu.host_bytes)} of a node of {min(config.gpus, gpu.per_node)} workers"
     yield f"host       {size(best.host_bytes)} of the {node}, beside Ray's object store"
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from cluster.bounds import seconds_given
 from cluster.config import ConfigError
-from cluster.hardware import peak_of, this_host, worker_watts
+from cluster.fleet import ASSUMED_GPU, Gpu, find_gpu
+from cluster.hardware import Peak, peak_of, this_host
 from cluster.storage import StorageError, Store, open_store
 from data.assemble import existing_manifest, given_tokenizer
 from data.corpus import CorpusError
@@ -20,9 +21,10 @@ from data.permutation import permute
 from data.shards import read_fragment
 from data.tokens import TokenizerError, read_tokenizer
 from trainers import run_folder
-from trainers.config import SCRAPE_SECONDS_VARIABLE, PretrainConfig, model_of, run_store
+from trainers.config import SCRAPE_SECONDS_VARIABLE, PretrainConfig, model_of, run_store, watts_per_worker
 from trainers.objectives import objective_of
-from trainers.plan import Job, make_plan
+from trainers.plan import Job, Plan, make_plan
+from trainers.shape import ModelConfig
 
 FRAGMENTS_TRIED, ROWS_TRIED = 16, 256
 """Looked through for a first pair, before a run is refused for having none."""
@@ -147,10 +149,12 @@ def resources_here() -> dict[str, float]:
     return {"CPU": host.cores, "GPU": host.num_devices}
 
 
-def plan_of(config: PretrainConfig, manifest: Manifest | None) -> str:
-    """The plan as text; without a manifest the number of epochs is unknown."""
+def plan_of(config: PretrainConfig, manifest: Manifest | None) -> Plan:
+    """The plan on what this machine has; without a manifest the number of epochs is unknown."""
     host, cluster = this_host(), config.cluster
-    device = "cuda" if cluster.gpus_per_worker else "cpu"
+    device, gpu = "cpu", None
+    if cluster.gpus_per_worker:
+        device, gpu = "cuda", find_gpu(host.device_name) if host.num_devices else ASSUMED_GPU
     if manifest is None:
         tokenizer = given_tokenizer(config.corpus)
         entries = tokenizer.vocab_size if tokenizer else config.corpus.tokenizer.vocab_size
@@ -162,7 +166,17 @@ def plan_of(config: PretrainConfig, manifest: Manifest | None) -> str:
         batch = config.batch
         order = Order(manifest, config.order, seq_len=batch.seq_len, rows_per_step=batch.rows_per_step)
         left_out = order.remainder()
-    job = Job(
+    peak = peak_of(device, host.device_name, config.engine.precision, cluster.threads)
+    job = job_of(config, model, device, host.device_name, peak, gpu)
+    return make_plan(replace(job, train_tokens=train_tokens, left_out=left_out))
+
+
+def job_of(
+    config: PretrainConfig, model: ModelConfig, device: str, device_name: str, peak: Peak, gpu: Gpu | None
+) -> Job:
+    """What the plan of a run follows from: the one way from a configuration to time, memory and energy."""
+    cluster = config.cluster
+    return Job(
         model=model,
         engine=config.engine,
         optimizer=config.optimizer,
@@ -173,11 +187,8 @@ def plan_of(config: PretrainConfig, manifest: Manifest | None) -> str:
         steps=config.run.steps,
         num_workers=cluster.num_workers,
         lanes=config.order.lanes,
-        train_tokens=train_tokens,
-        left_out=left_out,
-        peak=peak_of(device, host.device_name, config.engine.precision, cluster.threads),
-        watts=cluster.num_workers
-        * worker_watts(config.energy, device, host.device_name, cluster.cpus_per_worker),
+        peak=peak,
+        gpu=gpu,
+        watts=cluster.num_workers * watts_per_worker(config, device, device_name),
         energy=config.energy,
     )
-    return make_plan(job).text

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "dry-run" in loaded.flags:
         if problems:
             raise ConfigError(problems)
-        console.print(plan_of(config, manifest=None), highlight=False)
+        console.print(plan_of(config, manifest=None).text, highlight=False)
         return console.print(
             *(f"not on this machine: {line}" for line in too_large), sep="\n", highlight=False
         )
@@ -94,7 +94,7 @@ def train(config: PretrainConfig, console: Console) -> None:
         manifest = pinned_or_prepared(config, console)
         if problems := [*manifest_problems(config, manifest), *objective_problems(config, manifest)]:
             raise ConfigError(problems)
-        plan = plan_of(config, manifest)
+        plan = plan_of(config, manifest).text
         run_folder.write_start(run, config, manifest, plan)
         console.print(plan, highlight=False)
         with Progress(run, config.run.steps, console=console, line_seconds=config.run.log_every_seconds):

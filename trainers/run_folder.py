@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ConfigError, to_yaml
-from cluster.hardware import this_host, worker_watts
+from cluster.hardware import this_host
 from cluster.session import PROJECT
 from cluster.storage import Store, open_store
 from cluster.stored_file import read_json, read_yaml
 from data.manifest import Manifest
 from trainers.checkpoint import committed
 from trainers.checkpoint_commit import parse_folder_name
-from trainers.config import PretrainConfig, changed_keys
+from trainers.config import PretrainConfig, changed_keys, watts_per_worker
 from trainers.export_folder import foreign_problem
 from trainers.model_digest import content_digest
 from trainers.run_files import PUT_BACK, Pinned
@@ -91,11 +91,11 @@ def write_start(run: Store, config: PretrainConfig, manifest: Manifest, plan: st
 
 def environment(config: PretrainConfig) -> dict[str, Any]:
     """Versions and machine, of the driver. Nothing from its environment variables, which hold secrets."""
-    host, cluster = this_host(), config.cluster
-    device = "cuda" if cluster.gpus_per_worker else "cpu"
+    host = this_host()
+    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
     return {
         "hardware": asdict(host),
-        "watts_per_worker": worker_watts(config.energy, device, host.device_name, cluster.cpus_per_worker),
+        "watts_per_worker": watts_per_worker(config, device, host.device_name),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},

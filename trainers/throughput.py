@@ -57,10 +57,16 @@ class StepTime:
 
 
 def step_time(
-    model: ModelConfig, seq_len: int, micro_batches: int, strategy: Strategy, gpu: Gpu, num_gpus: int
+    model: ModelConfig,
+    seq_len: int,
+    micro_batches: int,
+    strategy: Strategy,
+    gpu: Gpu,
+    num_gpus: int,
+    target_share: float = 1.0,
 ) -> StepTime:
-    """Estimate a step of `micro_batches` micro-batches on each GPU, in bf16."""
-    computing = micro_batch_seconds(model, seq_len, strategy, gpu)
+    """Estimate a step of `micro_batches` micro-batches on each GPU, in bf16; `target_share` as in `flops_per_token`."""
+    computing = micro_batch_seconds(model, seq_len, strategy, gpu, target_share)
     weights = BF16 * count_parameters(model).total
     data = weights * (num_gpus - 1) / num_gpus / ring_bandwidth(gpu, num_gpus)
     if strategy.zero_stage == 3:
@@ -82,11 +88,13 @@ def step_time(
     )
 
 
-def micro_batch_seconds(model: ModelConfig, seq_len: int, strategy: Strategy, gpu: Gpu) -> float:
+def micro_batch_seconds(
+    model: ModelConfig, seq_len: int, strategy: Strategy, gpu: Gpu, target_share: float = 1.0
+) -> float:
     """Forward and backward pass of one micro-batch."""
     again = 4 / 3 if strategy.activation_checkpointing else 1.0
     attention = 12.0 * model.num_layers * model.num_heads * model.head_width * seq_len
-    matrices = flops_per_token(model, seq_len) - attention
+    matrices = flops_per_token(model, seq_len, target_share) - attention
     peak = gpu.accelerator.bf16
     # The causal half; its backward pass computes the scores again: 3.5 instead of 3 passes.
     flash = attention / 2 * (3.5 / 3 + (again - 1))
@@ -96,7 +104,7 @@ def micro_batch_seconds(model: ModelConfig, seq_len: int, strategy: Strategy, gp
         matrices * again / (peak * gpu.matrix_share)
         + flash / (peak * ATTENTION_SHARE)
         + PASSES[strategy.compiled] * again * BF16 * elements / gpu.memory_bandwidth
-        + LOGIT_BYTES[strategy.compiled] * model.vocab_size / gpu.memory_bandwidth
+        + LOGIT_BYTES[strategy.compiled] * target_share * model.vocab_size / gpu.memory_bandwidth
     )
     return strategy.micro_batch_rows * seq_len * per_token
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cluster.hardware import cpu_name, peak_of, worker_watts
+from cluster.hardware import cpu_name, peak_of
 from cluster.storage import Store, open_store
 from data.evaluation_rows import EvaluationBatch, evaluation_batches
 from data.manifest import Manifest, read_manifest
@@ -22,7 +22,7 @@ from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.clock import RunClock
 from trainers.collectives import Workers, limit_collectives
-from trainers.config import PretrainConfig, evaluation_framing, model_of, run_store
+from trainers.config import PretrainConfig, evaluation_framing, model_of, run_store, watts_per_worker
 from trainers.diverged import LOWER_RATE, DivergedModelError
 from trainers.engine import Engine
 from trainers.evaluation import Evaluation, evaluate
@@ -140,7 +140,6 @@ def assemble(
     )
     device, name = engine.device.type, device_name(engine.device)
     peak = peak_of(device, name, config.engine.precision, config.cluster.threads)
-    watts = worker_watts(config.energy, device, name, config.cluster.cpus_per_worker)
     leads = workers.leads
     objective = objective_of(
         config.objective,
@@ -206,7 +205,7 @@ def assemble(
         run=run,
         stop_requested=stack.enter_context(StopRequest(run)) if leads else lambda: False,
         now=clock.now,
-        hardware={"device": name, "watts": watts},
+        hardware={"device": name, "watts": watts_per_worker(config, device, name)},
     )
 
 
