@@ -9,8 +9,6 @@ from scipy import stats
 from trainers.task import TaskConfig
 from trainers.task_encoding import Encoded
 from trainers.task_metrics import (
-    bootstrap_interval,
-    judged_interval,
     measure,
     read_scores,
     seeds_interval,
@@ -165,45 +163,6 @@ def test_an_answer_in_a_script_without_blanks_shares_characters_and_its_punctuat
     assert squad_scores("दिल्ली", "दल्ली")["f1"] == 0.0  # a vowel sign is no punctuation
 
 
-@pytest.mark.parametrize(
-    ("given", "targets", "answers"),
-    [
-        (task(labels=LABELS, metric="macro_f1"), ["a", "b", "a", "a", "b"], ["a", "a", "b", "a", "b"]),
-        (
-            task("question_answering"),
-            [{"text": t, "start": 0} for t in ("one two", "three")],
-            ["one", "three"],
-        ),
-        (task("generation", metric="exact_match"), ["one two", "three", "four"], ["one two", "free", "four"]),
-        (task("regression", metric="mse"), [1.0, 2.0, 4.0], [1.5, 2.0, 3.0]),
-        (task("token_classification"), [["B-X", "O"], ["B-X", "I-X"]], [["B-X", "O"], ["O", "I-X"]]),
-    ],
-)
-def test_the_interval_is_that_of_the_metric_that_judges(given, targets, answers):
-    records = examples(targets)
-
-    def of_rows(rows):
-        return measure(given, [records[i] for i in rows], [answers[i] for i in rows])[given.judged_by]
-
-    assert judged_interval(given, records, answers) == bootstrap_interval(
-        of_rows, len(records), resamples=200
-    )
-
-
-def test_an_interval_computes_no_metric_that_does_not_judge(monkeypatch):
-    import rouge_score.rouge_scorer
-    import sacrebleu
-
-    def computed(*arguments, **more):
-        raise AssertionError("another metric was computed")
-
-    monkeypatch.setattr(sacrebleu, "corpus_chrf", computed)
-    monkeypatch.setattr(sacrebleu, "corpus_bleu", computed)
-    monkeypatch.setattr(rouge_score.rouge_scorer.RougeScorer, "score", computed)
-    given = task("generation", metric="exact_match")
-    assert judged_interval(given, examples(["a", "b"]), ["a", "b"]) == (1.0, 1.0)
-
-
 def test_a_span_ends_where_it_begins_or_later_and_lies_in_the_context():
     spans = [(-1, -1), (0, 3), (4, 7), (8, 11)]
     encoded = Encoded([0, 1, 2, 3], [0] * 4, None, spans, False)
@@ -222,14 +181,6 @@ def test_a_span_ends_where_it_begins_or_later_and_lies_in_the_context():
 def test_a_number_is_answered_on_the_scale_of_the_targets():
     answer = read_scores(task("regression"), examples([0.0])[0], None, np.float32(1.5), (10.0, 2.0), True)
     assert answer.value == 13.0 and math.isnan(answer.confidence)
-
-
-def test_the_bootstrap_interval_of_a_mean_agrees_with_its_standard_error():
-    right = np.random.default_rng(0).random(400) < 0.8
-    low, high = bootstrap_interval(lambda rows: right[rows].mean(), 400)
-    error = right.std() / math.sqrt(400)
-    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
-    assert low < right.mean() < high
 
 
 def test_the_interval_over_seeds_is_students():

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from cluster.config import ConfigError
+from trainers.bootstrap import judged_interval
 from trainers.diverged import DivergedModelError
 from trainers.export import Exported
 from trainers.generate import SamplingConfig, complete
 from trainers.task import TaskConfig
 from trainers.task_data import PreparedTask, choose_budget
 from trainers.task_encoding import prompt_of
-from trainers.task_metrics import judged_interval, measure
+from trainers.task_metrics import measure
 from trainers.task_model import is_causal
 from trainers.task_records import Example, Target
 

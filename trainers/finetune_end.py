@@ -16,6 +16,7 @@ import torch
 from cluster.hardware import device_here
 from cluster.storage import Store
 from cluster.stored_file import read_json
+from trainers.bootstrap import judged_interval
 from trainers.checkpoint_commit import FOLDER as CHECKPOINTS
 from trainers.diverged import LOWER_RATE, DivergedModelError
 from trainers.export import Exported
@@ -32,7 +33,7 @@ from trainers.run_files import PUT_BACK
 from trainers.task_encoding import Encoder
 from trainers.task_evaluation import answers_to, asked, score_of
 from trainers.task_export import export_task_model
-from trainers.task_metrics import Answer, judged_interval
+from trainers.task_metrics import Answer
 from trainers.task_model import TaskModel
 from trainers.task_records import Example
 from trainers.verdict import CLAIM, EXPORT, VERDICT, claim_test_split, record_verdict

@@ -167,19 +167,35 @@ def _tagging(targets: Sequence[list[str]], answers: Sequence[list[str]]) -> Metr
 
 
 def _texts(targets: Sequence[str], answers: Sequence[str]) -> Metrics:
+    pairs = list(zip(targets, answers, strict=True))
+
+    def corpus(name: str) -> float:
+        scorer = bleu_and_chrf(targets)[name]
+        return float(scorer.corpus_score(list(answers), [list(targets)]).score / 100)
+
+    return {
+        "chrf": partial(corpus, "chrf"),
+        "bleu": partial(corpus, "bleu"),
+        "rouge_l": lambda: np.mean(rouge_l(targets, answers)),
+        "exact_match": lambda: np.mean([same_text(t, a) for t, a in pairs]),
+    }
+
+
+def bleu_and_chrf(targets: Sequence[str]) -> dict[str, Any]:
+    """sacrebleu's metrics of a corpus, BLEU with the tokenizer for the targets' script."""
     import sacrebleu
+
+    chinese = any("\u4e00" <= char <= "\u9fff" for target in targets for char in target)
+    return {"bleu": sacrebleu.BLEU(tokenize="zh" if chinese else "13a"), "chrf": sacrebleu.CHRF()}
+
+
+def rouge_l(targets: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """ROUGE-L's F of each answer."""
     from rouge_score.rouge_scorer import RougeScorer
 
     # Its own tokenizer keeps Latin letters and digits alone; characters are the words of other scripts.
     rouge = RougeScorer(["rougeL"], tokenizer=_WordsOrCharacters())
-    pairs = list(zip(targets, answers, strict=True))
-    tokenize = "zh" if any("\u4e00" <= char <= "\u9fff" for target in targets for char in target) else "13a"
-    return {
-        "chrf": lambda: sacrebleu.corpus_chrf(list(answers), [list(targets)]).score / 100,
-        "bleu": lambda: sacrebleu.corpus_bleu(list(answers), [list(targets)], tokenize=tokenize).score / 100,
-        "rouge_l": lambda: np.mean([rouge.score(t, a)["rougeL"].fmeasure for t, a in pairs]),
-        "exact_match": lambda: np.mean([same_text(t, a) for t, a in pairs]),
-    }
+    return [rouge.score(t, a)["rougeL"].fmeasure for t, a in zip(targets, answers, strict=True)]
 
 
 def same_text(target: str, answer: str) -> bool:
@@ -216,27 +232,6 @@ def _squad_words(text: str) -> list[str]:
 
 def _is_punctuation(char: str) -> bool:
     return char in string.punctuation or unicodedata.category(char).startswith("P")
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], num_rows: int, *, resamples: int = 1_000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile interval (Efron 1979) of a statistic of row indices, over resamples of the rows."""
-    generator = np.random.default_rng(seed)
-    found = [statistic(generator.integers(num_rows, size=num_rows)) for _ in range(resamples)]
-    return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
-
-
-def judged_interval(
-    task: TaskConfig, examples: Sequence[Example], answers: Sequence[Any]
-) -> tuple[float, float]:
-    """95 % bootstrap interval of the metric that judges, over 200 resamples; no other is computed for it."""
-
-    def of_rows(rows: np.ndarray) -> float:
-        some = [examples[row] for row in rows], [answers[row] for row in rows]
-        return measure(task, *some, only=task.judged_by)[task.judged_by]
-
-    return bootstrap_interval(of_rows, len(examples), resamples=200)
 
 
 def seeds_interval(values: Sequence[float]) -> tuple[float, float, float]:
