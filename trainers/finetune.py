@@ -9,6 +9,7 @@ it after the step, with all saved. --backbone.from_scratch is the control.
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ try:
     from trainers.export_folder import foreign_problem
     from trainers.finetune_backbone import ORIGIN, backbone_digest, backbone_name, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
+    from trainers.finetune_end import check_chosen, read_chosen
     from trainers.finetune_group import check_records, place_to_train, train_in_group
     from trainers.finetune_loop import OnValidation
     from trainers.finetune_order import FinetuneOrder, origin_of
@@ -58,7 +60,8 @@ def finetune(
     alone: bool | None = None,
     backbone: str = "",
 ) -> FinetuneResult:
-    """Fine-tune once for each seed, each from where it is; seeds that are finished are not trained again.
+    """Fine-tune once for each seed, each from where it is; seeds that are finished are not trained again. None is
+    judged before all are trained and fit to be.
 
     `alone` trains in this process, as by default one worker does: right where the process has the device, as a sweep's
     trial has. Else the workers are Ray's, in the session that there is. With `judge=False` the test split is not
@@ -67,27 +70,41 @@ def finetune(
     Raises:
         ConfigError: something about task, backbone or configuration cannot be right.
         RunStopped: a run was asked to stop, and has saved.
-        RunFailed, TrainingDiverged, DivergedModelError: a run that no restart would help.
+        RunFailed, TrainingDiverged, DivergedModelError, TestSplitError: a run that no restart would help.
     """
     config = absolute(config)
     task = prepared or prepare_task(load_task(config.run.task), open_store(config.run.prepared))
-    backbone, results = backbone or backbone_digest(config), []
-    for seed in config.run.seeds:
-        run = seed_store(config, seed)
+    backbone, left = backbone or backbone_digest(config), []
+    runs = [seed_store(config, seed) for seed in config.run.seeds]
+    for seed, run in zip(config.run.seeds, runs, strict=True):
         named = backbone_name(run, config, backbone)
         check_unchanged(run, config, task, named)
-        if not run.exists(RESULT):
-            if run.exists(STOP):  # while the seed before was judged
-                raise RunStopped(run.uri)
-            order = FinetuneOrder(config, task, seed, named, judge, keep_model, backbone)
-            if config.cluster.num_workers == 1 and alone is not False:
-                work_alone(order, on_validation)
-            else:
-                train_in_group(order, run, on_validation)
+        if run.exists(RESULT):
+            read_result(run, task.task.judged_by)
+        else:
+            left.append((run, FinetuneOrder(config, task, seed, named, judge, keep_model, backbone)))
+    here = config.cluster.num_workers == 1 and alone is not False
+    if len(left) > 1:  # one alone is judged by the workers that have trained it
+        for run, order in [each for each in left if read_chosen(each[1], each[0]) is None]:
+            start(replace(order, conclude=False), run, here, on_validation)
+            check_chosen(order, run)
+        for run, order in left:
+            check_chosen(order, run)
+    for run, order in left:
+        start(order, run, here, on_validation)
         if not run.exists(RESULT):
             raise RunStopped(run.uri)
-        results.append(read_result(run, task.task.judged_by))
-    return FinetuneResult(task.task.judged_by, results)
+    return FinetuneResult(task.task.judged_by, [read_result(run, task.task.judged_by) for run in runs])
+
+
+def start(order: FinetuneOrder, run: Store, here: bool, on_validation: OnValidation) -> None:
+    """Do what the order says in this process or, not `here`, on a group of Ray's workers."""
+    if run.exists(STOP):  # while another seed was trained or judged
+        raise RunStopped(run.uri)
+    if here:
+        work_alone(order, on_validation)
+    else:
+        train_in_group(order, run, on_validation)
 
 
 def check(config: FinetuneConfig, prepared: PreparedTask) -> None:

@@ -7,12 +7,15 @@ that does not train again, where it could come to another choice and claim a sec
 import copy
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
+from cluster.config import ConfigError
 from cluster.hardware import device_here
 from cluster.storage import Store
 from cluster.stored_file import read_json
@@ -21,22 +24,24 @@ from trainers.checkpoint_commit import FOLDER as CHECKPOINTS
 from trainers.diverged import LOWER_RATE, DivergedModelError
 from trainers.export import Exported
 from trainers.export_folder import foreign_problem
-from trainers.finetune_backbone import load_backbone, make_encoder
+from trainers.finetune_backbone import load_backbone, make_encoder, read_facts
 from trainers.finetune_loop import Choice, Progress, beating, best_path, is_state
 from trainers.finetune_order import FinetuneOrder, origin_of
 from trainers.finetune_result import RESULT, TaskVerdict
 from trainers.heartbeat import Heartbeat
 from trainers.lora import merge_lora
 from trainers.metrics import finite
-from trainers.model_files import read_weights
+from trainers.model import Backbone
+from trainers.model_files import ModelFolderError, read_header, read_weights
 from trainers.run_files import PUT_BACK
+from trainers.stopping import RunStopped
 from trainers.task_encoding import Encoder
 from trainers.task_evaluation import answers_to, asked, score_of
 from trainers.task_export import export_task_model
 from trainers.task_metrics import Answer
 from trainers.task_model import TaskModel
 from trainers.task_records import Example
-from trainers.verdict import CLAIM, EXPORT, VERDICT, claim_test_split, record_verdict
+from trainers.verdict import CLAIM, EXPORT, VERDICT, claim_test_split, record_verdict, refuse_other_claim
 
 CHOSEN = "chosen.json"
 ANSWERS = "answers.jsonl"
@@ -102,6 +107,37 @@ def read_chosen(order: FinetuneOrder, run: Store) -> Chosen | None:
     return chosen
 
 
+def check_chosen(order: FinetuneOrder, run: Store) -> None:
+    """Hold what a trained run kept against what judging it takes: of several seeds each, before the first is judged.
+
+    Raises:
+        RunStopped: it was not trained to its end.
+        DivergedModelError, DamagedFileError, ModelFolderError, TestSplitError, ConfigError: it cannot be judged.
+    """
+    if (chosen := read_chosen(order, run)) is None:
+        raise RunStopped(run.uri)
+    if not (order.judge or order.keep_model):
+        return
+    with torch.device("meta"):
+        backbone = Backbone(read_facts(order.config).shape)
+        model = TaskModel(backbone, order.prepared.task, order.config.adapt, order.seed)
+    path = best_path(chosen.choice.best_step)
+    check_weights(model, read_header(run, path), f"{run.uri}/{path}")
+    refuse_other_claim(run, checkpoint_of(chosen.choice.best_step))
+    if problem := foreign_problem(run.child(EXPORT)):
+        raise ConfigError([problem])
+
+
+def check_weights(model: TaskModel, found: Mapping[str, Tensor], at: str) -> None:
+    """Raise `ModelFolderError` unless these are the model's trained parameters, all of them, in their shapes."""
+    trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    if wrong := sorted(name for name in trained | shapes if trained.get(name) != shapes.get(name)):
+        raise ModelFolderError(
+            f"{at}: {wrong[0]} is missing, or is no trained parameter of such a shape; {PUT_BACK}"
+        )
+
+
 def conclude(order: FinetuneOrder, run: Store, chosen: Chosen, heartbeat: Heartbeat) -> None:
     """Write down what was found; judge and export the chosen model where that is wanted. Worker 0 alone."""
     step = chosen.choice.best_step
@@ -141,18 +177,24 @@ def conclude(order: FinetuneOrder, run: Store, chosen: Chosen, heartbeat: Heartb
 
 def judge(order: FinetuneOrder, run: Store, step: int, model: TaskModel, encoder: Encoder) -> None:
     """Read the test split, for this checkpoint alone, and write down the answers and the verdict."""
-    claim_test_split(run, f"step-{step:08d}")
+    claim_test_split(run, checkpoint_of(step))
     verdict = answer(order, model, encoder, order.prepared.read_test())
     run.put(ANSWERS, verdict.pop("answers"))
     record_verdict(run, {"step": step, **verdict})
 
 
+def checkpoint_of(step: int) -> str:
+    """How a claim on the test split names the chosen weights."""
+    return f"step-{step:08d}"
+
+
 def chosen_model(order: FinetuneOrder, run: Store, exported: Exported, step: int) -> TaskModel:
     """The model with the weights that validation chose, adapters merged, float32 on the CPU."""
     model = TaskModel(exported.model, order.prepared.task, order.config.adapt, order.seed)
-    parameters = dict(model.named_parameters())
+    parameters, found = dict(model.named_parameters()), read_weights(run, best_path(step))
+    check_weights(model, found, f"{run.uri}/{best_path(step)}")
     with torch.no_grad():
-        for name, tensor in read_weights(run, best_path(step)).items():
+        for name, tensor in found.items():
             parameters[name].copy_(tensor)
     merge_lora(model)
     return model.eval()

@@ -34,6 +34,8 @@ class FinetuneOrder:
     """Export the chosen model."""
     weights: str = ""
     """Digest that the backbone has wherever it is loaded; empty: it is not held against one."""
+    conclude: bool = True
+    """Judge and export once trained. Of several seeds none is, before all are trained and fit to be."""
 
 
 def origin_of(prepared: PreparedTask, backbone: str) -> dict[str, str]:

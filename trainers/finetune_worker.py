@@ -102,12 +102,13 @@ def finetune_seed(
     heartbeat: Heartbeat,
     on_validation: OnValidation,
 ) -> None:
-    """Train, then judge and export; what was done already is not done again. A run that is asked to stop saves."""
+    """Train, then judge and export where the order has it so; what was done already is not done again. A run that is
+    asked to stop saves."""
     torch.set_num_threads(order.config.cluster.threads)
     chosen = workers.broadcast(read_chosen(order, run) if workers.leads else None)
     if chosen is None:
         chosen = train_seed(order, run, workers, attempt, heartbeat, on_validation)
-    if chosen is not None and workers.leads:
+    if chosen is not None and workers.leads and order.conclude:
         conclude(order, run, chosen, heartbeat)
 
 

@@ -36,14 +36,19 @@ def claim_test_split(run: Store, checkpoint: str) -> None:
         raise TestSplitError(
             f"{run.uri}/{VERDICT} exists: the test split was read, and judges a run only once"
         )
-    claim = {"checkpoint": checkpoint}
-    if not run.put_if_absent(CLAIM, json.dumps(claim, allow_nan=False).encode()):
-        first = read_json(run, CLAIM, Claim, PUT_BACK)
-        if first != claim:
-            raise TestSplitError(
-                f"the test split was opened to judge {first['checkpoint']}, and cannot judge {checkpoint} too; "
-                f"compare models on the validation split"
-            )
+    if not run.put_if_absent(CLAIM, json.dumps({"checkpoint": checkpoint}, allow_nan=False).encode()):
+        refuse_other_claim(run, checkpoint)
+
+
+def refuse_other_claim(run: Store, checkpoint: str) -> None:
+    """Raise `TestSplitError` if the run has taken its right for another checkpoint than this one."""
+    if not run.exists(CLAIM):
+        return
+    if (first := read_json(run, CLAIM, Claim, PUT_BACK)["checkpoint"]) != checkpoint:
+        raise TestSplitError(
+            f"the test split was opened to judge {first}, and cannot judge {checkpoint} too; "
+            f"compare models on the validation split"
+        )
 
 
 def record_verdict(run: Store, verdict: dict[str, Any]) -> None:
