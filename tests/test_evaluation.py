@@ -1,6 +1,8 @@
 """Law L7 for evaluations: each number equals a computation by hand."""
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +10,19 @@ import torch
 
 from cluster.storage import open_store
 from data.epochs import Rows
-from data.evaluation_rows import EvaluationBatch
-from tests.token_corpus import put_token_corpus
+from data.evaluation_rows import EvaluationBatch, evaluation_batches
+from tests.task_files import SHAPE, put_backbone, small_tokenizer
+from tests.token_corpus import put_text_corpus, put_token_corpus
 from trainers.causal import CAUSAL, Causal
+from trainers.collectives import Workers
+from trainers.engine import Engine
+from trainers.engine_config import EngineConfig
 from trainers.evaluate import main
-from trainers.evaluation import Evaluation, evaluation_of, sums_over
+from trainers.evaluation import Evaluation, evaluate, evaluation_of, sums_over
+from trainers.export import load_exported
+from trainers.finetune_worker import form_group_of_one
 from trainers.objective import Term
+from trainers.optimizer import OptimizerConfig
 from trainers.verdict import TestSplitError
 
 NO_ROWS = Rows(*np.full((5, 2), -1))
@@ -81,6 +90,43 @@ def test_of_several_terms_the_causal_one_alone_has_bits_per_byte():
         math.exp(2)
     )
     assert found.measures == {"causal_loss": 2.0, "masked_loss": 3.0, "masked_accuracy": 0.25}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_an_export_evaluated_in_the_engines_precision_has_the_loss_that_the_run_measured(
+    tmp_path, capsys, precision, stage
+):
+    tokenizer, corpus = small_tokenizer(), open_store(str(tmp_path / "corpus"))
+    texts = {"validation": [f"{name} is a film of some kind, and its end is fine. " * 9 for name in "abcd"]}
+    manifest = put_text_corpus(corpus, texts, tokenizer, fragment_tokens=2_000)
+    put_backbone(tmp_path / "model", replace(SHAPE, vocab_size=tokenizer.vocab_size))
+    form_group_of_one()
+    model, optimizer = load_exported(open_store(str(tmp_path / "model"))).model, OptimizerConfig()
+    config = EngineConfig(precision=precision, zero_stage=stage)
+    engine = Engine(model, config, optimizer, lambda step: 1.0, micro_batches=1)
+    shared = {"seq_len": 64, "rows_per_batch": 8, "rank": 0, "world_size": 1, "max_rows": 0}
+    batches = evaluation_batches(manifest, corpus, "validation", **shared)
+    objective = Causal(boundary_id=manifest.boundary_id, document_mask=SHAPE.document_mask)
+    measured = evaluate(engine, batches, Workers(), objective).loss
+    engine.close()
+    found = {}
+    for each in ("bf16", "fp32"):
+        main(
+            [
+                "--model",
+                str(tmp_path / "model"),
+                "--corpus",
+                corpus.uri,
+                "--seq-len",
+                "64",
+                "--precision",
+                each,
+            ]
+        )
+        found[each] = json.loads(capsys.readouterr().out)["loss"]
+    assert found[precision] == pytest.approx(measured, rel=1e-6)
+    assert found["bf16"] != pytest.approx(found["fp32"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("split", "why"), [("test", "judges a run once"), ("valid", "is none of")])

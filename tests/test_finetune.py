@@ -35,6 +35,7 @@ from trainers.finetune_group import trains_alone
 from trainers.finetune_order import FinetuneOrder, identity_of
 from trainers.lease import RunTakenError, lease
 from trainers.metrics import read_metrics, steps_of
+from trainers.prediction import Predictor
 from trainers.task import TaskPrompt, load_task
 from trainers.task_data import prepare_task
 from trainers.task_export import load_task_model
@@ -208,6 +209,23 @@ def test_an_encoder_is_trained_judged_and_exported_with_the_answers_that_were_ju
     for judged, found in zip(answers, answers_again(run.child("export"), answers), strict=True):
         assert found.value == judged["answer"]
         assert found.confidence == pytest.approx(judged["confidence"], abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_predict_answers_the_test_records_as_they_were_judged(place, tmp_path, precision):
+    name = f"judged-in-{precision}"
+    engine = {"precision": precision, "zero_stage": 1}
+    verdict = finetune(config(place, name, batch=SHORT, engine=engine)).seeds[0]["test"]
+    run = run_of(place, name)
+    judged = judged_answers(run)
+    texts = [{"id": one["id"], "text": one["text"]} for one in judged]
+    export = run.child("export").uri
+    lines = Predictor(export, str(tmp_path), 64, 1).lines([(one["id"], one) for one in texts])
+    assert [line["answer"] for line in lines] == [one["answer"] for one in judged]
+    for line, one in zip(lines, judged, strict=True):
+        assert line["confidence"] == pytest.approx(one["confidence"], abs=2e-6)  # it is rounded to six digits
+    right = sum(line["answer"] == one["target"] for line, one in zip(lines, judged, strict=True))
+    assert right / len(judged) == verdict["metrics"]["accuracy"]
 
 
 def test_adapters_are_merged_into_what_is_exported(place):

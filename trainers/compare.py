@@ -57,7 +57,9 @@ def losses(models: Mapping[str, str], options: argparse.Namespace) -> dict[str, 
     sources = read_manifest(open_store(options.corpus), options.manifest).sources
     return {
         source: {
-            name: score(argparse.Namespace(**vars(options) | {"model": uri, "source": source}))
+            name: score(
+                argparse.Namespace(**vars(options) | {"model": uri, "source": source, "precision": "fp32"})
+            )
             for name, uri in models.items()
         }
         for source in sources

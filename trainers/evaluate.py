@@ -46,6 +46,10 @@ from trainers.verdict import TestSplitError
 SPLITS = ("train", "validation")
 LEAST = {"shots": 0, "max_rows": 0, "rows_per_batch": 1, "seq_len": 1}
 """Numbers of the command line, each with the least that it can be."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISION_HELP = (
+    "of weights and activations on a corpus (default: fp32; a run measures in its engine.precision)"
+)
 WORDS_HELP = "what is hidden as a whole from an encoder (default: as in training)"
 
 
@@ -86,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seq-len", type=whole_number, metavar="N", help="target tokens per row (default: the model's)"
     )
     parser.add_argument("--words", choices=get_args(WordKind), help=WORDS_HELP)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=PRECISION_HELP)
     parser.add_argument("--rows-per-batch", type=whole_number, default=8, metavar="N", help="default: 8")
     options = parser.parse_args(argv)
     if problems := number_problems(options):
@@ -153,7 +158,7 @@ def score(options: argparse.Namespace) -> Evaluation:
     check_tokenizer(folder, store, manifest)
     device = device_here()
     stored = read_stored(folder)
-    model = grown(stored, manifest.vocab_size).to(device)
+    model = grown(stored, manifest.vocab_size).to(device, PRECISIONS[options.precision])
     room = model.config.max_positions
     seq_len = options.seq_len or room
     if seq_len > room and model.config.positions == "learned":

@@ -4,7 +4,6 @@ The chosen weights and `chosen.json` are on storage before the test split is cla
 that does not train again, where it could come to another choice and claim a second time.
 """
 
-import copy
 import json
 import math
 from collections.abc import Mapping
@@ -204,8 +203,8 @@ def chosen_model(order: FinetuneOrder, run: Store, exported: Exported, step: int
 def answer(
     order: FinetuneOrder, model: TaskModel, encoder: Encoder, examples: list[Example]
 ) -> dict[str, Any]:
-    """Metrics of the model on records, with a bootstrap interval of the task's metric, and every answer; in the
-    precision that validation chose it in.
+    """Metrics of the model on records, with a bootstrap interval of the task's metric, and every answer; in float32, as
+    the model is exported and as `predict` answers: bfloat16 would answer some records otherwise.
 
     Raises:
         DivergedModelError: outputs that are not finite.
@@ -213,9 +212,8 @@ def answer(
     device, config = device_here(), order.config
     encoder = replace(encoder, truncate=True)
     encoded = encoder.encode(examples)
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     found, losses, weights = answers_to(
-        copy.deepcopy(model).to(device, dtype),
+        model.to(device),
         encoder,
         examples,
         encoded,

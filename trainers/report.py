@@ -169,6 +169,10 @@ def reading(run: RunFiles, scores: Sequence[Score], measures: Sequence[Measure])
     else:
         chosen = f"Validation chose the weights of step {step}; then the test split was read, once."
     told = [chosen]
+    if ((run.config or {}).get("engine") or {}).get("precision", "bf16") == "bf16":
+        told.append(
+            "Losses are those of bfloat16, as in training; the exported float32 has slightly other ones."
+        )
     if scores:
         told.append(f"{floor_in_words(run)}Perplexity depends on the tokenizer, bits per byte do not.")
     if run.baselines:
