@@ -4,6 +4,13 @@ A generalised Feistel network on the grid Z_a x Z_b with a * b just above n, and
 0..n-1 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). It shuffles; it does not
 hide.
 
+Small permutations are not quite uniform. The successor of an element comes right after it more often than by
+chance, (n - 1) / n times in a permutation: by 5.0, 7.8, 7.9, 4.1 and 2.8 % at n = 10, 30, 100, 300 and 1,000 (20 to
+80 million pairs, standard error 0.1 to 0.4). At 10,000 nothing is found in 100 million pairs (0.5 %, standard error
+1.0; chi-square 0.3 with one degree of freedom). Training does not notice: of 100 fragments or rows 1.07 pairs stay
+together in an epoch instead of 0.99. Where a small permutation must be uniform, as for a test of significance, take
+numpy's.
+
 The bits are fixed for ever: the order of every run ever started follows from them. tests/test_permutation.py
 holds them.
 """

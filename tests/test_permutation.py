@@ -62,6 +62,37 @@ def test_neighbours_do_not_stay_together():
     assert still_adjacent == pytest.approx(2 / size, rel=0.2)
 
 
+# As the docstring of data/permutation.py states it.
+SUCCESSORS_MORE_OFTEN = {10: 0.050, 30: 0.078, 100: 0.079, 300: 0.041, 1_000: 0.028, 10_000: 0.005}
+
+
+@pytest.mark.parametrize(("size", "stated"), SUCCESSORS_MORE_OFTEN.items())
+def test_successors_stay_together_as_much_more_often_than_by_chance_as_is_stated(size, stated):
+    num_keys = 4_000_000 // size
+    rounds = np.array_split(combine(23, np.arange(num_keys)), 10)
+    together = np.concatenate(
+        [(np.diff(permute(np.arange(size), size, keys[:, None]), axis=1) == 1).sum(axis=1) for keys in rounds]
+    )
+    by_chance = (size - 1) / size
+    error = together.std() / np.sqrt(num_keys) / by_chance
+    assert abs(together.mean() / by_chance - 1 - stated) < 4 * error
+
+
+def test_a_chi_square_test_tells_small_permutations_from_those_of_numpy():
+    # How many permutations of 100 elements keep 0, 1, 2, 3, or more successors together.
+    size, num_keys = 100, 10_000
+    keyed = permute(np.arange(size), size, combine(29, np.arange(num_keys))[:, None])
+    drawn = np.random.default_rng(3).permuted(np.tile(np.arange(size), (2 * num_keys, 1)), axis=1)
+
+    def chi_square(*samples):
+        kept = [np.minimum((np.diff(places, axis=1) == 1).sum(axis=1), 4) for places in samples]
+        table = np.array([np.bincount(each, minlength=5) for each in kept])
+        return ((table - table.mean(axis=0)) ** 2 / table.mean(axis=0)).sum()
+
+    quantile = 18.47  # 0.999 of 4 degrees of freedom
+    assert chi_square(drawn[:num_keys], drawn[num_keys:]) < quantile < chi_square(keyed, drawn[:num_keys])
+
+
 def test_an_index_outside_is_refused():
     with pytest.raises(ValueError, match=r"outside 0\.\.size-1"):
         permute([0, 5], 5, 1)
