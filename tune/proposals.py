@@ -15,7 +15,7 @@ from tune.search_space import Dimension, Point, SearchSpace
 
 Search = Literal["random", "grid", "tpe"]
 SEEDS = 2**32
-"""That numpy's generator, which Optuna draws from, can tell apart."""
+"""Number of seeds that Optuna's generator (numpy's RandomState) accepts: 0 to 2**32 - 1. A larger one is reduced."""
 REPEATS = 100
 """Draws in a row that propose nothing new, after which a space of choices is taken for exhausted."""
 

@@ -91,7 +91,10 @@ def search_on_cluster(
     backbone: str,
     console: Console,
 ) -> list[Finalist]:
-    """Search in a session of Ray's, all trials from the backbone of that digest; the winner first."""
+    """Start Ray and search the space. Returns the finalists, the best first.
+
+    `backbone` is the digest of the model that every trial starts from.
+    """
     with ray_session(config.base.cluster):
         nodes = living_nodes()
         if problem := unshared_problem(shared_uris(config), nodes):

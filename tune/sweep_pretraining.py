@@ -170,7 +170,10 @@ def range_problems(base: PretrainConfig, space: SearchSpace) -> Iterator[str]:
 
 
 def origin_of(store: Store, config: PretrainSweepConfig, manifest: Manifest, init: str) -> dict[str, str]:
-    """What decides about scores and stands in no key; `init` is the digest of the model that trials start from."""
+    """Digests of the corpus and of the initial model: scores depend on both, and no configuration key holds them.
+
+    `init` is the content digest of the initial model, empty for random weights.
+    """
     before = read_json(store, ORIGIN, dict[str, str], PUT_BACK) if store.exists(ORIGIN) else {}
     if init and len(before.get("init_from", "")) == FORMER_LENGTH:  # of sizes and times
         init = listing_digest(open_store(config.base.run.init_from).list())
