@@ -1,5 +1,6 @@
 """Laws of the floor: its bits per byte are of what the model predicts, over the bytes that the model's are over."""
 
+import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,10 @@ import pytest
 
 from cluster.config import load_config
 from cluster.storage import open_store
-from data.ngram import fit
+from data.ngram import MAX_ORDER, fit
 from data.tokens import FixedTokenizer, TokenizerConfig, train_tokenizer
 from tests.token_corpus import put_text_corpus
-from trainers.closing import FLOOR_ORDER, write_floor
+from trainers.closing import UNCHOSEN_ORDER, write_floor
 from trainers.config import PretrainConfig, run_store
 
 WORDS = (
@@ -68,11 +69,48 @@ def wordpiece() -> FixedTokenizer:
 def test_the_floor_of_byte_level_tokens_is_that_of_the_original_text(tmp_path, bpe):
     odd = {**SPLITS, "test": [*SPLITS["test"], "two  blanks ", "☕ [UNK] <|endoftext|>"]}
     floor, _ = floor_of(tmp_path, odd, bpe)
-    model = fit(["".join(SPLITS["train"]).encode()], FLOOR_ORDER)
+    model = fit(["".join(SPLITS["train"]).encode()], floor["order"])
     assert floor["fitted_bytes"] == model.num_bytes
     for split in ("validation", "test"):
         original = "".join(odd[split]).encode()
         assert floor[split] == pytest.approx(model.bits([original]) / len(original), rel=1e-12)
+
+
+def text_of_codes(number: int, seed: int) -> list[str]:
+    """Texts whose next letter the three before it tell, so that order 4 is the best."""
+    letters, chosen = random.Random(0), random.Random(seed)
+    told = {"".join(before): letters.choice("abcd") for before in itertools.product("abcd", repeat=3)}
+    texts = []
+    for _ in range(number):
+        text = "".join(chosen.choices("abcd", k=3))
+        while len(text) < 300:
+            text += told[text[-3:]] if chosen.random() < 0.7 else chosen.choice("abcd")
+        texts.append(text)
+    return texts
+
+
+def test_validation_chooses_the_order_and_the_test_split_is_scored_by_it(tmp_path, bpe):
+    train, scrambled = text_of_codes(200, seed=5), random.Random(7)
+    splits = {
+        "train": train,
+        "validation": text_of_codes(20, seed=6),
+        "test": ["".join(scrambled.choices("abcd", k=300)) for _ in range(20)],
+    }
+    floor, _ = floor_of(tmp_path, splits, bpe)
+    models = [fit(["".join(train).encode()], order) for order in range(1, MAX_ORDER + 1)]
+    found = {}
+    for split in ("validation", "test"):
+        text = "".join(splits[split]).encode()
+        found[split] = [model.bits([text]) / len(text) for model in models]
+    assert floor["validation_by_order"] == pytest.approx(found["validation"], rel=1e-12)
+    assert floor["order"] == 4 == 1 + min(range(MAX_ORDER), key=found["validation"].__getitem__)
+    assert floor["order"] != 1 + min(range(MAX_ORDER), key=found["test"].__getitem__)
+    assert [floor[split] for split in found] == pytest.approx([scores[3] for scores in found.values()])
+
+
+def test_without_a_validation_split_the_order_is_fixed(tmp_path, bpe):
+    floor, _ = floor_of(tmp_path, {name: SPLITS[name] for name in ("train", "test")}, bpe)
+    assert floor["order"] == UNCHOSEN_ORDER and "validation" not in floor and floor["test"] > 0
 
 
 def test_blanks_that_the_tokens_do_not_tell_cost_no_bits_and_count_as_bytes(tmp_path, wordpiece):

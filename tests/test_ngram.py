@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.ngram import NGram, Smoothing, fit
+from data.ngram import MAX_ORDER, NGram, Smoothing, fit
 
 SMOOTHINGS: tuple[Smoothing, ...] = ("kneser-ney", "witten-bell")
 texts = st.lists(st.text("abc \n", max_size=60).map(str.encode), min_size=1, max_size=4).filter(any)
@@ -47,28 +47,46 @@ def test_kneser_ney_bigram_equals_the_computation_by_hand():
     assert model.probabilities([b"aca"]) == pytest.approx(expected, abs=1e-15)
 
 
-def test_kneser_ney_equals_a_direct_implementation():
+def test_kneser_ney_of_every_order_equals_a_direct_implementation():
     letters = np.random.default_rng(5).choice(list(b"abcdefgh"), 300, p=np.arange(8, 0, -1) / 36)
     text, query = bytes(letters.tolist()), b"abcdefghhgfedcbaxaab"
-    contexts = [query[:at].rjust(2, b"\0")[-2:] for at in range(len(query))]
-    expected = [direct_kneser_ney(text, *pair) for pair in zip(contexts, query, strict=True)]
-    assert fit([text], order=3).probabilities([query]) == pytest.approx(expected, rel=1e-12)
+    model = fit([text], order=MAX_ORDER)
+    bits = []
+    for order in range(1, MAX_ORDER + 1):
+        contexts = [(b"\0" * order + query)[at + 1 : at + order] for at in range(len(query))]
+        expected = [direct_kneser_ney(text, *pair, order) for pair in zip(contexts, query, strict=True)]
+        for alike in (fit([text], order), model.of_order(order)):
+            assert alike.probabilities([query]) == pytest.approx(expected, rel=1e-12)
+        bits.append(-sum(map(math.log2, expected)))
+    assert model.bits_by_order([query]) == pytest.approx(bits, rel=1e-12)
+    assert model.bits_by_order([query, b"", query]) == pytest.approx(2 * np.array(bits), rel=1e-12)
 
 
-def direct_kneser_ney(text: bytes, context: bytes, byte: int) -> float:
-    """Interpolated modified Kneser-Ney trigram from dictionaries, as its authors write it down."""
+def test_unseen_bytes_have_a_probability_where_the_estimate_of_a_discount_is_negative():
+    # Pairs seen once: 4, twice: 4, three times: 2, four times: 16; 3 - 4 y n4 / n3 is below zero.
+    times = [1, 1, 2, 2, 3, *[4] * 8]
+    documents = [
+        bytes([number, 0x61]) for number, repeats in enumerate(times, start=65) for _ in range(repeats)
+    ]
+    probabilities = next_byte_distribution(fit(documents, order=2), b"M")
+    assert probabilities.min() > 0 and probabilities.sum() == pytest.approx(1, abs=1e-12)
+
+
+def direct_kneser_ney(text: bytes, context: bytes, byte: int, highest: int) -> float:
+    """Interpolated modified Kneser-Ney of the order `highest` from dictionaries, as its authors write it down."""
     order = len(context) + 1
-    padded = b"\0\0" + text
-    counts = Counter(padded[at - 2 : at + 1] for at in range(2, len(padded)))
-    for _ in range(3 - order):  # distinct left neighbours instead of occurrences
+    padded = b"\0" * (highest - 1) + text
+    counts = Counter(padded[at : at + highest] for at in range(len(text)))
+    for _ in range(highest - order):  # distinct left neighbours instead of occurrences
         counts = Counter(gram[1:] for gram in counts)
     n1, n2, n3, n4 = (sum(count == n for count in counts.values()) for n in (1, 2, 3, 4))
     discounts = [0.0, 0.5, 0.5, 0.5]
     if n1 and n2 and n3 and n4:
         y = n1 / (n1 + 2 * n2)
         estimates = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
-        discounts[1:] = [min(max(estimate, 0), count) for count, estimate in enumerate(estimates, start=1)]
-    lower = direct_kneser_ney(text, context[1:], byte) if context else 1 / 256
+        bounded = [min(estimate, count) for count, estimate in enumerate(estimates, start=1)]
+        discounts[1:] = [discount if discount > 0 else 0.5 for discount in bounded]
+    lower = direct_kneser_ney(text, context[1:], byte, highest) if context else 1 / 256
     after = {gram: count for gram, count in counts.items() if gram[:-1] == context}
     if not after:
         return lower

@@ -73,7 +73,7 @@ def test_one_command_goes_from_raw_text_to_a_judged_exported_and_reported_model(
         f"tokens       {STEPS} steps x 8 rows x 64 tokens",  # the plan
         "step 0: starting with 1 worker",
         f"step {STEPS}/{STEPS}  loss ",
-        "byte 6-gram",
+        f"byte {json.loads(store.read('floor.json'))['order']}-gram",
         f"test (step {test['step']})",
         "waited for data",
         printable(json.loads(store.read("samples.json"))[0]["continuation"].splitlines()[0]),

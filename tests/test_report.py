@@ -125,6 +125,14 @@ def page_of(store):
     return Page(store.read("report.html").decode())
 
 
+def test_the_page_names_the_order_of_the_floor_and_how_it_was_chosen(run):
+    floor = json.loads(run.read("floor.json")) | {"order": 7, "validation_by_order": [2.6] * 6 + [2.5, 2.6]}
+    run.put("floor.json", json.dumps(floor).encode())
+    text = re.sub(r"\s+", " ", page_of(run).text)
+    assert "The byte 7-gram (modified Kneser-Ney; of orders 1 to 8 the best on validation)" in text
+    assert "below the byte 7-gram" in text and "6-gram" not in text
+
+
 def test_the_page_holds_every_number_of_the_run(run):
     text = re.sub(r"\s+", " ", page_of(run).text)
     for part in (

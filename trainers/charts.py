@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from cluster.printable import printable
 from trainers.metrics import Record, events_of, steps_of, validations_of
-from trainers.units import count, duration
+from trainers.units import count, duration, n_gram
 
 BLUE, ORANGE, GREY, RED, INK = "#1d4ed8", "#c2410c", "#6b7280", "#b91c1c", "#1f2937"
 MAX_POINTS = 400
@@ -89,8 +89,8 @@ def curve_of(records: Sequence[Record], value: Value) -> Curve:
     return Curve(*np.array(rows, float).reshape(-1, 4).T)
 
 
-def draw_charts(history: Sequence[Record], attempts: Sequence[Record], floor: float | None) -> list[Chart]:
-    """Every chart that the records allow; `floor`: bits per byte of the byte 6-gram on validation text."""
+def draw_charts(history: Sequence[Record], attempts: Sequence[Record], floor: Record | None) -> list[Chart]:
+    """Every chart that the records allow; `floor`: `floor.json`."""
     steps, validations = steps_of(history), validations_of(history)
     if not steps:
         return []
@@ -243,15 +243,16 @@ def _draw_loss(axes: Axes, steps: Sequence[Record], validations: Sequence[Record
     _label_apart(axes, ends)
 
 
-def _draw_validation(axes: Axes, validations: Sequence[Record], floor: float | None) -> None:
+def _draw_validation(axes: Axes, validations: Sequence[Record], floor: Record | None) -> None:
     curve = curve_of(validations, lambda r: r["validation"].get("bits_per_byte"))
     _draw_curve(axes, curve, ORANGE, marker="o")
     ends = (
         [(curve.step[-1], curve.mean[-1], f"model\n{curve.mean[-1]:.3f}", ORANGE)] if len(curve.step) else []
     )
-    if floor is not None:
-        axes.axhline(floor, color=GREY, linewidth=1.2, linestyle="--")
-        ends.append((axes.get_xlim()[1], floor, f"6-gram\n{floor:.3f}", GREY))
+    if floor and "validation" in floor:
+        bits = floor["validation"]
+        axes.axhline(bits, color=GREY, linewidth=1.2, linestyle="--")
+        ends.append((axes.get_xlim()[1], bits, f"{n_gram(floor)}\n{bits:.3f}", GREY))
     _label_apart(axes, ends)
 
 

@@ -50,7 +50,7 @@ class RunConfig:
     prompts: tuple[str, ...] = ("The ",)
     """Continued by the finished model, for the report."""
     floor_bytes: int = 8_000_000
-    """Bytes of training text for the byte 6-gram that the report compares with; 0 leaves it out."""
+    """Bytes of training text for the byte n-gram that the report compares with; 0 leaves it out."""
 
     def problems(self, at: str) -> Iterator[str]:
         if "/" in self.name:

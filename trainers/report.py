@@ -37,7 +37,7 @@ from trainers.results import (
     scores_of,
     totals_of,
 )
-from trainers.units import count, duration, energy, flop, mass, size
+from trainers.units import count, duration, energy, flop, mass, n_gram, size
 
 REPORT = "report.html"
 TEMPLATE = "report.html"
@@ -87,9 +87,10 @@ def page(run: RunFiles, name: str) -> dict[str, Any]:
         "state": state(run, totals),
         "numbers": list(headline(run, totals, scores, measures)),
         "scores": scores,
+        "n_gram": n_gram(run.floor),
         "measures": measures,
         "reading": reading(run, scores, measures),
-        "charts": draw_charts(run.history, run.attempts, (run.floor or {}).get("validation")),
+        "charts": draw_charts(run.history, run.attempts, run.floor),
         "marks": marks(run),
         "attempts": attempts_of(run.attempts),
         "repeated": repeated(totals),
@@ -138,7 +139,7 @@ def headline(
         note = f"perplexity {score.perplexity:,.1f} per token" if score.perplexity is not None else ""
         if score.below_floor is not None:
             relation = "below" if score.below_floor >= 0 else "above"
-            note = f"{abs(score.below_floor):.1%} {relation} the byte 6-gram"
+            note = f"{abs(score.below_floor):.1%} {relation} the byte {n_gram(run.floor)}"
         yield number(score.split.capitalize(), f"{score.bits_per_byte:.3f}", "bits/byte", note)
     for measure in reversed(measures):
         if measure.name.endswith("_accuracy"):
@@ -190,8 +191,10 @@ def floor_in_words(run: RunFiles) -> str:
     if not run.floor:
         return ""
     fitted, smoothing = size(run.floor["fitted_bytes"]), run.floor["smoothing"]
+    orders = len(run.floor.get("validation_by_order", ()))
+    chosen = f"; of orders 1 to {orders} the best on validation" if orders else ""
     return (
-        f"The byte {run.floor['order']}-gram ({smoothing}), fitted on {fitted} of training text and scored "
+        f"The byte {n_gram(run.floor)} ({smoothing}{chosen}), fitted on {fitted} of training text and scored "
         "on the same text as the model, is what counting alone achieves. "
     )
 

@@ -37,7 +37,7 @@ from trainers.run_files import (
     StoredConfig,
     Verdict,
 )
-from trainers.units import count, duration, energy, mass
+from trainers.units import count, duration, energy, mass, n_gram
 
 CONFIG = "config.yaml"
 
@@ -295,14 +295,14 @@ def results_table(run: RunFiles) -> Table:
             baseline = "" if measure.baseline is None else measure.text(measure.baseline)
             table.add_row(f"{measure.split}: {measure.title}", measure.text(measure.value), baseline)
     else:
-        _fill_with_scores(table, scores)
+        _fill_with_scores(table, scores, run.floor)
     table.caption, table.caption_justify = "\n".join(summary_lines(run)), "left"
     return table
 
 
-def _fill_with_scores(table: Table, scores: list[Score]) -> None:
+def _fill_with_scores(table: Table, scores: list[Score], floor: Record | None) -> None:
     table.add_column("bits per byte", justify="right")
-    table.add_column("byte 6-gram", justify="right")
+    table.add_column(f"byte {n_gram(floor)}", justify="right")
     table.add_column("below it", justify="right")
     table.add_column("perplexity", justify="right")
     for score in scores:

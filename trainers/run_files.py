@@ -91,6 +91,8 @@ class Floor(TypedDict):
     order: Count
     smoothing: str
     fitted_bytes: Count
+    validation_by_order: NotRequired[list[Annotated[float, Field(gt=0)]]]
+    """Bits per byte of orders 1, 2 and so on, of which `order` is the best; absent where order 6 was fixed."""
     validation: NotRequired[Annotated[float, Field(gt=0)]]
     test: NotRequired[Annotated[float, Field(gt=0)]]
 

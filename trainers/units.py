@@ -1,6 +1,7 @@
 """Numbers as people read them, the same in plan, progress, tables and report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def count(number: float) -> str:
@@ -51,3 +52,8 @@ def _scaled(number: float, factor: int, units: Sequence[str]) -> str:
         number, position = number / factor, position + 1
     decimals = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
     return f"{number:,.{decimals}f} {units[position]}".rstrip()
+
+
+def n_gram(floor: Mapping[str, Any] | None) -> str:
+    """The name of the model that a `floor.json` tells of, as "7-gram"."""
+    return f"{floor['order']}-gram" if floor else "n-gram"
