@@ -426,3 +426,39 @@ def test_a_split_that_was_changed_after_it_was_made_is_refused(tmp_path, noted):
                 everything(prepared(tmp_path, sentences(80)))
         made.store.put(path, content)
         assert everything(prepared(tmp_path, sentences(80))) == before
+
+
+@pytest.mark.parametrize(
+    ("alike", "named"),
+    [
+        (["pos", "Pos", "pos ", "ｐｏｓ"], "'Pos' (20), 'pos' (20), 'pos ' (20), 'ｐｏｓ' (20)"),
+        (["caf\u00e9", "cafe\u0301"], r"'cafe\u0301' (40), 'caf\xe9' (40)"),
+    ],
+)
+def test_labels_that_case_width_blanks_or_composition_alone_tell_apart_are_named(
+    tmp_path, caplog, alike, named
+):
+    records = [
+        {"text": f"w{n} x{n * 31}", "label": [*alike, "neg"][n % (len(alike) + 1)]}
+        for n in range(20 * (len(alike) + 1) if len(alike) == 4 else 120)
+    ]
+    for _ in range(2):  # prepared, and read
+        caplog.clear()
+        task = prepared(tmp_path, records, split={"similarity": 1.0, "validation": 0.3})
+        assert set(task.task.labels) == {*alike, "neg"}, "they are not merged"
+        (line,) = caplog.messages
+        assert line.startswith(f"t: the labels {named} are as many classes")
+
+
+def test_tags_of_one_kind_of_entity_written_in_two_ways_are_named(tmp_path, caplog):
+    tags = [["B-PER", "I-PER", "O"], ["B-Per", "O", "O"], ["O", "B-LOC", "I-LOC"]]
+    records = [{"tokens": [f"w{n}", f"x{n * 31}", f"y{n * 77}"], "label": tags[n % 3]} for n in range(90)]
+    prepared(tmp_path, records, kind="token_classification", split={"similarity": 1.0})
+    (line,) = caplog.messages
+    assert line.startswith("t: the labels 'PER' (60), 'Per' (30) are as many classes")
+
+
+def test_labels_that_differ_otherwise_are_not_named(tmp_path, caplog):
+    records = [{"text": f"w{n} x{n * 31}", "label": ["1", "10", "a-b", "ab"][n % 4]} for n in range(160)]
+    prepared(tmp_path, records, split={"similarity": 1.0})
+    assert not caplog.messages

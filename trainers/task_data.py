@@ -24,7 +24,13 @@ from data.splits import KEEPING_ORDER, keyed_points
 from trainers.metric_records import Count
 from trainers.stored_records import read_split
 from trainers.task import SPLITS, TaskConfig
-from trainers.task_labels import checked_labels, several_labels, unvalidated_labels, warn_of_unvalidated
+from trainers.task_labels import (
+    checked_labels,
+    several_labels,
+    unvalidated_labels,
+    warn_of_alike,
+    warn_of_unvalidated,
+)
 from trainers.task_records import Example, read_examples, to_lines
 
 RECORD = "task.json"
@@ -90,6 +96,7 @@ def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
         ConfigError: records that are no examples, an empty split, or labels that do not fit.
     """
     given = read_given(task)
+    warn_of_alike(task, given)
     agreeing, contradicting = without_contradictions(task, given)
     digest = digest_of(task, given, contradicting)
     store = prepared.child(f"{task.name}-{digest}")

@@ -1,7 +1,8 @@
 """The labels of a task: which there are, how often each stands in a split, and what is said where a split lacks one."""
 
 import logging
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -74,6 +75,36 @@ def unvalidated_labels(task: TaskConfig, splits: Mapping[str, Sequence[Example]]
         return []
     counts = labels_in(task, splits["validation"])
     return [label for label in task.labels if not counts[label]]
+
+
+def warn_of_alike(task: TaskConfig, given: Mapping[str, Sequence[Example]]) -> None:
+    """Name labels that only blanks around them, width, composition or case tell apart: each is a class of its own."""
+    if not task.has_labels:
+        return
+    counts = sum((labels_in(task, examples) for examples in given.values()), Counter[str]())
+    for group in alike(counts, tags=task.kind == "token_classification"):
+        look_alike = len({unicodedata.normalize("NFC", label) for label in group}) < len(group)
+        written = ascii if look_alike else repr
+        named = ", ".join(f"{written(label)} ({number:,})" for label, number in sorted(group.items()))
+        logger.warning(
+            "%s: the labels %s are as many classes, and differ in case, blanks, width or composition alone; if they "
+            "are one, write them alike in the records",
+            task.name,
+            named,
+        )
+
+
+def alike(counts: Mapping[str, int], tags: bool = False) -> list[Counter[str]]:
+    """Labels that are equal when stripped and folded (NFKC, case), with their counts. Of tags (B-PER) the parts before
+    and behind the first hyphen are compared, each with its like: B-PER and I-per are of two kinds of entity."""
+    groups: dict[tuple[bool, str], Counter[str]] = defaultdict(Counter)
+    for label, number in counts.items():
+        prefix, hyphen, entity = label.partition("-") if tags else ("", "", label)
+        parts = ((True, prefix), (False, entity)) if hyphen else ((False, label),)
+        for is_prefix, part in parts:
+            folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part).casefold()).strip()
+            groups[is_prefix, folded][part] += number
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def warn_of_unvalidated(task: TaskConfig, labels: Sequence[str]) -> None:
