@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from data.documents import raw_texts
-from data.near_duplicates import folded
+from data.folding import folded
 
 RUN = 40
 """Characters that a text and a document must have in common, one after another; of a shorter text all of it. About 8

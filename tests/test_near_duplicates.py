@@ -1,6 +1,11 @@
 import random
+from pydoc_data.topics import topics
 
-from data.near_duplicates import folded, group_near_duplicates, shingles
+import pytest
+
+from benchmarks.near_duplicate_recall import recall, true_pairs, with_copies
+from data.folding import folded
+from data.near_duplicates import RECALL, group_near_duplicates
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -12,7 +17,7 @@ def sentence(seed: int) -> str:
 
 
 def jaccard(one: str, other: str) -> float:
-    a, b = set(shingles(folded(one))), set(shingles(folded(other)))
+    a, b = ({text[i : i + 5] for i in range(len(text) - 4)} for text in (folded(one), folded(other)))
     return len(a & b) / len(a | b)
 
 
@@ -41,3 +46,25 @@ def test_links_join_groups() -> None:
 
 def test_texts_shorter_than_a_shingle_are_compared_whole() -> None:
     assert group_near_duplicates(["好", "坏", "好"], 0.7).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("similarity", [0.7, 1.0])
+def test_punctuation_width_and_hidden_characters_make_no_difference(similarity: float) -> None:
+    texts = ["Good.", "Good", "ＧＯＯＤ！", "Go\u00adod", "很好。", "很好!", "Bad", "!", "?", "👍", "👎"]
+    assert group_near_duplicates(texts, similarity).tolist() == [0, 0, 0, 0, 4, 4, 6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.7, 0.9])
+def test_nearly_all_pairs_at_or_above_the_similarity_are_found_and_the_others_as_the_bands_say(
+    similarity: float,
+) -> None:
+    sentences = [part for topic in topics.values() for part in topic.split("\n\n") if 30 < len(part) < 300]
+    texts = list(dict.fromkeys(map(folded, with_copies(sentences[:2_000]))))
+    bands = recall(texts, true_pairs(texts, similarity - 0.1), similarity)
+    alike = [band for band in bands if band[0] >= similarity]
+    assert alike[0][1] >= 30  # pairs just above the similarity
+    assert all(found >= RECALL * pairs - 1 for _, pairs, found, _ in alike)
+    assert sum(found for *_, found, _ in alike) >= 0.99 * sum(pairs for _, pairs, _, _ in alike)
+    for _, pairs, found, expected in bands:
+        # Four standard deviations of a binomial count.
+        assert abs(found - expected) <= 4 * (expected * (1 - expected / pairs)) ** 0.5 + 1 if pairs else True

@@ -14,7 +14,15 @@ from cluster.config import ConfigError, from_dict
 from cluster.storage import open_store
 from cluster.stored_file import DamagedFileError
 from trainers.task import SPLITS, TaskColumns, TaskConfig, TaskFiles, TaskPrompt, TaskSplit, load_task
-from trainers.task_data import RECORD, PreparedTask, choose_budget, prepare_task
+from trainers.task_data import (
+    RECORD,
+    PreparedTask,
+    choose_budget,
+    digest_of,
+    prepare_task,
+    read_given,
+    without_contradictions,
+)
 from trainers.task_records import example_of, read_examples
 
 
@@ -426,6 +434,63 @@ def test_a_split_that_was_changed_after_it_was_made_is_refused(tmp_path, noted):
                 everything(prepared(tmp_path, sentences(80)))
         made.store.put(path, content)
         assert everything(prepared(tmp_path, sentences(80))) == before
+
+
+def test_texts_that_differ_in_punctuation_or_width_alone_fall_into_one_split(tmp_path):
+    plain = [r | {"text": f"{r['text']} w{i}", "id": str(i)} for i, r in enumerate(sentences(120))]
+    pointed = [r | {"text": r["text"].replace(" ", ", ") + "!", "id": f"p{r['id']}"} for r in plain]
+    wide = str.maketrans({code: code + 0xFEE0 for code in range(0x21, 0x7F)})
+    widened = [r | {"text": r["text"].translate(wide), "id": f"w{r['id']}"} for r in plain]
+    splits = everything(prepared(tmp_path, plain + pointed + widened, split={"similarity": 1.0}))
+    where = {example.id: name for name, examples in splits.items() for example in examples}
+    assert len(where) == 360 and len(set(where.values())) == 3
+    assert all(where[r["id"]] == where[f"p{r['id']}"] == where[f"w{r['id']}"] for r in plain)
+
+
+def test_a_question_whose_punctuation_decides_its_label_contradicts_nothing(tmp_path):
+    records = [r | {"text": f"{r['text']} w{i}"} for i, r in enumerate(sentences(100))]
+    asked = [
+        r | {"text": r["text"] + "?", "label": other(r["label"]), "id": f"q{i}"}
+        for i, r in enumerate(records)
+    ]
+    task = prepared(tmp_path, records + asked, split={"similarity": 1.0})
+    assert task.left_out["contradiction"] == 0 and sum(task.counts.values()) == 200
+
+
+@pytest.mark.parametrize("split_given", [False, True])
+def test_a_split_of_an_earlier_version_goes_on_and_no_other_is_taken_for_it(tmp_path, caplog, split_given):
+    records = sentences(150)
+    if split_given:
+        paths = {
+            name: put_lines(tmp_path / f"{name}.jsonl", records[start:end])
+            for name, start, end in (("train", 0, 100), ("validation", 100, 125), ("test", 125, 150))
+        }
+        files = TaskFiles(**paths)
+    else:
+        files = TaskFiles(uri=put_lines(tmp_path / "records.jsonl", records))
+    config = TaskConfig(name="t", kind="classification", data=files, split=TaskSplit(similarity=1.0))
+    store = open_store(str(tmp_path / "p"))
+    made = prepare_task(config, store)
+    assert not caplog.messages
+    given_records = read_given(config)
+    _, contradicting = without_contradictions(config, given_records)
+    former = digest_of(config, given_records, contradicting, version=1)
+    assert former == ("a9fc2ef56c25" if split_given else "c376e6d85ce7")  # as the version before named it
+    assert former != made.digest
+    for info in list(made.store.list()):  # as an earlier version left it: another split, under its own name
+        name = {"train.jsonl": "test.jsonl", "test.jsonl": "train.jsonl"}.get(info.path, info.path)
+        content = made.store.read(info.path)
+        if info.path == RECORD:
+            record = json.loads(content)
+            counts = record["counts"]
+            record["counts"] = counts | {"train": counts["test"], "test": counts["train"]}
+            del record["near_duplicates"], record["checksums"]
+            content = json.dumps(record).encode()
+        store.child(f"t-{former}").put(name, content)
+    begun = prepare_task(config, store)
+    assert begun.digest == former and begun.read("train") == made.read_test()
+    (line,) = caplog.messages
+    assert former in line and "delete that folder" in line
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
     before = now | before  # an older run has not written all of them down
     if before["task"] != now["task"]:
         changed.append(
-            f"the records or the split of {task.task.name} are others: {before['task']} there, {now['task']} here"
+            f"the records or the split of {task.task.name} are others: {before['task']} there, {now['task']} here; "
+            "give them back, or choose a new run.name"
         )
     if before["metric"] != now["metric"]:
         changed.append(

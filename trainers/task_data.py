@@ -6,6 +6,7 @@ L6), so that not even its rows are loaded before. The folder is named by all tha
 
 import hashlib
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ from cluster.config import ConfigError, to_dict
 from cluster.storage import Store
 from cluster.stored_file import WITH_OTHER_KEYS, checksum_of, read_json
 from data.clean import content_hash
-from data.near_duplicates import folded, group_near_duplicates
+from data.folding import folded
+from data.near_duplicates import VERSION, group_near_duplicates
 from data.splits import KEEPING_ORDER, keyed_points
 from trainers.metric_records import Count
 from trainers.stored_records import read_split
@@ -33,11 +35,13 @@ from trainers.task_labels import (
 )
 from trainers.task_records import Example, read_examples, to_lines
 
+logger = logging.getLogger(__name__)
+
 RECORD = "task.json"
 CONTRADICTIONS = "contradictions.jsonl"
 
 
-REMADE = "delete the folder that it lies in, and run the same command again: the same split is made anew"
+REMADE = "delete the folder that it lies in, and run the same command again: the split is made anew"
 
 
 class SplitCounts(TypedDict):
@@ -56,6 +60,8 @@ class SplitRecord(TypedDict):
     unvalidated: NotRequired[list[str]]
     checksums: NotRequired[dict[str, str]]
     """Of the splits' files; an older record has none."""
+    near_duplicates: NotRequired[Count]
+    """`data.near_duplicates.VERSION` that the records were split by; an older record has none."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,7 @@ def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
     given = read_given(task)
     warn_of_alike(task, given)
     agreeing, contradicting = without_contradictions(task, given)
-    digest = digest_of(task, given, contradicting)
-    store = prepared.child(f"{task.name}-{digest}")
+    digest, store = place_of_split(task, prepared, given, contradicting)
     if store.exists(RECORD):
         record = read_json(store, RECORD, SplitRecord, REMADE)
         task = replace(task, labels=tuple(record["labels"]))
@@ -120,7 +125,7 @@ def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
     reasons = {"contradiction": len(contradicting)} | {key: len(some) for key, some in left_out.items()}
     record = {"labels": task.labels, "counts": counts, "left_out": reasons, "task": to_dict(task)}
     checksums = {name: checksum_of(content) for name, content in contents.items()}
-    record |= {"unvalidated": unvalidated, "checksums": checksums}
+    record |= {"unvalidated": unvalidated, "checksums": checksums, "near_duplicates": VERSION}
     store.put(RECORD, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False).encode())
     return PreparedTask(task, store, digest, counts, reasons, checksums)
 
@@ -131,12 +136,37 @@ def read_given(task: TaskConfig) -> dict[str, list[Example]]:
     return {key: read_examples(task, uri) for key, uri in uris.items() if uri}
 
 
+def place_of_split(
+    task: TaskConfig,
+    prepared: Store,
+    given: Mapping[str, Sequence[Example]],
+    contradicting: Sequence[Example],
+) -> tuple[str, Store]:
+    """Digest and folder of the split: of one by an earlier version if there is one, for runs have begun with it."""
+    former = digest_of(task, given, contradicting, version=1)
+    store = prepared.child(f"{task.name}-{former}")
+    if store.exists(RECORD):
+        logger.warning(
+            "%s: goes on with the split in %s, made when texts that differ in punctuation or width could fall into two "
+            "splits; delete that folder to split anew, for new runs",
+            task.name,
+            store.uri,
+        )
+        return former, store
+    digest = digest_of(task, given, contradicting)
+    return digest, prepared.child(f"{task.name}-{digest}")
+
+
 def digest_of(
-    task: TaskConfig, given: Mapping[str, Sequence[Example]], contradicting: Sequence[Example]
+    task: TaskConfig,
+    given: Mapping[str, Sequence[Example]],
+    contradicting: Sequence[Example],
+    version: int = VERSION,
 ) -> str:
     """Name the split: 12 hexadecimal digits of the task, without its prompt and metric, and all records."""
     described = to_dict(task)
     kept = {key: described[key] for key in ("kind", "multi_label", "labels", "split")}
+    kept |= {"near_duplicates": version} if version > 1 else {}  # the first stood in no name
     digest = hashlib.blake2b(json.dumps(kept, sort_keys=True, allow_nan=False).encode(), digest_size=6)
     for key, examples in given.items():
         digest.update(key.encode() + to_lines(examples))
@@ -152,6 +182,11 @@ def digest_of(
 Left = dict[str, list[Example]]
 
 
+def question_of(example: Example) -> str:
+    """What makes two examples one question: case and blanks aside all of it, for punctuation may decide a label."""
+    return " ".join(example.content.lower().split())
+
+
 def without_contradictions(
     task: TaskConfig, given: Mapping[str, Sequence[Example]]
 ) -> tuple[dict[str, list[Example]], list[Example]]:
@@ -161,13 +196,13 @@ def without_contradictions(
     """
     targets: dict[str, set[str]] = defaultdict(set)
     for example in (example for examples in given.values() for example in examples if task.has_labels):
-        targets[folded(example.content)].add(_written(example.target))
+        targets[question_of(example)].add(_written(example.target))
     contrary = {content for content, several in targets.items() if len(several) > 1}
     agreeing: dict[str, list[Example]] = {name: [] for name in given}
     contradicting: list[Example] = []
     for name, examples in given.items():
         for example in examples:
-            out = folded(example.content) in contrary
+            out = question_of(example) in contrary
             (contradicting if out else agreeing[name]).append(example)
     return agreeing, contradicting
 
@@ -181,7 +216,7 @@ def without_repetitions(examples: Sequence[Example]) -> tuple[list[Example], lis
     stay, and being of one content never fall into two splits."""
     same: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        same[folded(example.content)].append(example)
+        same[question_of(example)].append(example)
     kept: list[Example] = []
     repeated: list[Example] = []
     for group in same.values():

@@ -1,0 +1,25 @@
+"""Texts as they are compared: letters, marks, digits and symbols, whatever width, case, blanks and punctuation."""
+
+import unicodedata
+
+import regex
+
+_INVISIBLE = regex.compile(r"[\p{Cc}\p{Cf}\p{Default_Ignorable_Code_Point}]+")
+"""Controls, soft hyphens, zero-width blanks, directions, fillers, variation selectors (Unicode Annex 44)."""
+_BETWEEN_DIGITS = regex.compile(r"(?<=\p{Nd})[\p{P}\p{Z}]+(?=\p{Nd})")
+# What the pattern before has left between two digits is one blank; it stays.
+_DROPPED = regex.compile(r"(?<!\p{Nd})[\p{P}\p{Z}]++|[\p{P}\p{Z}]++(?!\p{Nd})")
+
+
+def folded(text: str) -> str:
+    """Fold compatibility forms (NFKC) and case, and drop blanks, punctuation and what is not shown.
+
+    Blanks go too, for Chinese has none and lines break anywhere: "word—word", "word - word" and "word\\nword" are one.
+    Between two digits they stay as one blank: 1.25 is neither 12.5 nor 125. Marks stay, for they are vowels in Indic
+    scripts; so do symbols and emoji. A text of punctuation alone is kept with it, so that "?" is not "!". Letters of
+    two scripts that look alike remain two.
+    """
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    shown = _INVISIBLE.sub("", " ".join(plain.split()))
+    words = _DROPPED.sub("", _BETWEEN_DIGITS.sub(" ", shown))
+    return unicodedata.normalize("NFKC", words) or shown or text
