@@ -157,9 +157,10 @@ def test_a_dry_run_the_planner_of_clusters_and_a_report_say_the_same_days_and_en
     planned = option_of(load_config(ClusterPlanConfig, [*given, *own], description="").config, run.engine)
     assert (planned.plan.seconds, planned.plan.energy) == (plan.seconds, plan.energy)
     assert planned.plan.memory == plan.memory
-    assert energy_of(report_of(run, plan.seconds)).kwh == pytest.approx(plan.energy.kwh)
+    computing = plan.seconds + plan.beside.computing
+    assert energy_of(report_of(run, computing)).kwh == pytest.approx(plan.energy.kwh)
     watts = run.cluster.num_workers * (GPUS[gpu].accelerator.watts + 12 * run.cluster.threads)
-    assert plan.energy.kwh == pytest.approx(watts * 1.58 * plan.seconds / 3.6e6)
+    assert plan.energy.kwh == pytest.approx(watts * 1.58 * computing / 3.6e6)
     main([*given, *own])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("configured"))
     assert duration(plan.seconds) in line and energy(plan.energy.kwh) in line
@@ -176,7 +177,7 @@ def test_a_worker_on_cpus_draws_a_core_for_each_thread_that_it_computes_on(
     run = load_config(PretrainConfig, given, description="").config
     watts = 2 * computing * EnergyConfig().watts_per_core
     plan = plan_of(run, None)
-    assert plan.energy.kwh == pytest.approx(watts * 1.58 * plan.seconds / 3.6e6)
+    assert plan.energy.kwh == pytest.approx(watts * 1.58 * (plan.seconds + plan.beside.computing) / 3.6e6)
     assert energy_of(report_of(run, 100.0)).kwh == pytest.approx(watts * 1.58 * 100 / 3.6e6)
 
 

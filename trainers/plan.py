@@ -4,8 +4,8 @@ Memory of the model's state is counted as in ZeRO (Rajbhandari et al. 2020, sect
 holds: weights, their gradients, gradients summed in float32, float32 master weights, optimiser moments, each
 divided by the number of workers from the ZeRO stage on that partitions it; tests/test_plan_states.py holds it against
 what DeepSpeed allocates. Activations are counted tensor by tensor as in Korthikanti et al. 2022 (section 4.1) for
-this backbone. Both leave out what the allocator, the
-framework and communication buffers take: treat the sum as a lower bound.
+this backbone. Of a worker on CPUs the process itself and what an update takes are counted too; on GPUs the sum leaves
+out what the allocator, the framework and NCCL take.
 """
 
 import math
@@ -17,17 +17,20 @@ from cluster.hardware import Energy, EnergyConfig, Peak, estimate_energy
 from data.order import AUTOMATIC_LANES, largest_divisor
 from trainers.checkpoint import CheckpointConfig
 from trainers.checkpoint_writer import HEADER_ROOM_BYTES
+from trainers.cpu_speed import cpu_step_seconds
 from trainers.cross_entropy import chunk_tokens
 from trainers.engine_config import BUCKET_ELEMENTS, EngineConfig, overlaps
 from trainers.optimizer import OptimizerConfig, moments
+from trainers.run_time import Beside, Evaluations, beside_steps
 from trainers.shape import ModelConfig, count_parameters, flops_per_token
 from trainers.throughput import StepTime, Strategy, step_time
 from trainers.units import count, duration, energy, flop, mass, size
 
 GPU_UTILIZATION = 0.40
 """Assumed model FLOP/s / peak: PaLM reports 0.46, Megatron-LM 0.44-0.52 (Narayanan et al. 2021, table 1)."""
-CPU_UTILIZATION = 0.25
-"""Assumed of the measured rate of matrix products: a 12 M decoder reached 0.25-0.3 on two cores with AMX."""
+PROCESS_BYTES = 830 << 20
+"""Of a worker's process on CPUs without its model: 404 MiB of imports (torch 210, Ray 135), 225 MiB of DeepSpeed's and
+the compiler's modules, kernels and arenas, and 200 MiB of Ray Data, Arrow and what the worker reads and writes."""
 
 FLOAT32, BFLOAT16 = 4, 2
 
@@ -60,8 +63,13 @@ class Job:
     watts: float
     """All workers together."""
     energy: EnergyConfig
+    evaluations: Evaluations = Evaluations()
     tokens_per_second: float | None = None
     """Measured in an earlier part of the run; None: estimated from the peak."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return not self.peak.is_measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +84,16 @@ class Memory:
     activations: float
     checkpoint_buffers: float
     """Always host memory."""
+    updating: float = 0.0
+    """On a CPU: a copy of the weights from when ZeRO laid them out, gradients of a worker's part in float32, and as
+    much again that the optimiser puts aside."""
+    process: float = 0.0
+    """On a CPU: libraries, Ray, the data's way."""
 
     @property
     def total(self) -> float:
-        return self.states + self.buckets + self.activations + self.checkpoint_buffers
+        state = self.states + self.buckets + self.activations + self.checkpoint_buffers
+        return state + self.updating + self.process
 
     @property
     def states(self) -> float:
@@ -106,7 +120,11 @@ class Plan:
     utilization: float
     """Share of the peak that the estimated time assumes or, where tokens/s were measured, implies."""
     seconds: float
+    """Of all steps."""
+    beside: Beside
+    """What comes before, between and after them."""
     energy: Energy
+    """While the workers compute: steps, compilation, validations and test, as a report counts it."""
 
     @property
     def text(self) -> str:
@@ -119,6 +137,7 @@ def make_plan(job: Job) -> Plan:
     flops = tokens * flops_per_token(job.model, job.seq_len, job.target_share)
     peak = job.peak.flops_per_second * job.num_workers
     seconds = training_seconds(job)
+    beside = beside_steps(job.evaluations, seconds / tokens if tokens else 0.0, job.engine.compile)
     state_bytes = FLOAT32 * state_elements(job.model, job.optimizer)
     checkpoint = job.checkpoint
     for_good = job.steps // checkpoint.keep_every_steps if checkpoint.keep_every_steps else 0
@@ -133,7 +152,8 @@ def make_plan(job: Job) -> Plan:
         kept_checkpoints=checkpoint.keep_last + 1 + for_good,  # 1: the best
         utilization=flops / (seconds * peak) if seconds and peak else 0.0,
         seconds=seconds,
-        energy=estimate_energy(job.energy, job.watts, seconds),
+        beside=beside,
+        energy=estimate_energy(job.energy, job.watts, seconds + beside.computing),
     )
 
 
@@ -144,9 +164,21 @@ def training_seconds(job: Job) -> float:
         return tokens / job.tokens_per_second
     if step := step_time_of(job):
         return job.steps * step.total
+    if not job.on_gpu:
+        return job.steps * cpu_step_seconds(
+            job.model,
+            job.optimizer,
+            tokens=rows_per_worker(job) * job.seq_len,
+            seq_len=job.seq_len,
+            target_share=job.target_share,
+            workers=job.num_workers,
+            zero_stage=job.engine.zero_stage,
+            compiled=job.engine.compile,
+            recomputes=job.engine.activation_checkpointing,
+            flops_per_second=job.peak.flops_per_second,
+        )
     flops = tokens * flops_per_token(job.model, job.seq_len, job.target_share)
-    share = CPU_UTILIZATION if job.peak.is_measured else GPU_UTILIZATION
-    return flops / (job.peak.flops_per_second * job.num_workers * share)
+    return flops / (job.peak.flops_per_second * job.num_workers * GPU_UTILIZATION)
 
 
 def step_time_of(job: Job) -> StepTime | None:
@@ -227,10 +259,9 @@ def memory_per_worker(job: Job) -> Memory:
     state_bytes = FLOAT32 * (parameters + moment_elements) / workers
     files = math.ceil(state_bytes / (job.checkpoint.file_bytes - HEADER_ROOM_BYTES))
     bucket = engine.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET_ELEMENTS)
-    on_gpu = not job.peak.is_measured
-    if not on_gpu:  # what is allocated and never filled takes no memory
+    if not job.on_gpu:  # what is allocated and never filled takes no memory
         bucket = min(bucket, parameters)
-    copies = 2 if overlaps(engine, on_gpu) and stage < 3 else 1  # one travels while another is filled
+    copies = 2 if overlaps(engine, job.on_gpu) and stage < 3 else 1  # one travels while another is filled
     bucket_element = max(element, sum_element) if stage == 1 else element
     return Memory(
         parameters=element * parameters / (workers if stage == 3 else 1),
@@ -239,6 +270,8 @@ def memory_per_worker(job: Job) -> Memory:
         buckets=float(copies * bucket * bucket_element) if stage else 0.0,
         activations=activation_bytes(job, element),
         checkpoint_buffers=files * job.checkpoint.file_bytes,
+        updating=0.0 if job.on_gpu else (element + 2 * FLOAT32 / (workers if stage else 1)) * parameters,
+        process=0.0 if job.on_gpu else float(PROCESS_BYTES),
     )
 
 
@@ -288,6 +321,7 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     kept_bytes = plan.checkpoint_bytes * plan.kept_checkpoints
     yield "", f"at most {plan.kept_checkpoints} kept, {size(kept_bytes)} of storage"
     yield "time", f"{duration(plan.seconds)} of training, {_basis(plan)}"
+    yield "", _in_all(plan)
     yield "energy", f"{energy(plan.energy.kwh)}, {mass(plan.energy.co2_grams)} CO2"
     yield "", plan.energy.assumption
 
@@ -305,13 +339,28 @@ def _basis(plan: Plan) -> str:
     if gpu and step_time_of(plan.job):
         of = f"of {flop(peak.flops_per_second)}/s a worker ({peak.source})"
         return f"at {plan.utilization:.0%} {of}, by the model of trainers/throughput.py for {gpu.name}"
-    return f"at an assumed {plan.utilization:.0%} of {flop(peak.flops_per_second)}/s a worker ({peak.source})"
+    how = "at an assumed" if plan.job.on_gpu else "by the model of trainers/cpu_speed.py at"
+    return f"{how} {plan.utilization:.0%} of {flop(peak.flops_per_second)}/s a worker ({peak.source})"
+
+
+def _in_all(plan: Plan) -> str:
+    beside, known = plan.beside, plan.job.evaluations
+    parts = [f"start {duration(beside.starting)}", f"compiling {duration(beside.compiling)}"]
+    if known.validation_tokens is not None:
+        parts.append(f"{known.validations:,} validations {duration(beside.validating)}")
+    if known.test_tokens is not None:
+        parts.append(f"test {duration(beside.testing)}")
+    parts.append(f"end {duration(beside.ending)}")
+    is_known = None not in (known.validation_tokens, known.test_tokens)
+    unknown = "" if is_known else "; a corpus that is not prepared yet is not counted"
+    return f"about {duration(plan.seconds + beside.total)} in all: {', '.join(parts)}{unknown}"
 
 
 def _memory_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     memory, offload = plan.memory, plan.job.engine.offload
     where = "" if offload == "none" else f", {offload} in host memory"
-    yield "memory", f"{size(memory.total)} per worker at least{where}:"
+    about = "of tensors per worker" if plan.job.on_gpu else "per worker"
+    yield "memory", f"about {size(memory.total)} {about}{where}:"
     for num_bytes, what in (
         (memory.parameters, "parameters"),
         (memory.gradients, "gradients"),
@@ -319,5 +368,8 @@ def _memory_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         (memory.buckets, "buckets of gradients on their way"),
         (memory.activations, "activations of a micro-batch"),
         (memory.checkpoint_buffers, "host buffers for checkpoints"),
+        (memory.updating, "copies of weights and gradients for updates"),
+        (memory.process, "libraries, Ray and the data's way"),
     ):
-        yield "", f"{size(num_bytes):>10}  {what}"
+        if num_bytes:
+            yield "", f"{size(num_bytes):>10}  {what}"

@@ -24,6 +24,7 @@ from trainers import run_folder
 from trainers.config import SCRAPE_SECONDS_VARIABLE, PretrainConfig, model_of, run_store, watts_per_worker
 from trainers.objectives import objective_of
 from trainers.plan import Job, Plan, make_plan
+from trainers.run_time import Evaluations
 from trainers.shape import ModelConfig
 
 FRAGMENTS_TRIED, ROWS_TRIED = 16, 256
@@ -167,12 +168,33 @@ def plan_of(config: PretrainConfig, manifest: Manifest | None) -> Plan:
         order = Order(manifest, config.order, seq_len=batch.seq_len, rows_per_step=batch.rows_per_step)
         left_out = order.remainder()
     peak = peak_of(device, host.device_name, config.engine.precision, cluster.threads)
-    job = job_of(config, model, device, host.device_name, peak, gpu)
+    job = job_of(config, model, device, host.device_name, peak, gpu, manifest)
     return make_plan(replace(job, train_tokens=train_tokens, left_out=left_out))
 
 
+def evaluations_of(config: PretrainConfig, manifest: Manifest | None) -> Evaluations:
+    """How much a run evaluates, as far as that is known before the corpus is prepared."""
+    limit = config.validation.max_rows * config.batch.seq_len or None
+    tokens: dict[str, int] = {}
+    if manifest is not None:
+        for split in ("validation", "test"):
+            tokens[split] = int(manifest.fragments.num_tokens[manifest.select(split)].sum())
+    known = [number for number in (limit, tokens.get("validation")) if number is not None]
+    return Evaluations(
+        validations=-(-config.run.steps // config.validation.every_steps),
+        validation_tokens=min(known, default=None),
+        test_tokens=tokens.get("test"),
+    )
+
+
 def job_of(
-    config: PretrainConfig, model: ModelConfig, device: str, device_name: str, peak: Peak, gpu: Gpu | None
+    config: PretrainConfig,
+    model: ModelConfig,
+    device: str,
+    device_name: str,
+    peak: Peak,
+    gpu: Gpu | None,
+    manifest: Manifest | None = None,
 ) -> Job:
     """What the plan of a run follows from: the one way from a configuration to time, memory and energy."""
     cluster = config.cluster
@@ -191,4 +213,5 @@ def job_of(
         gpu=gpu,
         watts=cluster.num_workers * watts_per_worker(config, device, device_name),
         energy=config.energy,
+        evaluations=evaluations_of(config, manifest),
     )

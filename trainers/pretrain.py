@@ -23,6 +23,7 @@ try:
     from cluster.storage import open_store
     from cluster.terminal import Terminal
     from cluster.workers import Resources, piece_shortages, shortages
+    from data.assemble import existing_manifest
     from data.manifest import Manifest, read_manifest
     from data.prepare import EXPECTED, corpus_table, prepare
     from data.progress import progress_line
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "dry-run" in loaded.flags:
         if problems:
             raise ConfigError(problems)
-        console.print(plan_of(config, manifest=None).text, highlight=False)
+        console.print(plan_of(config, manifest_now(config)).text, highlight=False)
         return console.print(
             *(f"not on this machine: {line}" for line in too_large), sep="\n", highlight=False
         )
@@ -80,6 +81,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             console.print(remark, highlight=False, markup=False)
         if run_folder.is_finished(run):
             close(config, console)
+
+
+def manifest_now(config: PretrainConfig) -> Manifest | None:
+    """The run's manifest, or the one of its corpus where that is prepared already."""
+    if pinned := run_folder.pinned_manifest(run_store(config)):
+        return read_manifest(open_store(config.corpus.prepared), pinned)
+    try:
+        return existing_manifest(config.corpus)
+    except EXPECTED as unusable:
+        raise ConfigError([str(unusable)]) from None
 
 
 def train(config: PretrainConfig, console: Console) -> None:
