@@ -80,6 +80,15 @@ def sentences(number: int, seed: int = 0) -> list[dict[str, Any]]:
     return records
 
 
+def skewed(number: int) -> list[dict[str, Any]]:
+    """Sentences of which about 7 % have the label that comes first by the alphabet, and most the last."""
+    records = sentences(number, seed=3)
+    return [
+        record | {"label": "a rare one" if index % 15 == 0 else "most" if index % 3 else "many"}
+        for index, record in enumerate(records)
+    ]
+
+
 def put_lines(path: Path, records: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)

@@ -1,22 +1,28 @@
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
 import yaml
-from task_files import put_backbone, put_lines, put_task, sentences
+from sklearn.dummy import DummyClassifier
+from task_files import put_backbone, put_lines, put_task, sentences, skewed
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, from_dict
 from cluster.storage import open_store
-from trainers.task import TaskConfig
+from trainers.task import Draw, TaskConfig, load_task
+from trainers.task_data import choose_budget, prepare_task
+from trainers.task_metrics import seeds_interval
 from trainers.task_records import Example
 from tune.baselines import linear, majority
-from tune.curve import CurvePoint, savings
-from tune.label_efficiency import main
+from tune.curve import CurvePoint, Saving, savings
+from tune.curve_report import write_curve_report
+from tune.label_efficiency import LabelEfficiencyConfig, main, value_of
 
 
 def point(arm: str, budget: int, mean: float) -> CurvePoint:
-    return CurvePoint(arm, budget, (mean,), mean, mean, mean)
+    return CurvePoint(arm, budget, (mean,), mean, None, None)
 
 
 def test_the_labels_are_read_off_the_line_over_their_logarithm() -> None:
@@ -43,6 +49,101 @@ def test_the_linear_model_learns_words_and_the_majority_does_not() -> None:
     train, validation, test = rows[:40], rows[40:60], rows[60:]
     assert linear(task, train, validation, test)["accuracy"] == 1.0
     assert math.isclose(majority(task, train, test)["accuracy"], 2 / 3)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_the_interval_of_a_factor_holds_the_true_one_also_with_few_seeds(seeds: int) -> None:
+    """The pretrained curve rises by 0.1 with each tenfold, and is at the rival's 5,000 labels with 500."""
+    generator, held, trials = np.random.default_rng(0), 0, 200
+    for _ in range(trials):
+        levels = {("pretrained", 10 ** (n / 2)): 0.5 + 0.05 * n for n in range(2, 9)}
+        levels["scratch", 5_000] = 0.5 + 0.1 * math.log10(500)
+        points = []
+        for (arm, budget), level in levels.items():
+            values = tuple((level + 0.02 * generator.normal(size=seeds)).tolist())
+            points.append(CurvePoint(arm, round(budget), values, *seeds_interval(values)))
+        [saving] = savings(points, "scratch")
+        assert saving.interval is not None
+        fewest, most = saving.interval
+        held += fewest <= 500 and (most is None or most >= 500)
+    assert held / trials >= 0.95
+
+
+def test_a_factor_has_no_interval_where_one_seed_says_nothing_of_the_spread() -> None:
+    [found] = savings(
+        [point("pretrained", 10, 0.5), point("pretrained", 100, 0.9), point("scratch", 100, 0.7)], "scratch"
+    )
+    assert found.interval is None and "(" not in found.told()
+
+
+def test_an_end_of_a_factors_interval_beyond_the_budgets_is_unknown() -> None:
+    assert Saving(1_000, 0.7, 100.0, False, (50.0, None)).told().endswith("a factor of 10.0 (? to 20.0)")
+    assert (
+        Saving(1_000, 0.7, 10.0, True, (0.0, 40.0)).told().endswith("a factor of at least 100.0 (25.0 to ?)")
+    )
+
+
+def test_of_labels_that_are_equally_common_the_majority_takes_the_mean() -> None:
+    """scikit-learn's takes the first by the alphabet."""
+    task = TaskConfig(name="t", kind="classification", labels=("a", "b", "c"))
+
+    def labelled(labels: str) -> list[Example]:
+        return [Example(str(i), f"text {i}", "", [], label) for i, label in enumerate(labels)]
+
+    known, test = labelled("aabbc"), labelled("abbbbcccc")
+    rows, truth = [[0]] * len(test), [example.target for example in test]
+    theirs = [
+        DummyClassifier(strategy="constant", constant=label).fit(rows, truth).score(rows, truth)
+        for label in "ab"
+    ]
+    assert (
+        majority(task, known, test)["accuracy"]
+        == pytest.approx(sum(theirs) / 2)
+        == pytest.approx((1 + 4) / 9 / 2)
+    )
+
+
+@pytest.mark.parametrize("draw", ["random", "balanced"])
+def test_the_majority_is_that_of_the_pool_where_labels_take_turns_and_else_of_the_draw(
+    tmp_path: Path, draw: str
+) -> None:
+    uri = put_lines(tmp_path / "records.jsonl", skewed(400))
+    task = put_task(tmp_path / "task.yaml", name="toy", kind="classification", data={"uri": uri})
+    prepared = prepare_task(load_task(task), open_store(str(tmp_path / "prepared")))
+    base = {"run": {"task": task}, "backbone": {"uri": "of no use"}, "batch": {"draw": draw}}
+    config = from_dict(LabelEfficiencyConfig, {"base": base})
+    pool, test = prepared.read("train"), prepared.read_test()
+    known = pool if draw == "balanced" else choose_budget(prepared.task, pool, 15, seed=0)
+    theirs = DummyClassifier(strategy="most_frequent").fit([[0]] * len(known), [e.target for e in known])
+    expected = theirs.score([[0]] * len(test), [e.target for e in test])
+    found = value_of(config, prepared, open_store(str(tmp_path / "curve")), "majority", 15, 0)
+    assert found == pytest.approx(expected) and found > 0.5
+
+
+def test_the_page_tells_how_records_were_drawn_which_labels_lack_and_counts_what_validates(
+    tmp_path: Path,
+) -> None:
+    uri = put_lines(tmp_path / "records.jsonl", skewed(400))
+    task = put_task(tmp_path / "task.yaml", name="toy", kind="classification", data={"uri": uri})
+    prepared = prepare_task(load_task(task), open_store(str(tmp_path / "prepared")))
+    store = open_store(str(tmp_path / "curve"))
+    points = [CurvePoint("pretrained", 100, (0.5,), 0.5, None, None, validated=90, lacking=(2,))]
+    pages = {}
+    for draw in get_args(Draw):
+        write_curve_report(store, prepared, points, {}, draw)
+        pages[draw] = store.read("report.html").decode()
+    for page in pages.values():
+        assert "100 to train + 90 to validate" in page and "<td>–</td>" in page
+        assert "of the 3 labels 2 are in no record that trains" in page
+    assert f"found by all {prepared.counts['train']} labels of the training pool" in pages["balanced"]
+    assert "drawn at random" in pages["random"]
+
+
+def test_a_linear_model_stands_a_draw_without_some_labels(tmp_path: Path) -> None:
+    task = TaskConfig(name="t", kind="classification", labels=("rare", "usual"), metric="macro_f1")
+    rows = [Example(str(i), f"thing {i}", "", [], "usual" if i % 10 else "rare") for i in range(40)]
+    usual = [row for row in rows if row.target == "usual"]
+    assert linear(task, usual[:10], usual[10:20], rows)["accuracy"] == pytest.approx(0.9)
 
 
 def test_a_metric_that_the_linear_model_lacks_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -83,7 +184,7 @@ def test_the_command_measures_every_arm_and_checks_what_the_backbone_has_read(
     budgets = {budget for _, budget in points}
     assert {arm for arm, _ in points} == {"pretrained", "scratch", "linear", "majority"} and len(points) == 8
     assert 10 in budgets and len(budgets) == 2 and curve.exists("report.html")
-    [digest] = [info.path.removesuffix(".json")[-12:] for info in curve.list("linear-10-")]
+    [digest] = [info.path.removesuffix(".json")[-12:] for info in curve.list("linear-random-10-")]
     assert any(digest in str(path) for path in (tmp_path / "prepared").iterdir())
 
     main([*command, "--curve.arms", '["pretrained"]'])

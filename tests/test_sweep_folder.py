@@ -1,6 +1,7 @@
 """A sweep's folder counts the trials of one experiment: anything else is refused by the name of what differs."""
 
 import pytest
+import yaml
 
 from cluster.config import ConfigError, from_dict
 from cluster.storage import open_store
@@ -58,6 +59,17 @@ def test_trials_of_another_experiment_are_not_counted(sweep, changes, origin, na
         pin(sweep, config(**changes), ORIGIN | origin)
     assert len(refused.value.problems) == 1 and named in str(refused.value)
     pin(sweep, config(), ORIGIN)  # the folder still holds what it held
+
+
+def test_the_trials_of_an_older_sweep_are_of_balanced_draws(sweep):
+    old = yaml.safe_load(sweep.read("config.yaml"))
+    del old["base"]["batch"]["draw"]
+    sweep.put("config.yaml", yaml.safe_dump(old).encode())
+    with pytest.raises(
+        ConfigError, match="batch.draw='random', its trials were made with 'balanced'; give it back"
+    ):
+        pin(sweep, config(), ORIGIN)
+    pin(sweep, config(base__batch__draw="balanced"), ORIGIN)
 
 
 def test_a_sweep_may_grow_and_move(sweep):

@@ -57,3 +57,12 @@ def test_less_is_better_is_shown_as_it_is_and_an_interval_from_low_to_high(sweep
     console = Console(file=io.StringIO(), width=200)
     console.print(sweep_table(read_trials(sweep), [best], TASK))
     assert re.search(r"0\.5200 .* 0\.4800 to 0\.5600", console.file.getvalue())
+
+
+def test_one_seed_has_a_dash_for_an_interval(sweep):
+    best = Finalist({"optimizer.learning_rate": 1.0}, (-0.5,), -0.5, None, None)
+    write_sweep_report(sweep, SPACE, [best], None, TASK)
+    assert "<td>0.5000</td><td>–</td><td>1</td>" in sweep.read("report.html").decode()
+    console = Console(file=io.StringIO(), width=200)
+    console.print(sweep_table(read_trials(sweep), [best], TASK))
+    assert re.search(r"0\.5000 .* – ", console.file.getvalue())

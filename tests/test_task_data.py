@@ -17,7 +17,6 @@ from trainers.task import SPLITS, TaskColumns, TaskConfig, TaskFiles, TaskPrompt
 from trainers.task_data import (
     RECORD,
     PreparedTask,
-    choose_budget,
     digest_of,
     prepare_task,
     read_given,
@@ -283,15 +282,6 @@ def test_several_labels_of_which_no_record_has_any_are_refused(tmp_path):
     records = [record | {"label": []} for record in several(60, "classification")]
     with pytest.raises(ConfigError, match="no record of train has a label .columns.label=label."):
         prepared(tmp_path, records, multi_label=True, split={"similarity": 1.0})
-
-
-def test_a_larger_budget_holds_the_smaller_one_and_labels_take_turns(tmp_path):
-    task = prepared(tmp_path, sentences(200))
-    examples = task.read("train")
-    small, large = (choose_budget(task.task, examples, budget, seed=3) for budget in (10, 40))
-    assert small == large[:10]
-    assert sorted(e.target for e in small) == ["bad"] * 5 + ["good"] * 5
-    assert small != choose_budget(task.task, examples, 10, seed=4)
 
 
 def test_another_seed_splits_otherwise_and_under_another_name(tmp_path):

@@ -9,6 +9,7 @@ from scipy import stats
 from trainers.task import TaskConfig
 from trainers.task_encoding import Encoded
 from trainers.task_metrics import (
+    interval_told,
     measure,
     read_scores,
     seeds_interval,
@@ -187,4 +188,10 @@ def test_the_interval_over_seeds_is_students():
     values = [0.70, 0.74, 0.72]
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert seeds_interval(values) == pytest.approx((0.72, expected.low, expected.high))
-    assert seeds_interval([0.7]) == (0.7, 0.7, 0.7)
+
+
+@pytest.mark.parametrize("values", [[0.7], [0.7, 0.7, 0.7]])
+def test_runs_that_show_no_spread_have_no_interval_instead_of_one_without_width(values):
+    mean, low, high = seeds_interval(values)
+    assert mean == pytest.approx(0.7) and low is high is None
+    assert interval_told(low, high) == "–"

@@ -65,6 +65,8 @@ def test_weights_are_scikit_learns_balanced_ones():
     one = generator.choice(["a", "b"], size=50, p=[0.9, 0.1])
     expected = compute_class_weight("balanced", classes=np.array(["a", "b"]), y=one)
     assert class_weights(ONE, examples(*one)).tolist() == pytest.approx(expected.tolist())
+    of_three = TaskConfig(name="t", kind="classification", labels=("a", "b", "none drew it"))
+    assert class_weights(of_three, examples(*one)).tolist()[:2] == pytest.approx(expected.tolist())
     several = generator.random((50, 2)) < (0.1, 0.6)
     found = class_weights(
         SEVERAL, examples(*([n for n, has in zip("ab", row, strict=True) if has] for row in several))

@@ -112,7 +112,7 @@ def choose_shots(prepared: PreparedTask, config: FewShotConfig) -> list[Example]
         raise ConfigError(
             [f"--shots {config.shots:,} are more than the {len(train):,} records of train; ask with fewer"]
         )
-    drawn = choose_budget(prepared.task, train, config.shots, config.seed)
+    drawn = choose_budget(prepared.task, train, config.shots, config.seed, "balanced")
     random.Random(config.seed).shuffle(drawn)
     return drawn
 

@@ -28,7 +28,7 @@ try:
     from trainers.finetune_end import check_chosen, read_chosen
     from trainers.finetune_group import check_records, place_to_train, train_in_group
     from trainers.finetune_loop import OnValidation
-    from trainers.finetune_order import FinetuneOrder, origin_of
+    from trainers.finetune_order import FinetuneOrder, draw_before, origin_of
     from trainers.finetune_result import RESULT, FinetuneResult, read_result
     from trainers.finetune_worker import work_alone
     from trainers.guard import TrainingDiverged
@@ -39,7 +39,7 @@ try:
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, prepare_task
     from trainers.task_evaluation import TaskScore
-    from trainers.task_metrics import seeds_interval
+    from trainers.task_metrics import interval_told, seeds_interval
     from trainers.task_report import results_table, task_tables, write_task_report
     from trainers.verdict import EXPORT
 except ModuleNotFoundError as missing:
@@ -133,6 +133,7 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
         return
     # A section that an older run has not written down had no other values.
     stored = to_dict(config) | read_yaml(run, CONFIG, dict[str, Any], PUT_BACK)
+    stored["batch"] = {"draw": draw_before(config, task.task)} | stored["batch"]
     changed = changed_keys(stored, config, finished=run.exists(RESULT))
     before = read_json(run, ORIGIN, dict[str, str], PUT_BACK) if run.exists(ORIGIN) else {}
     now = origin_of(task, backbone)
@@ -205,9 +206,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"the run cannot go on: {failed}") from None
         pages = [write_task_report(run, prepared) for run in runs]
     console.print(results_table(result))
+    for seed in result.seeds:
+        if lacking := seed.get("lacking_labels"):
+            console.print(f"seed {seed['seed']}: no training record has the labels {', '.join(lacking)}")
     mean, low, high = seeds_interval(result.values("test"))
     if len(config.run.seeds) > 1:
-        console.print(f"test {result.metric}: {mean:.4f} (95 % interval over seeds {low:.4f} to {high:.4f})")
+        console.print(
+            f"test {result.metric}: {mean:.4f} (95 % interval over seeds {interval_told(low, high)})"
+        )
     console.print(f"the run is finished; report: {pages[0].removeprefix('file://')}", highlight=False)
 
 

@@ -12,6 +12,7 @@ from trainers.guard import GuardConfig
 from trainers.heartbeat import HeartbeatConfig
 from trainers.optimizer import OptimizerConfig
 from trainers.schedule import ScheduleConfig
+from trainers.task import Draw
 from trainers.task_model import AdaptConfig
 
 
@@ -69,7 +70,10 @@ class RecordsConfig:
     max_steps: int = 0
     """Steps at most; 0: no limit."""
     label_budget: int = 0
-    """Training records, drawn by a seed, label by label in turn; 0: all."""
+    """Training records, drawn by a seed; 0: all."""
+    draw: Draw = "random"
+    """How they are drawn, and those of validation.max_rows: at `random`, or `balanced`: labels in turn, where rare ones
+    are found by the labels of the whole split."""
     max_tokens: int = 0
     """Tokens of a record at most; 0: the backbone's positions."""
     truncate: bool = False

@@ -25,7 +25,7 @@ from trainers.export import Exported
 from trainers.export_folder import foreign_problem
 from trainers.finetune_backbone import load_backbone, make_encoder, read_facts
 from trainers.finetune_loop import Choice, Progress, beating, best_path, is_state
-from trainers.finetune_order import FinetuneOrder, origin_of
+from trainers.finetune_order import FinetuneOrder, drawn, origin_of
 from trainers.finetune_result import RESULT, TaskVerdict
 from trainers.heartbeat import Heartbeat
 from trainers.lora import merge_lora
@@ -149,6 +149,7 @@ def conclude(order: FinetuneOrder, run: Store, chosen: Chosen, heartbeat: Heartb
         "validation": chosen.choice.metrics,
         "train_records": chosen.train_records,
         "validation_records": chosen.validation_records,
+        **drawn(order),
     }
     if order.judge or order.keep_model:
         heartbeat.beat(step, "restore")

@@ -12,10 +12,11 @@ from data.tokens import fingerprint_of
 from trainers.finetune_backbone import ORIGIN
 from trainers.finetune_config import FinetuneConfig
 from trainers.run_folder import CONFIG
-from trainers.task import TaskConfig
+from trainers.task import Draw, TaskConfig
 from trainers.task_data import PreparedTask, choose_budget
 from trainers.task_encoding import Encoded, Encoder
 from trainers.task_evaluation import answer_tokens
+from trainers.task_labels import lacking_labels, one_label
 from trainers.task_records import Example
 
 
@@ -62,17 +63,31 @@ def identity_of(order: FinetuneOrder) -> dict[str, Any]:
     sections = to_dict(order.config)
     tokenizer = fingerprint_of(open_store(order.config.backbone.uri).read("tokenizer.json"))
     kept = {name: sections[name] for name in ("backbone", "adapt", "batch", "optimizer", "schedule")}
+    if order.config.batch.draw == draw_before(order.config, order.prepared.task):
+        del kept["batch"]["draw"]  # an older run's checkpoints have none
     origin = origin_of(order.prepared, order.backbone)
     origin["weights"] = origin.pop("backbone")  # the section of that name is among the kept ones
     return {**origin, "tokenizer": tokenizer, **kept}
 
 
+def draw_before(config: FinetuneConfig, task: TaskConfig) -> Draw:
+    """How a run drew its records that is older than `batch.draw`: labels took turns wherever a record has one."""
+    return "balanced" if one_label(task) else config.batch.draw
+
+
+def drawn(order: FinetuneOrder) -> dict[str, Any]:
+    """How the records of a run were drawn, and the labels that no training record has."""
+    task = order.prepared.task
+    draw = order.config.batch.draw if one_label(task) else "random"
+    return {"draw": draw, "lacking_labels": lacking_labels(task, training_records(order)[0])}
+
+
 def training_records(order: FinetuneOrder) -> tuple[list[Example], list[Example]]:
     """What trains, and what validates: as the budget and the validation's limit have it."""
     config, task = order.config, order.prepared.task
-    examples = choose_budget(task, order.prepared.read("train"), config.batch.label_budget, order.seed)
-    validation = choose_budget(task, order.prepared.read("validation"), config.validation.max_rows, seed=0)
-    return examples, validation
+    draw, limits = config.batch.draw, (config.batch.label_budget, config.validation.max_rows)
+    examples = choose_budget(task, order.prepared.read("train"), limits[0], order.seed, draw)
+    return examples, choose_budget(task, order.prepared.read("validation"), limits[1], 0, draw)
 
 
 def encode_all(

@@ -11,6 +11,7 @@ from cluster.storage import Store
 from cluster.stored_file import WITH_OTHER_KEYS, DamagedFileError, place_of, read_json
 from trainers.metric_records import Count
 from trainers.run_files import PUT_BACK
+from trainers.task import Draw
 
 RESULT = "result.json"
 Metrics = dict[str, float | None]
@@ -38,6 +39,10 @@ class SeedResult(TypedDict):
     train_records: Count
     validation_records: Count
     test: NotRequired[TaskVerdict]
+    draw: NotRequired[Draw]
+    """Of an older run: labels in turn."""
+    lacking_labels: NotRequired[list[str]]
+    """That no training record has."""
 
 
 def read_result(run: Store, metric: str) -> dict[str, Any]:

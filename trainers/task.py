@@ -22,6 +22,10 @@ Kind = Literal[
     "classification", "pairs", "token_classification", "regression", "question_answering", "generation"
 ]
 
+Draw = Literal["random", "balanced"]
+"""How some records of many are chosen: each as likely as any other, or labels in turn where a record has one. Turns
+find rare labels by those of all records, and change the labels' shares."""
+
 METRICS: Mapping[str, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),
     "pairs": ("accuracy", "macro_f1", "micro_f1", "matthews", "loss"),

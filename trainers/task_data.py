@@ -25,10 +25,10 @@ from data.near_duplicates import VERSION, group_near_duplicates
 from data.splits import KEEPING_ORDER, keyed_points
 from trainers.metric_records import Count
 from trainers.stored_records import read_split
-from trainers.task import SPLITS, TaskConfig
+from trainers.task import SPLITS, Draw, TaskConfig
 from trainers.task_labels import (
     checked_labels,
-    several_labels,
+    one_label,
     unvalidated_labels,
     warn_of_alike,
     warn_of_unvalidated,
@@ -288,17 +288,19 @@ def keep_apart(
     return apart, left_out
 
 
-def choose_budget(task: TaskConfig, examples: Sequence[Example], budget: int, seed: int) -> list[Example]:
-    """That many examples, a keyed draw: a larger budget of the same seed holds every smaller one.
+def choose_budget(
+    task: TaskConfig, examples: Sequence[Example], budget: int, seed: int, draw: Draw = "random"
+) -> list[Example]:
+    """That many examples, a keyed draw: a larger budget of the same seed holds every smaller one. 0 keeps all.
 
-    Labels take turns where an example has one label, as long as there are any, so that even ten labels show all of two
-    or three classes. 0 keeps all.
+    At random some labels may be lacking. `balanced` lets labels take turns where an example has one, as long as there
+    are any.
     """
     if not budget or budget >= len(examples):
         return list(examples)
     words = [int.from_bytes(content_hash(example.content.encode())[:8], "little") for example in examples]
     order = np.argsort(keyed_points(np.array(words, np.uint64), seed + 1), kind="stable").tolist()
-    if task.has_labels and not several_labels(task):
+    if draw == "balanced" and one_label(task):
         turn: Counter[str] = Counter()
         rank = {}
         for index in order:

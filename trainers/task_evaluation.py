@@ -167,10 +167,10 @@ def evaluate_together(
 def class_weights(task: TaskConfig, examples: Sequence[Example]) -> Tensor:
     """Weight of each label, inverse to its frequency and 1 on average over the examples, [C]; where an example has any
     number of labels, of not having and having each one, [2, C]. Both are scikit-learn's "balanced": all examples over
-    classes times those of the class."""
+    classes that there are times those of the class."""
     counts = labels_in(task, examples)
     having = torch.tensor([float(counts[label]) for label in task.labels])
     if not task.multi_label:
-        return having.sum() / (len(task.labels) * having.clamp(min=1))
+        return having.sum() / (having.count_nonzero() * having.clamp(min=1))
     both = torch.stack([len(examples) - having, having])
     return len(examples) / (2 * both.clamp(min=1))

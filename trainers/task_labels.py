@@ -26,6 +26,19 @@ def several_labels(task: TaskConfig) -> bool:
     return task.multi_label or task.kind == "token_classification"
 
 
+def one_label(task: TaskConfig) -> bool:
+    """Whether a record has one label, so that labels may take turns in a draw."""
+    return task.has_labels and not several_labels(task)
+
+
+def lacking_labels(task: TaskConfig, examples: Sequence[Example]) -> list[str]:
+    """Labels of the task that no example has, as of a few that were drawn at random."""
+    if not task.has_labels:
+        return []
+    counts = labels_in(task, examples)
+    return [label for label in task.labels if not counts[label]]
+
+
 def checked_labels(task: TaskConfig, splits: Mapping[str, Sequence[Example]]) -> TaskConfig:
     """The task with its labels filled in; `ConfigError` for an empty split or labels that do not fit."""
     problems = [
@@ -71,10 +84,7 @@ def _label_problems(task: TaskConfig, counts: Mapping[str, Counter[str]]) -> Ite
 def unvalidated_labels(task: TaskConfig, splits: Mapping[str, Sequence[Example]]) -> list[str]:
     """Labels that no record of validation has. Of tasks with one label a record that is refused before; of the others
     it is not, for a rare label or tag, never alone in its record, need not fall into each split."""
-    if not task.has_labels:
-        return []
-    counts = labels_in(task, splits["validation"])
-    return [label for label in task.labels if not counts[label]]
+    return lacking_labels(task, splits["validation"])
 
 
 def warn_of_alike(task: TaskConfig, given: Mapping[str, Sequence[Example]]) -> None:

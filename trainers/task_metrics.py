@@ -234,12 +234,18 @@ def _is_punctuation(char: str) -> bool:
     return char in string.punctuation or unicodedata.category(char).startswith("P")
 
 
-def seeds_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval over runs with different seeds, by Student's t; without width for one run."""
+def seeds_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean and 95 % interval over runs with different seeds, by Student's t. One run, or runs that all came to the
+    same, say nothing of the spread: then there is no interval."""
     from scipy import stats
 
     mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, mean, mean
+    if len(set(values)) < 2:
+        return mean, None, None
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return mean, mean - half, mean + half
+
+
+def interval_told(low: float | None, high: float | None, digits: int = 4) -> str:
+    """Its ends, or a dash where there is none."""
+    return "–" if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"

@@ -20,8 +20,8 @@ from trainers.stored_records import read_answers
 from trainers.task import TaskConfig
 from trainers.task_data import PreparedTask, target_text
 from trainers.task_encoding import Encoder
-from trainers.task_labels import labels_in
-from trainers.task_metrics import same_text, seeds_interval, squad_scores
+from trainers.task_labels import labels_in, one_label
+from trainers.task_metrics import interval_told, same_text, seeds_interval, squad_scores
 
 ERRORS_SHOWN = 30
 """Wrong answers on the page, the surest first."""
@@ -87,7 +87,7 @@ def results_table(result: FinetuneResult) -> Table:
         means = [
             seeds_interval(values) for split in ("validation", "test") if (values := result.values(split))
         ]
-        cells = [f"{mean:.4f} ({low:.4f} to {high:.4f})" for mean, low, high in means]
+        cells = [f"{mean:.4f} ({interval_told(low, high)})" for mean, low, high in means]
         table.add_row("mean", "", *cells)
     return table
 
@@ -113,11 +113,24 @@ def write_task_report(run: Store, prepared: PreparedTask) -> str:
         "errors": list(errors(task, answers)),
         "wrong": sum(not is_right(task, answer) for answer in answers),
         "prepared": prepared,
+        "draws": list(draws(result, prepared)),
         "config": read_text(run, "config.yaml", PUT_BACK),
         "text": target_text,
     }
     run.put(REPORT, page_environment().get_template("task_report.html").render(page).encode())
     return f"{run.uri.rstrip('/')}/{REPORT}"
+
+
+def draws(result: dict[str, Any], prepared: PreparedTask) -> Iterator[str]:
+    """A sentence for each split of which some records were drawn, and one on labels that were not met in train."""
+    for name in ("train", "validation"):
+        given, there = result[f"{name}_records"], prepared.counts[name]
+        if given < there:
+            balanced = one_label(prepared.task) and result.get("draw", "balanced") == "balanced"
+            how = f"balanced by all {there:,} labels of the pool" if balanced else f"at random of {there:,}"
+            yield f"The {given:,} records of {name} were drawn {how}."
+    if lacking := result.get("lacking_labels"):
+        yield f"No training record has the labels {', '.join(lacking)}."
 
 
 def validation_chart(task: TaskConfig, curve: Sequence[tuple[int, float]]) -> Chart:

@@ -1,7 +1,7 @@
 """What a pretrained model has to beat: the commonest label, and a linear model on n-grams."""
 
-from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from trainers.task import TaskConfig
@@ -13,11 +13,13 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 """Inverse strengths of regularisation that validation chooses from."""
 
 
-def majority(task: TaskConfig, train: Sequence[Example], test: Sequence[Example]) -> dict[str, float]:
-    """Metrics of always answering the commonest label of train (the first in `labels` of equals)."""
-    counts: Counter[str] = labels_in(task, train)
-    answer = max(task.labels, key=lambda label: counts[label])
-    return measure(task, test, [answer] * len(test))
+def majority(task: TaskConfig, known: Sequence[Example], test: Sequence[Example]) -> dict[str, float]:
+    """Metrics of always answering the commonest label of `known`, which must have the shares of the pool: a balanced
+    draw has none. Of labels that are equally common the mean: none of them is the better guess."""
+    counts = labels_in(task, known)
+    most = max(counts.values())
+    found = [measure(task, test, [label] * len(test)) for label in task.labels if counts[label] == most]
+    return {name: fmean(metrics[name] for metrics in found) for name in found[0]}
 
 
 def linear(

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 import jinja2
+import numpy as np
 from matplotlib.axes import Axes
 
 from cluster.storage import Store
 from trainers.charts import BLUE, GREY, INK, ORANGE, Chart, draw_plain
 from trainers.report import REPORT, page_environment
-from trainers.task import TaskConfig
+from trainers.task import Draw, TaskConfig
+from trainers.task_data import PreparedTask
+from trainers.task_metrics import interval_told
 from tune.curve import CurvePoint, Saving
 
 COLORS = {"pretrained": BLUE, "scratch": ORANGE, "linear": INK, "majority": GREY}
@@ -17,16 +20,25 @@ COLORS = {"pretrained": BLUE, "scratch": ORANGE, "linear": INK, "majority": GREY
 def tune_pages() -> jinja2.Environment:
     """As the pages of trainers/, with the templates of this folder before theirs."""
     environment = page_environment()
+    environment.filters["interval_told"] = interval_told
     assert environment.loader is not None
     environment.loader = jinja2.ChoiceLoader([jinja2.PackageLoader("tune", "."), environment.loader])
     return environment
 
 
 def write_curve_report(
-    store: Store, task: TaskConfig, points: Sequence[CurvePoint], saved: Mapping[str, Sequence[Saving]]
+    store: Store,
+    prepared: PreparedTask,
+    points: Sequence[CurvePoint],
+    saved: Mapping[str, Sequence[Saving]],
+    draw: Draw,
 ) -> str:
     """Make the page and put it there; returns its URI."""
+    task = prepared.task
     page = {
+        "draw": draw,
+        "pool": prepared.counts,
+        "lacking": {point.budget: told(point.lacking) for point in points if any(point.lacking)},
         "name": store.uri.rstrip("/").rpartition("/")[2],
         "task": task,
         "chart": curve_chart(task, points),
@@ -38,6 +50,11 @@ def write_curve_report(
     return f"{store.uri.removeprefix('file://')}/{REPORT}"
 
 
+def told(numbers: Sequence[int]) -> str:
+    """One number for each seed, or the one that they share."""
+    return " / ".join(f"{number:,}" for number in (numbers if len(set(numbers)) > 1 else numbers[:1]))
+
+
 def curve_chart(task: TaskConfig, points: Sequence[CurvePoint]) -> Chart:
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
@@ -46,9 +63,8 @@ def curve_chart(task: TaskConfig, points: Sequence[CurvePoint]) -> Chart:
             if not ours:
                 continue
             x = [point.budget for point in ours]
-            axes.fill_between(
-                x, [p.low for p in ours], [p.high for p in ours], color=color, alpha=0.12, linewidth=0
-            )
+            ends = np.array([(p.low, p.high) for p in ours], float)  # NaN where there is no interval
+            axes.fill_between(x, *ends.T, color=color, alpha=0.12, linewidth=0)
             axes.plot(x, [p.mean for p in ours], color=color, linewidth=1.4, marker="o", markersize=3)
             axes.annotate(
                 arm,
@@ -61,5 +77,5 @@ def curve_chart(task: TaskConfig, points: Sequence[CurvePoint]) -> Chart:
             )
         axes.margins(x=0.18)
 
-    caption = "Mean over seeds on the test split; the band is the 95 % interval of Student's t."
+    caption = "Mean over seeds on the test split; the band is the 95 % interval of Student's t over seeds that differ."
     return draw_plain("Labels and accuracy", task.judged_by, "training labels", caption, draw)

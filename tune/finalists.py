@@ -25,8 +25,9 @@ class Finalist:
     point: Point
     scores: tuple[float, ...]
     mean: float
-    low: float
-    high: float
+    low: float | None
+    """None where its seeds say nothing of the spread."""
+    high: float | None
 
 
 def best_points(trials: Sequence[TrialRecord], seed: int, number: int) -> list[Point]:

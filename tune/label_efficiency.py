@@ -33,10 +33,11 @@ try:
     from trainers.lease import lease
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, choose_budget, prepare_task
-    from trainers.task_metrics import seeds_interval
+    from trainers.task_labels import lacking_labels
+    from trainers.task_metrics import interval_told, seeds_interval
     from tune.baselines import linear, majority
     from tune.curve import CurvePoint, Saving, savings
-    from tune.curve_report import write_curve_report
+    from tune.curve_report import told, write_curve_report
     from tune.pretraining_text import PretrainingText, pretraining_text
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
@@ -57,7 +58,8 @@ class CurveConfig:
     arms: tuple[Arm, ...] = ARMS
     """What is measured. The pretrained model alone is enough to compare backbones."""
     budgets: tuple[int, ...] = (10, 30, 100, 300, 1_000, 0)
-    """Training records; 0: all. As many records validate, at most `base.validation.max_rows`."""
+    """Training records, drawn as `base.batch.draw` says; 0: all. As many more validate, at most
+    `base.validation.max_rows`."""
     seeds: int = 3
     """Runs of each point: other records, another order, another head."""
     scratch_learning_rate: float = 0.0
@@ -115,6 +117,7 @@ def measure_curve(
     saved = {arm: savings(points, arm) for arm in sorted(compared, reverse=True)}
     content = {
         "metric": prepared.task.judged_by,
+        "draw": config.base.batch.draw,
         "points": [vars(point) for point in points],
         "saved": {arm: [vars(saving) for saving in found] for arm, found in saved.items()},
     }
@@ -122,7 +125,8 @@ def measure_curve(
     console.print(curve_table(points, config.curve.arms, prepared.task.judged_by))
     if saved:
         console.print(savings_table(saved))
-    console.print(f"page: {write_curve_report(store, prepared.task, points, saved)}", highlight=False)
+    page = write_curve_report(store, prepared, points, saved, config.base.batch.draw)
+    console.print(f"page: {page}", highlight=False)
 
 
 def check_overlap(config: LabelEfficiencyConfig, prepared: PreparedTask, console: Console) -> None:
@@ -161,14 +165,23 @@ def measure_points(
 ) -> list[CurvePoint]:
     """Every arm at every budget, the small budgets first; what is done is read."""
     points = []
+    task, draw, pool = prepared.task, config.base.batch.draw, prepared.read("train")
+    seeds = [config.base.run.seeds[0] + number for number in range(config.curve.seeds)]
     for budget in config.curve.budgets:
-        for arm in config.curve.arms:
-            seeds = [config.base.run.seeds[0] + number for number in range(config.curve.seeds)]
-            values = tuple(value_of(config, prepared, store, arm, budget, seed) for seed in seeds)
-            number = min(budget or prepared.counts["train"], prepared.counts["train"])
-            points.append(CurvePoint(arm, number, values, *seeds_interval(values)))
+        drawn = [choose_budget(task, pool, budget, seed, draw) for seed in seeds]
+        lacking = tuple(len(lacking_labels(task, examples)) for examples in drawn)
+        if any(lacking):
             console.print(
-                f"{number:,} labels, {arm}: {points[-1].mean:.4f} ({', '.join(f'{v:.4f}' for v in values)})",
+                f"{budget:,} labels: of {len(task.labels)} labels {told(lacking)} are in no record that trains"
+            )
+        for arm in config.curve.arms:
+            values = tuple(value_of(config, prepared, store, arm, budget, seed) for seed in seeds)
+            there = prepared.counts["validation"]
+            validated = 0 if arm == "majority" else min(validation_rows(config, budget) or there, there)
+            points.append(CurvePoint(arm, len(drawn[0]), values, *seeds_interval(values), validated, lacking))
+            console.print(
+                f"{len(drawn[0]):,} to train + {validated:,} to validate, {arm}: {points[-1].mean:.4f} "
+                f"({', '.join(f'{v:.4f}' for v in values)})",
                 highlight=False,
             )
     return points
@@ -185,16 +198,20 @@ def value_of(
             arm_run, prepared=prepared, keep_model=False, alone=trains_alone(config.base.cluster)
         )
         return result.seeds[0]["test"]["metrics"][metric]
-    rows = validation_rows(config, budget)
-    path = f"{arm}-{budget}-{seed}-{rows}-{prepared.digest}.json"
+    rows, draw = validation_rows(config, budget), config.base.batch.draw
+    # An older curve's linear models were of balanced draws; its majorities went by the alphabet, and are left alone.
+    named = arm if (arm, draw) == ("linear", "balanced") else f"{arm}-{draw}"
+    path = f"{named}-{budget}-{seed}-{rows}-{prepared.digest}.json"
     if (found := value_at(store, path, metric)) is None:
-        train = choose_budget(prepared.task, prepared.read("train"), budget, seed)
-        validation = choose_budget(prepared.task, prepared.read("validation"), rows, seed=0)
-        test = prepared.read_test()
+        pool, test = prepared.read("train"), prepared.read_test()
+        train = choose_budget(prepared.task, pool, budget, seed, draw)
+        validation = choose_budget(prepared.task, prepared.read("validation"), rows, 0, draw)
+        # A balanced draw has looked at the labels of the pool, and its own shares are nobody's.
+        known = pool if draw == "balanced" else train
         answers = (
             linear(prepared.task, train, validation, test)
             if arm == "linear"
-            else majority(prepared.task, train, test)
+            else majority(prepared.task, known, test)
         )
         store.put(path, json.dumps(answers, allow_nan=False).encode())
         found = answers[metric]
@@ -242,10 +259,12 @@ def arm_config(
 
 def curve_table(points: Sequence[CurvePoint], arms: Sequence[str], metric: str) -> Table:
     """Budgets down, arms across."""
-    table = Table("labels", *arms, title=f"test {metric}, mean over seeds and 95 % interval")
+    table = Table("labels", *arms, title=f"test {metric}, mean over seeds (95 % interval)")
     for budget in sorted({point.budget for point in points}):
         of_budget = {point.arm: point for point in points if point.budget == budget}
-        cells = [f"{p.mean:.3f} ({p.low:.3f} to {p.high:.3f})" for p in map(of_budget.__getitem__, arms)]
+        cells = [
+            f"{p.mean:.3f} ({interval_told(p.low, p.high, 3)})" for p in map(of_budget.__getitem__, arms)
+        ]
         table.add_row(f"{budget:,}", *cells)
     return table
 

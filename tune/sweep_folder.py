@@ -32,6 +32,9 @@ CHANGEABLE = (
 """Keys of what is searched over that change no score."""
 
 
+BEFORE = {"base.batch.draw": "balanced"}
+"""What was done by sweeps that are older than a key."""
+
 PUT_BACK = "put the file back from a copy, or choose a new sweep.name"
 
 
@@ -68,6 +71,7 @@ def changes(sweep: Store, config: Any, origin: Mapping[str, str]) -> Iterator[st
         return  # the first start was cut off before its first trial
     old = searched_over(read_yaml(sweep, CONFIG, StoredSweep, PUT_BACK))
     new = searched_over(to_dict(config))
+    old = {key: value for key, value in BEFORE.items() if key in new} | old
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE):
             yield f"{key}={new.get(key)!r}, its trials were made with {old.get(key)!r}"

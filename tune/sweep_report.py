@@ -11,6 +11,7 @@ from rich.table import Table
 from cluster.storage import Store
 from trainers.charts import BLUE, GREY, ORANGE, Chart, draw_plain
 from trainers.report import REPORT
+from trainers.task_metrics import interval_told
 from trainers.units import duration
 from tune.curve_report import tune_pages
 from tune.finalists import Finalist
@@ -30,19 +31,19 @@ def sweep_table(trials: Sequence[TrialRecord], finalists: Sequence[Finalist], ta
         title=", ".join(f"{number} {status}" for status, number in counts.items()),
     )  # fmt: skip
     for finalist in finalists:
-        low, high = interval(finalist, task)
         table.add_row(
             described(finalist.point),
             f"{task.oriented(finalist.mean):.4f}",
-            f"{low:.4f} to {high:.4f}",
+            interval(finalist, task),
             str(len(finalist.scores)),
         )
     return table
 
 
-def interval(finalist: Finalist, task: Measured) -> list[float]:
-    """Its ends as the metric, the lower first."""
-    return sorted((task.oriented(finalist.low), task.oriented(finalist.high)))
+def interval(finalist: Finalist, task: Measured) -> str:
+    """Its ends as the metric, the lower first; a dash where its seeds say nothing of the spread."""
+    ends = (finalist.low, finalist.high)
+    return interval_told(*(sorted(task.oriented(end) for end in ends if end is not None) or ends))
 
 
 def described(point: dict[str, Any]) -> str:
