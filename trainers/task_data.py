@@ -20,7 +20,6 @@ from cluster.config import ConfigError, to_dict
 from cluster.storage import Store
 from cluster.stored_file import WITH_OTHER_KEYS, checksum_of, read_json
 from data.clean import content_hash
-from data.folding import folded
 from data.near_duplicates import VERSION, group_near_duplicates
 from data.splits import KEEPING_ORDER, keyed_points
 from trainers.metric_records import Count
@@ -233,7 +232,7 @@ def split_by_content(task: TaskConfig, examples: Sequence[Example]) -> tuple[dic
     of the records nor other groups have a say."""
     kept, repeated = without_repetitions(examples)
     groups = group_near_duplicates([example.content for example in kept], task.split.similarity)
-    hashes = [content_hash(folded(example.content).encode()) for example in kept]
+    hashes = [content_hash(question_of(example).encode()) for example in kept]
     leader: dict[int, bytes] = {}
     for group, content in zip(groups.tolist(), hashes, strict=True):
         leader[group] = min(content, leader.get(group, content))
