@@ -1,9 +1,12 @@
 """A store in a folder of this machine, or of a file system that all hosts mount. `cluster.storage` opens it by URI."""
 
 import errno
+import fcntl
+import hashlib
 import os
 import re
 import shutil
+import socket
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,9 +26,15 @@ from cluster.store import (
 )
 
 _UNFINISHED = ".unfinished-"  # files that are being written; a reader never sees them
-_TEMPORARY = re.compile(re.escape(_UNFINISHED) + "[0-9a-f]{32}")
+_TEMPORARY = re.compile(re.escape(_UNFINISHED) + "([0-9a-f]{8})[0-9a-f]{24}")
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_KERNEL = hashlib.blake2b(
+    _BOOT.read_bytes() if _BOOT.exists() else socket.gethostname().encode(), digest_size=4
+).hexdigest()
+"""Whose locks are seen from here; part of an unfinished file's name. Its writer holds a lock on it."""
 ABANDONED_SECONDS = 3_600.0
-"""After its last byte an unfinished file is a killed writer's: a living one takes seconds from there to its name."""
+"""After its last byte another kernel's unfinished file is a killed writer's: a living one takes seconds from there to
+its name."""
 _swept: set[Path] = set()  # folders that this process has looked through already
 
 
@@ -109,15 +118,15 @@ class LocalStore(Store):
             target.parent.mkdir(parents=True, exist_ok=True)
         except FileExistsError:  # which would mean that the object is there
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
-        temporary = target.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}")
+        temporary, lock = _locked_file(target.parent)
         try:
             if target.parent not in _swept:
                 _swept.add(target.parent)
-                temporary.touch()
                 _remove_abandoned(target.parent, temporary.stat().st_mtime)
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+            os.close(lock)
 
     def _publish(self, temporary: Path, path: str, give_name: Callable[[Path, Path], None]) -> None:
         """Contents reach the disk before the name, the name before we return: a power cut tears nothing."""
@@ -181,9 +190,12 @@ class LocalStore(Store):
         return None
 
     def sweep(self, prefix: str = "") -> None:
-        now = self.clock()
-        for folder, _, _ in os.walk(self._resolved(prefix)):
-            _remove_abandoned(Path(folder), now)
+        below = os.walk(self._resolved(prefix))
+        found = [Path(folder) for folder, _, names in below if any(map(_TEMPORARY.fullmatch, names))]
+        with suppress(StorageError):  # of a file system that is read-only: it is in nobody's way
+            now = self.clock() if found else 0.0
+            for folder in found:
+                _remove_abandoned(folder, now)
 
     def clock(self) -> float:
         """Of a file system that hosts mount it is the server's."""
@@ -212,15 +224,40 @@ class LocalStore(Store):
         return None
 
 
+def _locked_file(folder: Path) -> tuple[Path, int]:
+    """A new unfinished file, and a descriptor that locks it. One that is removed before it is locked is made again."""
+    while True:
+        path = folder / f"{_UNFINISHED}{_KERNEL}{uuid.uuid4().hex[8:]}"
+        lock = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        with suppress(OSError):  # a file system without locks: nobody else gets one there either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            return path, lock
+        os.close(lock)
+
+
 def _remove_abandoned(folder: Path, now: float) -> None:
     """Remove what killed writers left in a folder; `now` by the clock of its file system, whatever this host's says."""
     with suppress(OSError):  # of another user, or of a file system that is read-only: it is in nobody's way
         for path in folder.glob(f"{_UNFINISHED}*"):
-            if not _TEMPORARY.fullmatch(path.name):
-                continue  # not ours
+            if not (ours := _TEMPORARY.fullmatch(path.name)):
+                continue
             with suppress(FileNotFoundError):  # its writer lives after all, or another one removed it
-                if path.stat().st_mtime < now - ABANDONED_SECONDS:
+                if path.lstat().st_mtime < now - ABANDONED_SECONDS:
                     path.unlink()
+                elif ours[1] == _KERNEL:
+                    _remove_unless_locked(path)
+
+
+def _remove_unless_locked(path: Path) -> None:
+    """Remove an unfinished file of this kernel's unless its writer lives, which holds a lock on it until it ends."""
+    lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    finally:
+        os.close(lock)
 
 
 def _unless_hidden(path: str) -> AbstractContextManager[None]:

@@ -143,6 +143,7 @@ def prepare(
     """
     shards, given = list_raw_shards(config), given_tokenizer(config)
     store = open_store(config.prepared)
+    store.sweep()
     manifest = finished(config, shards, given)
     if manifest is not None and not (renew and manifest.weakness):
         mark_latest(store, manifest)

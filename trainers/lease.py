@@ -90,6 +90,7 @@ def lease(
         "token": uuid.uuid4().hex,
     }
     number = take(run, own, say, patience)
+    run.sweep()  # what a killed driver, or a worker of its, was writing
     ended = threading.Event()
     renewing = threading.Thread(
         target=renew, args=(run, number, own, ended, on_lost), name="lease", daemon=True

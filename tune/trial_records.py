@@ -21,6 +21,8 @@ from tune.search_space import Point
 FOLDER, STARTED, OUTCOME, ERROR = "trials", "trial.json", "outcome.json", "error.txt"
 _RAY = re.compile(r"ray/[0-9a-f]{12}/.+")
 """What Ray Train keeps of a run, in a folder that trainers/run.py names."""
+_SCRATCH = re.compile(r"ray/start-\d{16,20}/.+")
+"""What Tune keeps of a start of a search, in a folder that tune/trials.py names."""
 Status = Literal["finished", "stopped", "failed", "unfinished"]
 
 
@@ -90,6 +92,13 @@ def without_diverged_score(record: TrialRecord) -> TrialRecord:
     if record.score is None or (loss is not None and math.isfinite(loss)):
         return record
     return replace(record, status="failed", score=None, error="DivergedModelError: the loss is not finite")
+
+
+def discard_scratch(sweep: Store) -> None:
+    """Remove what Tune kept of starts that are over: a killed one's would stay, with a folder for each trial."""
+    for info in sweep.list("ray/"):
+        if _SCRATCH.fullmatch(info.path):
+            sweep.delete(info.path)
 
 
 def discard_checkpoints(sweep: Store, name: str) -> None:

@@ -31,6 +31,7 @@ from tune.trial_records import (
     Status,
     TrialRecord,
     discard_checkpoints,
+    discard_scratch,
     record_outcome,
     record_start,
     trial_name,
@@ -256,7 +257,9 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
         ),
     )
+    discard_scratch(sweep)
     tuner.fit()
+    discard_scratch(sweep)
     for name in source.ended:  # a trial that was stopped may have been writing one
         discard_checkpoints(sweep, name)
     if source.changed:
