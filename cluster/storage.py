@@ -88,13 +88,18 @@ def open_parent(uri: str) -> tuple[Store, str]:
 
 def lies_in(inner: str, outer: str) -> bool:
     """Whether what is at one URI is the other one's place or a part of it, however both are spelled and linked."""
+    return path_within(inner, outer) is not None
+
+
+def path_within(inner: str, outer: str) -> str | None:
+    """The path of one URI's place within the other's, as `lies_in` has it; None where it does not lie there."""
     places = []
     for uri in (inner, outer):
         scheme, _, place = open_store(uri).uri.partition("://")
         places.append(
             f"{scheme}://{os.path.realpath(place) if scheme == 'file' else place}".rstrip("/") + "/"
         )
-    return places[0].startswith(places[1])
+    return places[0].removeprefix(places[1]) if places[0].startswith(places[1]) else None
 
 
 # --- S3 ---

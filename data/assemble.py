@@ -165,7 +165,7 @@ def with_former_tokens(
         tokens = record_path("tokens", digest_of("tokens", former, *encoding))
         if {surveyed, tokens} <= listed:
             with suppress(DamagedFileError):  # then it is tokenized as if there were none
-                if read_record(store, surveyed).get("content") == survey["content"]:
+                if read_record(store, surveyed, kind="former survey").get("content") == survey["content"]:
                     return replace(work, former=tokens)
         return work
 

@@ -4,13 +4,15 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import islice
 from typing import IO, Any, cast
 
 import pyarrow as pa
 
 from cluster.keys import nearest
-from cluster.storage import StorageError, Store, open_store
+from cluster.storage import StorageError, Store, open_store, path_within
+from cluster.store import is_hidden
 from data.clean import content_hash, normalise
 from data.corpus import CorpusConfig, CorpusError, RawShard, list_raw_shards
 from data.json_records import parse_record
@@ -34,6 +36,8 @@ LONGEST_ID = 65_536
 KEYS_COMPARED, LONGEST_KEY = 100, 100
 # Of each source before a worker starts: a wrong column shows in all of them.
 RECORDS_TRIED = 20
+WRITTEN = ("manifests/latest", "pieces/survey-.json", "set_aside/.jsonl", "shards/.parquet")
+"""Like the files of a prepared corpus, of each kind of name."""
 # What of a reason differs from record to record.
 _PLACE = re.compile(r"(: line \d+ column \d+ \(char \d+\)| at (byte|character) \d+)$")
 
@@ -256,6 +260,19 @@ def _missing(column: str, present: list[str]) -> str:
     return f"no {column!r}; {shown}"
 
 
+def own_input_problems(config: CorpusConfig) -> Iterator[str]:
+    """A line for each source in which preparing would write what its next start reads as raw shards."""
+    for source, uri in config.named_sources().items():
+        if (within := path_within(config.prepared, uri)) is None:
+            continue
+        read = [path for name in WRITTEN if not is_hidden(path := within + name)]
+        if any(fnmatchcase(path, pattern) for path in read for pattern in config.include):
+            yield (
+                f"corpus.prepared={config.prepared} lies in the source {source!r}, {uri}: what is prepared would be "
+                "read as raw shards; choose a folder beside it, or name the raw ones alone by corpus.include"
+            )
+
+
 def corpus_problems(config: CorpusConfig) -> list[str]:
     """Everything that can be found wrong with a corpus before a worker starts: lists it, reads some first
     records.
@@ -264,6 +281,8 @@ def corpus_problems(config: CorpusConfig) -> list[str]:
         One line with a remedy each: sources that cannot be read, shards of unknown format, a missing text
         column, a prepared corpus that cannot be written.
     """
+    if problems := list(own_input_problems(config)):
+        return problems
     sources = {name: open_store(uri) for name, uri in config.named_sources().items()}
     found = [store.problem_reading() for store in sources.values()] + [
         open_store(config.prepared).problem_writing()

@@ -27,7 +27,7 @@ Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{16}|[0-9a-f]{32})$")]
 
 
 @pydantic.with_config(WITH_OTHER_KEYS)
-class Survey(TypedDict):
+class _Counted(TypedDict):
     shards: list[str]
     documents: Count
     bytes: dict[str, Count]
@@ -35,8 +35,17 @@ class Survey(TypedDict):
     reasons: dict[str, Count]
     torn: NotRequired[dict[str, str]]
     named: dict[str, Count]
+
+
+class Survey(_Counted):
+    content: Sha256
+    pinned: Sha256
+
+
+class FormerSurvey(_Counted):
+    """Of before a survey pinned ids and splits."""
+
     content: NotRequired[Sha256]
-    pinned: NotRequired[Sha256]
 
 
 def _equally_long(columns: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -94,6 +103,7 @@ class Trained(TypedDict):
 
 SHAPES: Mapping[str, Any] = {
     "survey": Survey,
+    "former survey": FormerSurvey,
     "merged": dict[str, str],
     "duplicates": Annotated[DuplicateCounts, AfterValidator(_equally_long)],
     "tokens": Tokens,
@@ -113,14 +123,17 @@ def put_record(store: Store, path: str, content: Mapping[str, Any]) -> None:
     store.put(path, json.dumps({**content, SEAL: _hash(content)}, allow_nan=False).encode())
 
 
-def read_record(store: Store, path: str, remedy: str = ANEW, *, is_bounded: bool = False) -> dict[str, Any]:
-    """The content of the record at a path of `record_path`; `is_bounded` where a listing has told its size.
+def read_record(
+    store: Store, path: str, remedy: str = ANEW, *, is_bounded: bool = False, kind: str = ""
+) -> dict[str, Any]:
+    """The content of the record at a path of `record_path`; `is_bounded` where a listing has told its size; `kind` is
+    given where it is another one than the path names.
 
     Raises:
         FileNotFoundError: there is none.
         DamagedFileError: it does not have its hash, or is none of its kind.
     """
-    kind = path.removeprefix("pieces/").partition("-")[0]
+    kind = kind or path.removeprefix("pieces/").partition("-")[0]
     where = place_of(store, path)
     content: dict[str, Any] = (
         parse_json(store.read(path), dict[str, Any], where, remedy)

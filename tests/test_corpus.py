@@ -497,6 +497,19 @@ def test_problems_are_found_before_any_worker_starts(tmp_path: Path) -> None:
     assert "nowhere" in absent
 
 
+def test_a_corpus_is_not_prepared_into_its_own_input(tmp_path: Path) -> None:
+    raw, link = tmp_path / "raw", tmp_path / "link"
+    open_store(str(raw)).put("a.jsonl", jsonl([{"text": "x"}] * 30))
+    link.symlink_to(raw)
+    for prepared in (raw, raw / "prepared", link / "prepared", link):
+        [problem] = corpus_problems(CorpusConfig(uri=str(raw), prepared=str(prepared)))
+        assert f"corpus.prepared={prepared} lies in the source" in problem and "beside it" in problem
+    config = CorpusConfig(uri=str(raw), prepared=f"{raw}/prepared")
+    assert corpus_problems(replace(config, include=("a*.jsonl",))) == []
+    for prepared in (f"{raw}/_prepared", f"{raw}-prepared", str(tmp_path)):  # hidden; beside; around it
+        assert corpus_problems(replace(config, prepared=prepared)) == []
+
+
 def test_a_config_with_several_mistakes_names_each() -> None:
     config = CorpusConfig(
         uri="x",

@@ -64,6 +64,19 @@ def test_the_piece_of_a_damaged_record_is_done_again_and_told(
     assert capsys.readouterr().out.count(f"{path} is damaged: ") == 1
 
 
+@pytest.mark.parametrize("key", ["content", "pinned"])
+def test_a_survey_with_its_hash_that_pins_no_texts_is_done_again(folder, capsys, key) -> None:
+    store, work = store_of(folder), Counting()
+    before, path = read_manifest(store).digest, first(store, "survey")
+    whole, content = store.read(path), read_record(store, path)
+    content.pop(key)
+    put_record(store, path, content)
+    store.delete(first(store, "inputs"))
+    assert prepare(corpus_config(folder), fan_out=work).digest == before
+    assert [name for name, _ in work.done] == ["survey"] and store.read(path) == whole
+    assert f"{path} is damaged: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("column", ["row_group", "num_tokens", "checksum", "blake2b"])
 def test_a_record_with_its_hash_whose_columns_do_not_fit_is_damaged(folder, column: str) -> None:
     store = store_of(folder)

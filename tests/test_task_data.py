@@ -519,3 +519,15 @@ def test_labels_that_differ_otherwise_are_not_named(tmp_path, caplog):
     records = [{"text": f"w{n} x{n * 31}", "label": ["1", "10", "a-b", "ab"][n % 4]} for n in range(160)]
     prepared(tmp_path, records, split={"similarity": 1.0})
     assert not caplog.messages
+
+
+def test_a_task_is_not_split_into_the_folder_of_its_records(tmp_path):
+    (tmp_path / "records").mkdir()
+    put_lines(tmp_path / "records" / "a.jsonl", sentences(400))
+    (tmp_path / "link").symlink_to(tmp_path / "records")
+    task = TaskConfig(name="t", kind="classification", data=TaskFiles(uri=str(tmp_path / "records")))
+    for place in ("records", "records/prepared", "link/prepared"):
+        with pytest.raises(ConfigError, match="lies in .*records, .* choose a folder beside it"):
+            prepare_task(task, open_store(str(tmp_path / place)))
+    assert [path.name for path in (tmp_path / "records").rglob("*")] == ["a.jsonl"]
+    assert prepare_task(task, open_store(str(tmp_path))).counts["train"] > 0

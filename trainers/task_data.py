@@ -17,7 +17,7 @@ import pydantic
 from typing_extensions import TypedDict
 
 from cluster.config import ConfigError, to_dict
-from cluster.storage import Store
+from cluster.storage import Store, lies_in
 from cluster.stored_file import WITH_OTHER_KEYS, checksum_of, read_json
 from data.clean import content_hash
 from data.near_duplicates import VERSION, group_near_duplicates
@@ -100,6 +100,14 @@ def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
     Raises:
         ConfigError: records that are no examples, an empty split, or labels that do not fit.
     """
+    for uri in places_of(task).values():
+        if lies_in(prepared.uri, uri):
+            raise ConfigError(
+                [
+                    f"run.prepared={prepared.uri} lies in {uri}, the records of {task.name}: its splits would be read "
+                    "as records; choose a folder beside it"
+                ]
+            )
     given = read_given(task)
     warn_of_alike(task, given)
     agreeing, contradicting = without_contradictions(task, given)
@@ -131,8 +139,13 @@ def prepare_task(task: TaskConfig, prepared: Store) -> PreparedTask:
 
 def read_given(task: TaskConfig) -> dict[str, list[Example]]:
     """The examples of each place that the task names."""
+    return {key: read_examples(task, uri) for key, uri in places_of(task).items()}
+
+
+def places_of(task: TaskConfig) -> dict[str, str]:
+    """The places that the task names, by key."""
     uris = {key: getattr(task.data, key) for key in ("uri", *SPLITS)}
-    return {key: read_examples(task, uri) for key, uri in uris.items() if uri}
+    return {key: uri for key, uri in uris.items() if uri}
 
 
 def place_of_split(
