@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 import psutil
 
+from cluster.keys import may_change
+
 if TYPE_CHECKING:  # seconds to import
     import torch
 
@@ -71,13 +73,13 @@ ASSUMED = next(row for row in ACCELERATORS if row.words == ("a100", "sxm4"))
 class EnergyConfig:
     """What the energy estimate assumes. None of it is measured."""
 
-    watts_per_core: float = 12.0
+    watts_per_core: float = may_change(12.0, "until finished")
     """Watts per host core in use; "Any" CPU in the data of Green Algorithms (Lannelongue et al. 2021)."""
-    watts_per_device: float = 0.0
+    watts_per_device: float = may_change(0.0, "until finished")
     """Watts per accelerator in use; 0: its board power limit."""
-    overhead: float = 1.58
+    overhead: float = may_change(1.58, "until finished")
     """Site's power / computers' power (PUE): mean of Uptime Institute's survey of 2023; 1 on a laptop."""
-    grams_per_kwh: float = 445.0
+    grams_per_kwh: float = may_change(445.0, "until finished")
     """CO2 in grams per kWh of electricity: world mean of 2024, IEA, Electricity 2025."""
 
 

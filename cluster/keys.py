@@ -1,6 +1,7 @@
 """What a configuration class declares: its keys with dotted name, type, default and docstring, and help."""
 
 import ast
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -11,9 +12,14 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from cluster.printable import printable
+
+T = TypeVar("T")
+Change = Literal["never", "until judged", "until finished", "always"]
+"""When a key may have another value in a run that has begun: never, if it has a say in a number of the run."""
+MAY_CHANGE = "may_change"
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,12 @@ class Key:
     hint: Any
     default: Any
     doc: str
+    may_change: Change = "never"
+
+
+def may_change(default: T, when: Change = "always") -> T:
+    """A field whose value may change in a run that has begun; any other field's may not."""
+    return dataclasses.field(default=default, metadata={MAY_CHANGE: when})  # type: ignore[return-value]
 
 
 def keys_of(cls: type) -> dict[str, Key]:
@@ -109,11 +121,12 @@ def help_text(cls: type, description: str, flags: Mapping[str, str]) -> str:
 def _walk(cls: type, at: str = "", base: Any = MISSING) -> Iterator[Key]:
     """The keys of `cls`, then each section followed by what is in it."""
     docs = _docstrings(cls)
+    changes = {each.name: each.metadata.get(MAY_CHANGE, "never") for each in fields(cls)}
     below: list[Key] = []
     for field, hint, default in declared(cls, base):
         section = section_class(hint)
         doc = docs.get(field) or (_purpose(section) if section else "")
-        key = Key(at + field, section or hint, default, doc)
+        key = Key(at + field, section or hint, default, doc, changes[field])
         if section:
             below += [key, *_walk(section, f"{key.name}.", MISSING if default is None else default)]
         else:

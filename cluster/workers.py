@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cluster.keys import may_change
+
 Resources = Mapping[str, float]
 """What one node has, by Ray's names: CPU, GPU."""
 
@@ -20,23 +22,23 @@ LEAST_CPUS = 1e-4
 class ClusterConfig:
     """Which machines to use, and how much of them each training worker gets."""
 
-    address: str = "auto"
+    address: str = may_change("auto")
     """`auto`: the cluster of the Ray job or of RAY_ADDRESS, else a local one for this run; `local`: always a
     local one; else the address of a running cluster (host:port or ray://…)."""
-    num_workers: int = 1
+    num_workers: int = may_change(1)
     """Training workers; with GPUs, one for each."""
-    min_workers: int = 0
+    min_workers: int = may_change(0)
     """Fewest training workers while nodes are missing: the run then starts with as many as fit, up to
     num_workers, and changes its size when nodes come or go. 0: always num_workers."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = may_change(1.0)
     """CPUs that Ray reserves for a training worker. Some must stay free for Ray Data's reads."""
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float = may_change(0.0)
     """GPUs for a training worker: 1 uses NCCL, 0 uses gloo on CPUs."""
-    join_seconds: float = 60.0
+    join_seconds: float = may_change(60.0)
     """How long a driver that comes before its cluster's nodes waits for them. More where new nodes take minutes."""
-    threads_per_worker: int = 0
+    threads_per_worker: int = may_change(0)
     """Threads of a worker's matrix products; 0: its CPUs, rounded."""
-    object_store_bytes: int = 0
+    object_store_bytes: int = may_change(0)
     """Shared memory for Ray's object store on a local cluster; 0: a tenth of the memory, at most 2 GiB."""
 
     def problems(self, at: str) -> Iterator[str]:

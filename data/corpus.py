@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from cluster.config import UserError
+from cluster.keys import may_change
 from cluster.printable import printable
 from cluster.storage import open_store
 from cluster.store import name_problem
@@ -49,7 +50,7 @@ class CorpusConfig:
     `corpus`."""
     sources: dict[str, str] = field(default_factory=dict)
     """Folders of raw shards by name of the source, if there are several."""
-    prepared: str = ""
+    prepared: str = may_change("")
     """URI of the prepared corpus: token shards, manifests, tokenizers. Outside of all sources."""
     include: tuple[str, ...] = ("*",)
     """Patterns of the raw shards' paths relative to their source; `*` goes across folders."""
@@ -61,14 +62,14 @@ class CorpusConfig:
     """Unicode form of the text: NFC, NFKC (replaces compatibility characters), or none (text as it is)."""
     max_record_bytes: int = 16_777_216
     """Bytes of the longest record; longer ones are set aside, longer plain-text files cut at a line feed."""
-    max_expansion: int = RATIO
+    max_expansion: int = may_change(RATIO)
     """Bytes that each byte of a compressed shard may unpack to; 1 GiB of each shard is free. More is refused."""
     set_aside_limit: float = 0.01
     """Share of broken records, in 0 to 1, above which preparing stops; and of shards that cannot be read to their
     end. Of a piece of work with 10,000 broken ones it stops while reading."""
     fragment_tokens: int = 0
     """Tokens per fragment; 0: by the size of the raw corpus, 4,096 to 1,048,576."""
-    cpus_per_piece: float = 1.0
+    cpus_per_piece: float = may_change(1.0)
     """CPUs that Ray Data reserves per piece of work; each works in one thread."""
     splits: SplitConfig = field(default_factory=SplitConfig)
     """Training, validation and test."""

@@ -73,6 +73,19 @@ def test_a_run_does_not_go_on_under_another_configuration(place, learnt):
         finetune(config(place, "learnt", optimizer={"learning_rate": 0.02}))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "before"),
+    [("precision", "bf16", "'fp32'"), ("gradient_clip", 3.0, "1.0"), ("deepspeed", {"a": {"b": 1}}, "{}")],
+)
+def test_what_alters_its_numbers_may_not_change_in_a_run_that_is_not_finished(place, key, value, before):
+    finetune(config(place, "begun", batch=SHORT), keep_model=False, judge=False)
+    run_of(place, "begun").delete("result.json")
+    with pytest.raises(ConfigError) as refused:
+        finetune(config(place, "begun", batch=SHORT, engine={key: value}), keep_model=False, judge=False)
+    [line] = refused.value.problems
+    assert f"engine.{key}={value!r}, but the run was started with {before};" in line
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_run_does_not_go_on_from_another_backbone_at_the_same_place(place, tmp_path, finished):
     uri = put_backbone(tmp_path / "model")

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 import uuid
 
 import pytest
+import yaml
 
 from cluster.local_s3 import LocalS3
 from cluster.loopback import is_loopback
@@ -24,7 +26,7 @@ from tests.small_run import (
     training_workers,
     wait_for_step,
 )
-from tests.unbroken import LOSS_TOLERANCE
+from tests.unbroken import LOSS_TOLERANCE, assert_as_unbroken
 from trainers import evaluate
 from trainers.metrics import events_of, read_attempts, read_metrics, validations_of
 from trainers.stopping import FAILURE
@@ -149,6 +151,43 @@ def test_rows_and_losses_are_those_of_the_unbroken_run_after_kill_9_of_worker_st
             assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=LOSS_TOLERANCE)
         verdicts = [json.loads(each.read("test.json"))["loss"] for each in (store, reference)]
         assert verdicts[0] == pytest.approx(verdicts[1], rel=1e-3)
+
+
+def test_a_begun_run_goes_on_with_what_may_change_alone_and_without_its_raw_corpus(tmp_path):
+    run = SmallRun(str(tmp_path), tmp_path / "log.txt")
+    put_corpus(open_store(f"{run.root}/raw"))
+    store = open_store(f"{run.root}/runs/pretrain")
+    driver = run.start(run__steps=60)
+    wait_for_step(store, 30, driver)
+    kill_tree(driver.pid)
+    driver.wait()
+    begun = store.read("config.yaml")
+    shutil.move(f"{run.root}/raw", f"{run.root}/moved")
+
+    pinned = {
+        "corpus.uri": f"{run.root}/moved",
+        "engine.deepspeed": "{wall_clock_breakdown: true}",
+        "engine.gradient_clip": 3.0,
+        "engine.precision": "bf16",
+        "run.seed": 5,
+        "validation.every_steps": 20,
+    }
+    assert run.finish(run.start(run__steps=60, **pinned)) == 2
+    refused = [line for line in run.output().splitlines() if "but the run was started with" in line]
+    assert [line.split("=")[0].split()[-1] for line in refused] == list(pinned)
+    assert store.read("config.yaml") == begun
+
+    free = {"cluster__num_workers": 2, "engine__zero_stage": 2, "engine__micro_batch_rows": 1}
+    free |= {"checkpoint__every_steps": 30, "run__prompts": '["A "]', "energy__overhead": 1.0}
+    assert run.finish(run.start(run__steps=60, **free)) == 0, run.output()
+    assert_as_unbroken(store, run, run__steps=60)
+    assert max(steps_by_number(store)) == 60
+    assert json.loads(store.read("samples.json"))[0]["prompt"] == "A "
+    says = [yaml.safe_load(content) for content in (begun, store.read("config.yaml"))]
+    for key, value in free.items():
+        section, name = key.split("__")
+        says[0][section][name] = yaml.safe_load(str(value))
+    assert says[0] == says[1]
 
 
 def test_sigterm_and_ctrl_c_save_and_exit_0_and_the_same_command_goes_on(unbroken, tmp_path):

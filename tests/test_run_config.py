@@ -15,7 +15,8 @@ from cluster.storage import open_store
 from cluster.workers import ClusterConfig
 from data.prepare import main as prepare_main
 from data.tokens import TokenizerConfig, train_tokenizer
-from trainers.config import BatchConfig, PretrainConfig, absolute, changed_keys, run_store
+from trainers.changes import changed_keys
+from trainers.config import BatchConfig, PretrainConfig, absolute, run_store
 from trainers.finetune_config import FinetuneConfig
 from trainers.model import Backbone
 from trainers.planning import resources_here

@@ -48,7 +48,7 @@ def sweep(tmp_path):
         ),
         ({"base__optimizer__weight_decay": 0.5}, {}, "base.optimizer.weight_decay=0.5"),
         ({"base__run__seeds": [1]}, {}, "base.run.seeds"),
-        ({"space__adapt_of_dropout": {"uniform": [0.0, 0.1]}}, {}, "space.adapt.dropout.uniform"),
+        ({"space__adapt_of_dropout": {"uniform": [0.0, 0.1]}}, {}, "space={"),
         ({}, {"task": "t2"}, "task is t2 now, its trials were made with t1"),
         ({}, {"backbone": "b2"}, "backbone is b2 now"),
         ({}, {"metric": "macro_f1"}, "metric is macro_f1 now"),
@@ -78,3 +78,20 @@ def test_a_sweep_may_grow_and_move(sweep):
     )
     pin(sweep, changed, ORIGIN)
     assert b"trials: 8" in sweep.read("config.yaml")
+
+
+def test_a_key_that_is_younger_than_a_sweep_had_its_default_there(sweep):
+    stored = yaml.safe_load(sweep.read("config.yaml"))
+    del stored["base"]["engine"]["compile"], stored["base"]["guard"]
+    sweep.put("config.yaml", yaml.safe_dump(stored).encode())
+    with pytest.raises(ConfigError, match="base.guard.max_skipped=7, its trials were made with 100"):
+        pin(sweep, config(base__guard__max_skipped=7), ORIGIN)
+    pin(sweep, config(), ORIGIN)
+
+
+def test_a_mapping_that_had_nothing_in_it_is_named_once_with_both_wholes(sweep):
+    other = {"zero_optimization": {"overlap_comm": False}}
+    with pytest.raises(ConfigError) as refused:
+        pin(sweep, config(base__engine__deepspeed=other), ORIGIN)
+    [line] = refused.value.problems
+    assert f"base.engine.deepspeed={other!r}, its trials were made with {{}}" in line

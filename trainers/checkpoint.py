@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cluster.keys import may_change
 from cluster.storage import Store
 from cluster.stored_file import DamagedFileError, place_of, read_json
 from trainers.checkpoint_commit import (
@@ -39,17 +40,17 @@ logger = logging.getLogger(__name__)
 class CheckpointConfig:
     """How often a run is saved, and which checkpoints are kept."""
 
-    every_steps: int = 500
+    every_steps: int = may_change(500)
     """Steps between two checkpoints."""
-    keep_last: int = 2
+    keep_last: int = may_change(2)
     """Newest checkpoints that are kept. With 1, a damaged one leaves nothing to go back to."""
-    keep_every_steps: int = 0
+    keep_every_steps: int = may_change(0)
     """Checkpoints at multiples of this many steps are kept for good; 0: none but the best and the last."""
-    file_bytes: int = 64 << 20
+    file_bytes: int = may_change(64 << 20)
     """Largest file that a worker writes; also the unit of its host memory, of upload and of retry."""
-    upload_threads: int = 4
+    upload_threads: int = may_change(4)
     """Files that one worker uploads at the same time."""
-    commit_timeout_seconds: float = 900.0
+    commit_timeout_seconds: float = may_change(900.0)
     """How long worker 0 waits for the others' parts before it gives the checkpoint up."""
 
     def problems(self, at: str) -> Iterator[str]:

@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from cluster.bounds import folder_problems
-from cluster.config import to_dict
 from cluster.hardware import EnergyConfig, worker_watts
+from cluster.keys import may_change
 from cluster.storage import Store, open_store
 from cluster.workers import ClusterConfig
 from data.corpus import CorpusConfig
@@ -30,26 +29,26 @@ SCRAPE_SECONDS_VARIABLE = "PRETRAIN_SCRAPE_SECONDS"
 class RunConfig:
     """Where a run keeps its state, and how often it may be started anew."""
 
-    name: str = "pretrain"
+    name: str = may_change("pretrain")
     """The run's folder under `run.storage`; the same name goes on where the run was."""
-    storage: str = "runs"
+    storage: str = may_change("runs")
     """URI of the folder of runs: a path, file://, s3:// or gs://; every node must reach it."""
-    steps: int = 10_000
+    steps: int = may_change(10_000, "until judged")
     """Optimiser steps. It may be raised until the run is judged; the schedule then ends later too."""
     init_from: str = ""
     """Folder of a model to start from: an export of this project, or a Hugging Face BERT or Llama with
     safetensors. model.* and corpus.tokenizer.path are then taken from there; empty: random weights."""
     seed: int = 0
     """Of the initial weights. The order of the rows has a seed of its own, `order.seed`."""
-    max_failures: int = 3
+    max_failures: int = may_change(3)
     """Restarts from the last committed checkpoint before the run gives up; -1: no limit."""
-    log_every_seconds: float = 10.0
+    log_every_seconds: float = may_change(10.0)
     """Seconds between two progress lines where the output is not a terminal."""
-    log_events: bool = False
+    log_events: bool = may_change(False)
     """Print each event (start, checkpoint, skipped step, …) as a line of JSON, for a log collector."""
-    prompts: tuple[str, ...] = ("The ",)
+    prompts: tuple[str, ...] = may_change(("The ",), "until finished")
     """Continued by the finished model, for the report."""
-    floor_bytes: int = 8_000_000
+    floor_bytes: int = may_change(8_000_000, "until finished")
     """Bytes of training text for the byte n-gram that the report compares with; 0 leaves it out."""
 
     def problems(self, at: str) -> Iterator[str]:
@@ -89,7 +88,7 @@ class ValidationConfig:
     """Steps between two validations; the last step is always validated."""
     max_rows: int = 2_048
     """Rows of the fixed set; 0: the whole split."""
-    patience: int = 0
+    patience: int = may_change(0, "until judged")
     """Validations without a better loss before the run stops early; 0: never."""
     min_improvement: float = 0.0
     """Nats per token by which a loss must be lower to count as better."""
@@ -219,74 +218,3 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
             prepared=open_store(corpus.prepared).uri,
         ),
     )
-
-
-# What a run may change when it goes on; everything else is part of what its numbers mean.
-CHANGEABLE = (
-    "run.",
-    "cluster.",
-    "checkpoint.",
-    "heartbeat.",
-    "engine.",
-    "energy.",
-    "validation.patience",
-    "corpus.prepared",
-    "corpus.uri",
-    "corpus.sources",
-    "corpus.max_expansion",  # refuses a raw shard, or does nothing
-)
-
-
-# What decides which checkpoint is judged, and so stays once the test split has been opened.
-ENDS_A_RUN = ("run.steps", "validation.patience")
-
-
-# What has no say in what a finished run has come to: where and how it ran, and where something lies that has a digest.
-IDLE = (
-    "run.name",
-    "run.storage",
-    "run.task",
-    "run.prepared",
-    "run.seeds",
-    "run.max_failures",
-    "run.log_",
-    "cluster.",
-    "checkpoint.",
-    "heartbeat.",
-    "corpus.prepared",
-    "corpus.max_expansion",
-    "engine.zero_stage",
-    "engine.offload",
-    "engine.micro_batch_rows",
-    "engine.activation_checkpointing",
-    "engine.compile",
-)
-
-
-def changed_keys(before: dict[str, Any], now: Any, judged: bool = False, finished: bool = False) -> list[str]:
-    """One line per key that a run cannot change under way, or once it is `judged` or `finished`, comparing its stored
-    configuration with this one. A key that is younger than the run had its default there."""
-    new = dict(flatten(to_dict(now)))
-    young = {key: value for key, value in flatten(to_dict(type(now)())) if key in new}
-    old = young | dict(flatten(before))
-
-    def may_change(key: str) -> bool:
-        if finished:
-            return key.startswith(IDLE)
-        return key.startswith(CHANGEABLE) and not (judged and key in ENDS_A_RUN)
-
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return [
-        f"{key}={new.get(key)!r}, but the run was started with {old.get(key)!r}; give it back, or choose a new run.name"
-        for key in changed
-        if not may_change(key) and not any(key.startswith(f"{empty}.") for empty in changed)
-    ]
-
-
-def flatten(tree: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    """("section.key", value) of each leaf of nested mappings; sequences are leaves, as lists."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{at}{key}.")
-        else:
-            yield f"{at}{key}", list(value) if isinstance(value, tuple) else value

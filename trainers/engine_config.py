@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cluster.keys import may_change
 from data.order import largest_divisor
 
 
@@ -11,20 +12,20 @@ from data.order import largest_divisor
 class EngineConfig:
     """How a step is computed: partitioning, precision, memory."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = may_change(1)
     """What DeepSpeed partitions over the workers: 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters
     too. The lowest that fits is the fastest."""
-    offload: Literal["none", "optimizer", "optimizer+parameters"] = "none"
+    offload: Literal["none", "optimizer", "optimizer+parameters"] = may_change("none")
     """What lies in host memory: needs zero_stage 1 or more, parameters need 3."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations; master weights and moments are float32 in any case."""
-    micro_batch_rows: int = 8
+    micro_batch_rows: int = may_change(8)
     """Rows of one forward and backward pass of one worker; fewer where they do not divide its rows of a step."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = may_change(False)
     """Compute each block's activations again in the backward pass instead of keeping them."""
     gradient_clip: float = 1.0
     """Norm to which larger gradients are scaled down before the update. 0: no limit."""
-    compile: bool = False
+    compile: bool = may_change(False)
     """Compile the model's forward and backward pass with torch.compile."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """DeepSpeed's own configuration keys, passed through."""

@@ -17,11 +17,11 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 try:
-    from cluster.config import ConfigError, load_config, run_entry, to_dict
+    from cluster.config import ConfigError, load_config, run_entry
     from cluster.storage import Store, open_store
     from cluster.stored_file import parse_yaml, place_of, read_json, read_yaml
     from cluster.terminal import Terminal
-    from trainers.config import changed_keys
+    from trainers.changes import changed_keys
     from trainers.export_folder import foreign_problem
     from trainers.finetune_backbone import ORIGIN, backbone_digest, backbone_name, make_encoder, read_facts
     from trainers.finetune_config import FinetuneConfig, absolute, seed_store
@@ -41,7 +41,7 @@ try:
     from trainers.task_evaluation import TaskScore
     from trainers.task_metrics import interval_told, seeds_interval
     from trainers.task_report import results_table, task_tables, write_task_report
-    from trainers.verdict import EXPORT
+    from trainers.verdict import CLAIM, EXPORT
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
@@ -131,10 +131,14 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
         raise ConfigError([problem])
     if not run.exists(CONFIG):
         return
-    # A section that an older run has not written down had no other values.
-    stored = to_dict(config) | read_yaml(run, CONFIG, dict[str, Any], PUT_BACK)
-    stored["batch"] = {"draw": draw_before(config, task.task)} | stored["batch"]
-    changed = changed_keys(stored, config, finished=run.exists(RESULT))
+    stored = read_yaml(run, CONFIG, dict[str, Any], PUT_BACK)
+    changed = changed_keys(
+        stored,
+        config,
+        judged=run.exists(CLAIM),
+        finished=run.exists(RESULT),
+        former={"batch.draw": draw_before(config, task.task)},
+    )
     before = read_json(run, ORIGIN, dict[str, str], PUT_BACK) if run.exists(ORIGIN) else {}
     now = origin_of(task, backbone)
     before = now | before  # an older run has not written all of them down

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from cluster.bounds import folder_problems
+from cluster.keys import may_change
 from cluster.storage import Store, open_store
 from cluster.workers import ClusterConfig
 from trainers.checkpoint import CheckpointConfig
@@ -20,17 +21,17 @@ from trainers.task_model import AdaptConfig
 class FinetuneRunConfig:
     """Where a run keeps its state, and what it learns."""
 
-    name: str = "finetune"
+    name: str = may_change("finetune")
     """The run's folder under `run.storage`; the same name goes on where the run was."""
-    storage: str = "runs"
+    storage: str = may_change("runs")
     """URI of the folder of runs: a path, file://, s3:// or gs://; every node must reach it."""
-    task: str = ""
+    task: str = may_change("")
     """Task file, as trainers/tasks/movies.yaml."""
-    prepared: str = "corpora/tasks/prepared"
+    prepared: str = may_change("corpora/tasks/prepared")
     """URI of the folder of split tasks."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = may_change((0,))
     """One run for each: of the head, of the order of the records, and of the labels of a budget."""
-    max_failures: int = 3
+    max_failures: int = may_change(3)
     """Restarts of a worker group from the last committed checkpoint before the run gives up; -1: no limit."""
 
     def problems(self, at: str) -> Iterator[str]:
@@ -109,7 +110,7 @@ class ChoiceConfig:
     """Validations of a run, evenly spaced; the last step is always validated."""
     max_rows: int = 1_000
     """Records of the fixed set, the first ones of a keyed draw; 0: the whole split."""
-    patience: int = 3
+    patience: int = may_change(3, "until judged")
     """Validations without a better score before the run stops early; 0: never."""
     max_new_tokens: int = 64
     """Tokens of a generated answer at most."""

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
+from cluster.keys import MAY_CHANGE, may_change
 from cluster.storage import Store
 from trainers.background import Background
 
@@ -33,15 +34,16 @@ logger = logging.getLogger(__name__)
 class HeartbeatConfig:
     """When a worker without progress is taken for hung, and ended."""
 
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = may_change(600.0)
     """Longest time without a beat before a worker is taken for hung."""
     phase_timeout_seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
             ("start", "restore", "compile", "validate", "save", "export"), 1_800.0
-        )
+        ),
+        metadata={MAY_CHANGE: "always"},
     )
     """Longer limits in seconds, for the phases that take minutes; `start` lasts until the first beat."""
-    linger_seconds: float = 10.0
+    linger_seconds: float = may_change(10.0)
     """Time between the stacks and the end of the process, for the other workers to leave theirs."""
 
     @property

@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if problems or too_large:
         raise ConfigError([*problems, *too_large])
     with lease(run, console.print):
+        # Once more: the driver that had the run until now may have begun it otherwise.
+        run_folder.check_unchanged(run, config)
         if not run_folder.is_finished(run):
             train(config, console)
         elif remark := corpus_remark(config, run_folder.pinned_manifest(run) or ""):

@@ -23,9 +23,10 @@ from cluster.session import PROJECT
 from cluster.storage import Store, open_store
 from cluster.stored_file import read_json, read_yaml
 from data.manifest import Manifest
+from trainers.changes import changed_keys
 from trainers.checkpoint import committed
 from trainers.checkpoint_commit import parse_folder_name
-from trainers.config import PretrainConfig, changed_keys, watts_per_worker
+from trainers.config import PretrainConfig, watts_per_worker
 from trainers.export_folder import foreign_problem
 from trainers.model_digest import content_digest
 from trainers.run_files import PUT_BACK, Pinned
@@ -77,14 +78,15 @@ def finished_steps(run: Store) -> int:
 
 
 def write_start(run: Store, config: PretrainConfig, manifest: Manifest, plan: str) -> None:
-    """Write down what the run is. The manifest is pinned by the first start; the rest is what this start has."""
+    """Write down what the run is. The first start pins the manifest, and all of the configuration that may not change:
+    `check_unchanged` holds each later start to it."""
+    run.put(CONFIG, to_yaml(config).encode())  # first: a manifest without it would be any corpus's
     content = {"digest": manifest.digest, "tokenizer": manifest.tokenizer, "vocab_size": manifest.vocab_size}
     if config.run.init_from and not run.exists(MANIFEST):
         content["init_from"] = content_digest(open_store(config.run.init_from))
     run.put_if_absent(
         MANIFEST, json.dumps({**content, "summary": manifest.summary()}, indent=2, allow_nan=False).encode()
     )
-    run.put(CONFIG, to_yaml(config).encode())
     run.put(ENVIRONMENT, json.dumps(environment(config), indent=2, allow_nan=False).encode())
     run.put(PLAN, plan.encode())
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from cluster.config import ConfigError, to_dict, to_yaml
+from cluster.config import ConfigError, to_yaml
 from cluster.storage import Store
 from cluster.stored_file import read_json, read_yaml
-from trainers.config import flatten
+from trainers.changes import differences
 
 CONFIG, ORIGIN = "config.yaml", "origin.json"
 CHANGEABLE = (
@@ -30,6 +30,7 @@ CHANGEABLE = (
     "base.corpus.",
 )
 """Keys of what is searched over that change no score."""
+SEARCHED_OVER = ("base.", "space")
 
 
 BEFORE = {"base.batch.draw": "balanced"}
@@ -69,14 +70,7 @@ def changes(sweep: Store, config: Any, origin: Mapping[str, str]) -> Iterator[st
             yield f"{name} is {digest} now, its trials were made with {before.get(name)}"
     if not sweep.exists(CONFIG):
         return  # the first start was cut off before its first trial
-    old = searched_over(read_yaml(sweep, CONFIG, StoredSweep, PUT_BACK))
-    new = searched_over(to_dict(config))
-    old = {key: value for key, value in BEFORE.items() if key in new} | old
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(CHANGEABLE):
-            yield f"{key}={new.get(key)!r}, its trials were made with {old.get(key)!r}"
-
-
-def searched_over(config: Mapping[str, Any]) -> dict[str, Any]:
-    """base.* and space.* of a whole configuration, by dotted name."""
-    return dict(flatten({"base": config["base"], "space": config["space"]}))
+    stored = read_yaml(sweep, CONFIG, StoredSweep, PUT_BACK)
+    for each in differences(stored, config, former=BEFORE):
+        if each.name.startswith(SEARCHED_OVER) and not each.name.startswith(CHANGEABLE):
+            yield f"{each.name}={each.now!r}, its trials were made with {each.before!r}"
