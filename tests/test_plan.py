@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cluster.config import load_config
 from cluster.hardware import EnergyConfig, Peak
+from cluster.session import PROJECT
 from cluster.storage import open_store
 from data.order import Order
 from tests.token_corpus import put_token_corpus
@@ -15,6 +16,7 @@ from trainers.engine_config import EngineConfig
 from trainers.model import Backbone
 from trainers.optimizer import OptimizerConfig
 from trainers.plan import (
+    COMPILER_BYTES,
     Job,
     activation_bytes,
     filled_share,
@@ -23,7 +25,7 @@ from trainers.plan import (
     rows_per_worker,
     state_elements,
 )
-from trainers.planning import plan_of
+from trainers.planning import job_of, plan_of
 from trainers.shape import ModelConfig
 
 MODEL = ModelConfig(vocab_size=1_000, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128)
@@ -180,3 +182,30 @@ def test_the_plan_of_a_prepared_corpus_says_what_its_order_leaves_out(tmp_path):
     left = Order(manifest, config.order, seq_len=16, rows_per_step=8).remainder()["web"]
     assert left["rows"] > 0 and left["tokens"] > 16 * left["rows"]
     assert f"{left['rows']:,} rows and {left['tokens']:,} tokens of web" in plan_of(config, manifest).text
+
+
+TINY = ("model.hidden_size", "128", "model.num_heads", "4", "model.intermediate_size", "352")
+WIDE = ("model.hidden_size", "768", "model.num_heads", "12", "model.intermediate_size", "2048")
+WIDE += ("optimizer.kind", "adamw", "batch.rows_per_step", "4", "engine.micro_batch_rows", "2")
+EAGER = ("engine.compile", "false")
+RAY_DATA_BYTES = 40 << 20
+# Most resident memory in MiB of one of two workers of sample.yaml with these keys, 2026-11-30: of processes that train
+# four steps without Ray, data and checkpoints, compiled from the cache; and of runs.
+PROCESSES = (((), 1_041), (EAGER, 1_159), ((*TINY, *EAGER), 750), (WIDE, 1_666), ((*WIDE, *EAGER), 1_696))
+RUNS = (((), 1_307), ((), 1_203))
+
+
+@pytest.mark.parametrize(
+    ("keys", "held", "is_run"), [*((*each, False) for each in PROCESSES), *((*each, True) for each in RUNS)]
+)
+def test_the_planned_memory_of_a_worker_on_cpus_is_what_one_held(keys, held, is_run):
+    given = [f"--{word}" if index % 2 == 0 else word for index, word in enumerate(keys)]
+    preset = str(PROJECT / "trainers" / "configs" / "sample.yaml")
+    run = load_config(PretrainConfig, ["--config", preset, *given], description="").config
+    model = replace(run.model, vocab_size=run.corpus.tokenizer.vocab_size)
+    memory = memory_per_worker(job_of(run, model, "cpu", "AMD EPYC", Peak(1e11, "", is_measured=True), None))
+    planned = memory.total
+    if not is_run:
+        planned -= memory.checkpoint_buffers + RAY_DATA_BYTES + run.engine.compile * COMPILER_BYTES
+    print(f"{planned / 2**20:,.0f} MiB planned, {held:,} held: {planned / 2**20 / held - 1:+.0%}")
+    assert planned / 2**20 == pytest.approx(held, rel=0.1)

@@ -4,8 +4,8 @@ Memory of the model's state is counted as in ZeRO (Rajbhandari et al. 2020, sect
 holds: weights, their gradients, gradients summed in float32, float32 master weights, optimiser moments, each
 divided by the number of workers from the ZeRO stage on that partitions it; tests/test_plan_states.py holds it against
 what DeepSpeed allocates. Activations are counted tensor by tensor as in Korthikanti et al. 2022 (section 4.1) for
-this backbone. Of a worker on CPUs the process itself and what an update takes are counted too; on GPUs the sum leaves
-out what the allocator, the framework and NCCL take.
+this backbone. Of a worker on CPUs the process and its temporaries are counted too, to within 10 % of what seven held
+(tests/test_plan.py); on GPUs the sum leaves out what the allocator, the framework and NCCL take.
 """
 
 import math
@@ -28,9 +28,13 @@ from trainers.units import count, duration, energy, flop, mass, size
 
 GPU_UTILIZATION = 0.40
 """Assumed model FLOP/s / peak: PaLM reports 0.46, Megatron-LM 0.44-0.52 (Narayanan et al. 2021, table 1)."""
-PROCESS_BYTES = 830 << 20
-"""Of a worker's process on CPUs without its model: 404 MiB of imports (torch 210, Ray 135), 225 MiB of DeepSpeed's and
-the compiler's modules, kernels and arenas, and 200 MiB of Ray Data, Arrow and what the worker reads and writes."""
+PROCESS_BYTES = 590 << 20
+"""Of a worker's process on CPUs without its model, measured: torch 210 MiB, Ray 135, the rest of the imports 60,
+DeepSpeed's engine of the smallest model 125, kernels 20, and Ray Data's way of the rows 40."""
+COMPILER_BYTES = 100 << 20
+"""What torch.compile leaves in that process."""
+PASS_OVERHEAD = {False: 0.9, True: 0.4}
+"""Of what a pass keeps, what its temporaries hold beside it on a CPU, eager and compiled; fitted to five processes."""
 
 FLOAT32, BFLOAT16 = 4, 2
 
@@ -84,16 +88,16 @@ class Memory:
     activations: float
     checkpoint_buffers: float
     """Always host memory."""
-    updating: float = 0.0
-    """On a CPU: a copy of the weights from when ZeRO laid them out, gradients of a worker's part in float32, and as
-    much again that the optimiser puts aside."""
+    working: float = 0.0
+    """On a CPU: temporaries of a pass, a copy of the weights from when ZeRO laid them out, gradients of a worker's part
+    in float32, and as much again that the optimiser puts aside."""
     process: float = 0.0
     """On a CPU: libraries, Ray, the data's way."""
 
     @property
     def total(self) -> float:
         state = self.states + self.buckets + self.activations + self.checkpoint_buffers
-        return state + self.updating + self.process
+        return state + self.working + self.process
 
     @property
     def states(self) -> float:
@@ -262,16 +266,18 @@ def memory_per_worker(job: Job) -> Memory:
     if not job.on_gpu:  # what is allocated and never filled takes no memory
         bucket = min(bucket, parameters)
     copies = 2 if overlaps(engine, job.on_gpu) and stage < 3 else 1  # one travels while another is filled
+    activations, buffers = activation_bytes(job, element), float(files * job.checkpoint.file_bytes)
+    laid_out = element + 2 * FLOAT32 / (workers if stage else 1)
     bucket_element = max(element, sum_element) if stage == 1 else element
     return Memory(
         parameters=element * parameters / (workers if stage == 3 else 1),
         gradients=kept * parameters,
         optimizer=FLOAT32 * (has_masters * parameters + moment_elements) / (workers if stage else 1),
         buckets=float(copies * bucket * bucket_element) if stage else 0.0,
-        activations=activation_bytes(job, element),
-        checkpoint_buffers=files * job.checkpoint.file_bytes,
-        updating=0.0 if job.on_gpu else (element + 2 * FLOAT32 / (workers if stage else 1)) * parameters,
-        process=0.0 if job.on_gpu else float(PROCESS_BYTES),
+        activations=activations,
+        checkpoint_buffers=buffers if job.on_gpu else min(buffers, state_bytes),  # untouched memory is none
+        working=0.0 if job.on_gpu else PASS_OVERHEAD[engine.compile] * activations + laid_out * parameters,
+        process=0.0 if job.on_gpu else float(PROCESS_BYTES + engine.compile * COMPILER_BYTES),
     )
 
 
@@ -368,7 +374,7 @@ def _memory_lines(plan: Plan) -> Iterator[tuple[str, str]]:
         (memory.buckets, "buckets of gradients on their way"),
         (memory.activations, "activations of a micro-batch"),
         (memory.checkpoint_buffers, "host buffers for checkpoints"),
-        (memory.updating, "copies of weights and gradients for updates"),
+        (memory.working, "temporaries of passes and updates"),
         (memory.process, "libraries, Ray and the data's way"),
     ):
         if num_bytes:
