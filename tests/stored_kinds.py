@@ -54,7 +54,7 @@ from trainers.prediction import Counts, Predictor, finished_pieces
 from trainers.prediction_rows import pieces_of
 from trainers.progress import Status, Tail
 from trainers.report import write_report
-from trainers.results import read_run, results_table
+from trainers.results import CONCLUDED, read_run, results_table
 from trainers.selection import Selection, record_best
 from trainers.state import StateSlice
 from trainers.stopping import FAILURE, raise_final
@@ -211,6 +211,7 @@ def put_run(folder: Path) -> None:
     run.put(
         "baselines.json", json.dumps({"fitted_tokens": 99, "validation": counted, "test": counted}).encode()
     )
+    run.put(CONCLUDED, b"[[1700000000.0, 1700000090.5], [1700000100.0, 1700000130.0]]")
     run.put(FAILURE, "too many steps were skipped: é".encode())
 
 
@@ -566,6 +567,7 @@ KINDS = (
     Kind("floor", "run", "runs/r/floor.json", page_of_run, 0.5),
     Kind("baselines", "run", "runs/r/baselines.json", page_of_run, 0.5),
     Kind("samples", "run", "runs/r/samples.json", samples_again, 0.5),
+    Kind("conclusions", "run", "runs/r/concluded.json", page_of_run, 0.3),
     Kind("segment of the metrics", "run", "runs/r/metrics/00000010-2.jsonl", page_of_run, 0.5),
     Kind("segment of the metrics, followed", "run", "runs/r/metrics/00000000-1.jsonl", followed, 2.0),
     Kind("number of an attempt", "run", "runs/r/attempts/00002", newest_attempt),

@@ -82,6 +82,24 @@ def test_a_step_done_again_counts_once_as_in_the_accounts_of_the_run() -> None:
     assert live == pytest.approx(goodput_of([r for records in attempts for r in records]).training)
 
 
+@pytest.mark.parametrize("checkpoints", [[4], [1, 3, 5], [2, 9]])
+def test_start_up_within_steps_counts_as_in_the_accounts_of_the_run_whenever_a_checkpoint_comes(
+    checkpoints,
+) -> None:
+    records = [{"event": "start", "step": 0, "attempt": 1, "time": 0.0}]
+    for number in range(1, 10):
+        seconds = 40.0 if number == 1 else 2.0
+        compiling = {1: 20.0, 5: 0.5}.get(number, 0.0)
+        at = {"step": number, "attempt": 1, "time": 100.0 + number}
+        records.append({**STEP, **at, "step_seconds": seconds + compiling, "compile_seconds": compiling})
+        if number in checkpoints:
+            records.append({**at, "event": "checkpoint", "name": f"step-{number}"})
+    productive, last = Productive(), max(checkpoints)
+    live = sum(productive.committed(record) for record in records)
+    held = [record for record in records if record["step"] <= last]
+    assert live == pytest.approx(goodput_of(held).training) == pytest.approx(last * 1.25)
+
+
 def test_steps_after_the_one_that_a_checkpoint_holds_wait_for_the_next() -> None:
     late = {"event": "checkpoint", "step": 1, "attempt": 1, "time": 1.0}
     productive = Productive()

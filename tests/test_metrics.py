@@ -59,17 +59,21 @@ def test_tokens_per_second_times_seconds_is_tokens_and_the_steps_add_up_to_the_c
 def test_a_step_equals_the_computation_by_hand():
     clock = Clock()
     # 6 x 10 M parameters = 60 MFLOP a token, two workers of 1 TFLOP/s.
-    meter = Meter(flops_per_token=60e6, peak_flops_per_second=2e12, clock=clock)
+    compiled = 7.0  # before the first step
+    meter = Meter(flops_per_token=60e6, peak_flops_per_second=2e12, clock=clock, compiled=lambda: compiled)
     clock.now += 0.1
     meter.waited(0.1)
     clock.now += 1.6
+    compiled += 1.5
     meter.stalled(0.2)
     meter.stalled(0.1)
     clock.now += 0.3
     first = meter.finish(1, tokens=16_384, loss=3.5)
     with meter.apart():
         clock.now += 50
+        compiled += 40.0
     clock.now += 1.0
+    compiled += 0.25
     second = meter.finish(2, tokens=16_384, loss=3.4)
     assert first == {
         "step": 1,
@@ -78,10 +82,12 @@ def test_a_step_equals_the_computation_by_hand():
         "step_seconds": pytest.approx(2.0),
         "data_wait_seconds": pytest.approx(0.1),
         "checkpoint_stall_seconds": pytest.approx(0.3),
+        "compile_seconds": pytest.approx(1.5),
         "tokens_per_second": pytest.approx(8_192),
         "mfu": pytest.approx(8_192 * 60e6 / 2e12),  # 0.246
     }
     assert second["step_seconds"] == pytest.approx(1.0)
+    assert second["compile_seconds"] == pytest.approx(0.25)
     assert second["data_wait_seconds"] == second["checkpoint_stall_seconds"] == 0
 
 

@@ -19,6 +19,7 @@ from tests.token_corpus import put_text_corpus
 from trainers.baselines import BASELINES
 from trainers.causal import Causal
 from trainers.checkpoint_writer import CheckpointWriter
+from trainers.closing import Conclusion
 from trainers.collectives import Workers
 from trainers.config import PretrainConfig, model_of, run_store
 from trainers.engine import Engine
@@ -109,11 +110,10 @@ def work(rank: int, folder: str) -> None:
             run=run,
             stop_requested=lambda: False,
         )
-        train(parts)
-        conclude(parts, data)
+        conclude(parts, data, train(parts).step)
     with Path(folder, "out.txt").open("w") as out:
         for _ in range(2):  # the same command again
-            close(config, Console(file=out))
+            close(config, Console(file=out), Conclusion(run))
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Files that are made of a finished run: the n-gram floor that its scores are compared with, and samples."""
+"""Files that are made of a finished run: the n-gram floor that it is compared with, and samples; and when that was."""
 
 import json
 from collections.abc import Iterator
@@ -16,10 +16,13 @@ from data.permutation import permute
 from data.shards import read_fragment
 from data.tokenizer_file import parse_tokenizer
 from data.tokens import read_tokenizer
+from trainers.clock import RunClock
 from trainers.config import PretrainConfig
 from trainers.export import load_exported
 from trainers.generate import SamplingConfig, complete, room_after
-from trainers.run_files import MADE_ANEW, Sample
+from trainers.metric_records import MERGED
+from trainers.results import CONCLUDED, read_conclusions
+from trainers.run_files import MADE_ANEW, Interval, Sample
 from trainers.verdict import EXPORT
 
 FLOOR, SAMPLES = "floor.json", "samples.json"
@@ -28,6 +31,24 @@ UNCHOSEN_ORDER = 6
 """Of the floor where no validation split can choose one."""
 # What the floor is scored on at most: scoring all orders takes 1.3 s a MB.
 FLOOR_SCORED_BYTES = 4_000_000
+
+
+class Conclusion:
+    """Notes down from when to when this driver lived, once nothing is left to train; kept as `concluded.json`.
+
+    A run that was concluded before has its accounts closed, whoever makes its report again.
+    """
+
+    def __init__(self, run: Store) -> None:
+        self._run, self._clock = run, RunClock(run)
+        self._is_over = run.exists(MERGED)
+        self._before = [] if self._is_over else read_conclusions(run)
+
+    def note(self) -> None:
+        """What was concluded so far is in the accounts, whatever comes."""
+        if not self._is_over:
+            all_of_them = [*self._before, Interval(self._clock.started, self._clock.now())]
+            self._run.put(CONCLUDED, json.dumps(all_of_them, allow_nan=False).encode())
 
 
 def write_floor(run: Store, config: PretrainConfig, manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ Legend: K terms of the objective.
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import nn
 from data.evaluation_rows import EvaluationBatch
 from trainers.causal import CAUSAL
 from trainers.collectives import Workers
+from trainers.compiling import seconds_compiled
 from trainers.engine import Engine
 from trainers.objective import Objective, Term
 
@@ -30,6 +31,8 @@ class Evaluation:
     tokens: int
     """Targets of the first term."""
     seconds: float
+    compile_seconds: float | None = None
+    """Of these seconds, those in which this worker compiled."""
     bits_per_byte: float | None = None
     """Bits of all tokens over the UTF-8 bytes of the text behind them; none where not every token is predicted
     from those before it: the loss of masked tokens says nothing about the length of a text's code."""
@@ -49,6 +52,7 @@ class Evaluation:
             "bytes": self.bytes,
             **self.measures,
             "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
         }
         return {key: value for key, value in known.items() if value is not None}
 
@@ -105,10 +109,11 @@ def evaluate(
     """Evaluate a model under training on this worker's batches, of which every worker has equally many; the
     result is that of all workers' together.
     """
-    started = time.perf_counter()
+    started, compiled = time.perf_counter(), seconds_compiled()
     with engine.evaluating() as model:
         sums_K3, num_bytes = sums_over(model, engine.device, batches, objective)
     *sums, num_bytes = workers.sum([*sums_K3.flat, num_bytes])
-    return evaluation_of(
+    found = evaluation_of(
         objective.terms, np.reshape(sums, sums_K3.shape), num_bytes, time.perf_counter() - started
     )
+    return replace(found, compile_seconds=seconds_compiled() - compiled)

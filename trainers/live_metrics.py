@@ -24,6 +24,7 @@ from trainers.goodput import Accounts
 from trainers.metric_records import METERED, Record
 from trainers.metrics import finite
 from trainers.progress import Tail
+from trainers.start_up import FirstStep, computed_in
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ DRIVER_GAUGES = {
 }
 COUNTERS = {
     "tokens": "Target tokens trained on.",
-    "productive_seconds": "Time of steps that a checkpoint holds, without waits and stalls; its rate: goodput.",
+    "productive_seconds": "Time of steps that a checkpoint holds, less waits, stalls, start-up; its rate: goodput.",
     "data_wait_seconds": "Time of steps without data to compute on.",
     "checkpoint_stall_seconds": "Time of steps that a checkpoint held up.",
     "skipped_steps": "Steps that the guard refused.",
@@ -109,23 +110,40 @@ def _step_readings(record: Record) -> Iterator[tuple[str, float]]:
 
 
 class Productive:
-    """Adds up what steps took, and gives it out once a checkpoint holds them.
+    """Adds up what an attempt's steps took, and gives it out once a checkpoint holds them.
 
     A step that is lost in a failure is done again: counted at once it would be counted twice.
     """
 
     def __init__(self) -> None:
         self._pending: dict[int, float] = {}
+        self._first: FirstStep | None = None
+        self._owed = 0.0
+        """Held by a checkpoint and not given out."""
+        self._excess = 0.0
+        """Of the first step, as far as it is taken off."""
 
     def committed(self, record: Record) -> float:
         """Seconds that a record makes count: 0 but for that of a checkpoint."""
         if "step_seconds" in record:
-            lost = record["data_wait_seconds"] + record["checkpoint_stall_seconds"]
-            self._pending[record["step"]] = max(0.0, record["step_seconds"] - lost)
+            seconds = self._pending[record["step"]] = computed_in(record)
+            if self._first is None:
+                self._first = FirstStep(record["step"], seconds)
+            else:
+                self._first.follow(seconds)
         if record.get("event") != "checkpoint":
             return 0.0
+        if self._first is None or not self._first.following:
+            return 0.0  # how much of the first step was start-up, the second one tells
         held = [step for step in list(self._pending) if step <= record["step"]]
-        return sum(self._pending.pop(step) for step in held)
+        self._owed += sum(self._pending.pop(step) for step in held)
+        if self._first.number <= record["step"]:
+            excess = self._first.excess()  # which the next steps may show to be less or more
+            self._owed -= excess - self._excess
+            self._excess = excess
+        given = max(0.0, self._owed)
+        self._owed -= given
+        return given
 
 
 class LiveMetrics(Background):

@@ -49,6 +49,7 @@ class Step(TypedDict):
     step_seconds: NotRequired[Annotated[float, Field(gt=0, le=1e9)]]
     data_wait_seconds: NotRequired[Seconds]
     checkpoint_stall_seconds: NotRequired[Seconds]
+    compile_seconds: NotRequired[Seconds]
     tokens_per_second: NotRequired[Annotated[float, Field(ge=0, le=1e18)]]
 
 

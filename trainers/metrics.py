@@ -3,11 +3,11 @@
 A record is a JSON object with `step` (finished steps), `attempt` and unix `time`, of one of three kinds:
 
     a step       loss (nats per target), lr, grad_norm, tokens, step_seconds, data_wait_seconds,
-                 checkpoint_stall_seconds, tokens_per_second, mfu, memory_bytes, epoch, digest; of an objective
-                 with several terms also TERM_loss of each
-    validation   validation: {loss, tokens, seconds}; bits_per_byte, perplexity, bytes where every token is
-                 predicted from those before it; TERM_loss and TERM_accuracy of other objectives
-    an event     event: "start", "checkpoint", "skipped", …, with whatever belongs to it
+                 checkpoint_stall_seconds, compile_seconds, tokens_per_second, mfu, memory_bytes, epoch, digest;
+                 of an objective with several terms also TERM_loss of each
+    validation   validation: {loss, tokens, seconds, compile_seconds}; bits_per_byte, perplexity, bytes where every
+                 token is predicted from those before it; TERM_loss and TERM_accuracy of other objectives
+    an event     event: "start", "checkpoint", "skipped", "trained", …, with whatever belongs to it
 
 A number that is not finite is stored as null. Records go to `metrics/FIRST STEP-ATTEMPT.jsonl`: an object
 store cannot append, so the last segment is put anew every few seconds until it is full.
@@ -29,6 +29,8 @@ from cluster.storage import StorageError, Store
 from trainers.event_files import EventFile
 from trainers.metric_records import FOLDER, MERGED, Record, parse
 
+TRAINED = "trained"
+"""The event after which an attempt trains no more, and judges and exports."""
 SEGMENT_LINES = 1_000
 MAX_PENDING = 20_000
 """Records that wait for a storage that does not answer: about 20 MB. More are dropped, and counted."""
@@ -39,8 +41,8 @@ logger = logging.getLogger(__name__)
 class Meter:
     """Makes the record of each step from clocks and shapes.
 
-    A step lasts from the end of the step before to its own `finish`, so that waiting for data, computing and
-    the stall by a checkpoint are inside, and the steps of a run add up to its training time. What is done
+    A step lasts from the end of the step before to its own `finish`, so that compiling, waiting for data, computing
+    and the stall by a checkpoint are inside, and the steps of a run add up to its training time. What is done
     `apart`, such as validation, belongs to no step.
     """
 
@@ -50,12 +52,14 @@ class Meter:
         flops_per_token: float,
         peak_flops_per_second: float,
         clock: Callable[[], float] = time.perf_counter,
+        compiled: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """Takes FLOP per trained token, and the peak FLOP/s of all workers together (0: unknown)."""
+        """Takes FLOP per trained token, the peak FLOP/s of all workers together (0: unknown), and what tells how long
+        this process has compiled so far."""
         self._flops_per_token = flops_per_token
         self._peak = peak_flops_per_second
-        self._clock = clock
-        self._start = clock()
+        self._clock, self._compiled = clock, compiled
+        self._start, self._compiled_before = clock(), compiled()
         self._waited = self._stalled = 0.0
 
     def waited(self, seconds: float) -> None:
@@ -69,16 +73,18 @@ class Meter:
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Leaves what happens inside out of the step."""
-        start = self._clock()
+        start, compiled = self._clock(), self._compiled()
         try:
             yield
         finally:
             self._start += self._clock() - start
+            self._compiled_before += self._compiled() - compiled
 
     def finish(self, step: int, *, tokens: int, **measured: Any) -> Record:
         """Ends the step; `tokens` are the target tokens of the global batch, `measured` goes in as it is."""
-        now = self._clock()
+        now, compiled = self._clock(), self._compiled()
         seconds, self._start = now - self._start, now
+        compile_seconds, self._compiled_before = compiled - self._compiled_before, compiled
         waited, stalled, self._waited, self._stalled = self._waited, self._stalled, 0.0, 0.0
         return {
             "step": step,
@@ -87,6 +93,7 @@ class Meter:
             "step_seconds": seconds,
             "data_wait_seconds": waited,
             "checkpoint_stall_seconds": stalled,
+            "compile_seconds": compile_seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": tokens * self._flops_per_token / (seconds * self._peak) if self._peak else None,
         }

@@ -77,12 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with lease(run, console.print):
         # Once more: the driver that had the run until now may have begun it otherwise.
         run_folder.check_unchanged(run, config)
+        conclusion = closing.Conclusion(run)
         if not run_folder.is_finished(run):
-            train(config, console)
-        elif remark := corpus_remark(config, run_folder.pinned_manifest(run) or ""):
-            console.print(remark, highlight=False, markup=False)
+            train(config, console, conclusion)
+        else:
+            if remark := corpus_remark(config, run_folder.pinned_manifest(run) or ""):
+                console.print(remark, highlight=False, markup=False)
+            close(config, console, conclusion)
         if run_folder.is_finished(run):
-            close(config, console)
+            conclusion.note()
 
 
 def manifest_now(config: PretrainConfig) -> Manifest | None:
@@ -95,12 +98,13 @@ def manifest_now(config: PretrainConfig) -> Manifest | None:
         raise ConfigError([str(unusable)]) from None
 
 
-def train(config: PretrainConfig, console: Console) -> None:
-    """Prepare the corpus and train, both from where they are, on Ray."""
+def train(config: PretrainConfig, console: Console, conclusion: closing.Conclusion) -> None:
+    """Prepare the corpus and train, both from where they are, on Ray; close the run, if that was its end."""
     run = run_store(config)
     run.delete(STOP)  # an earlier driver was asked
     with ray_session(config.cluster) as resources:
-        from trainers.run import run_workers  # here: the session sets what Ray reads when imported
+        # Here, for the session sets what Ray reads when imported.
+        from trainers.run import live_goodput, run_workers
 
         if problems := node_problems(config, resources):
             raise ConfigError(problems)
@@ -110,11 +114,14 @@ def train(config: PretrainConfig, console: Console) -> None:
         plan = plan_of(config, manifest).text
         run_folder.write_start(run, config, manifest, plan)
         console.print(plan, highlight=False)
-        with Progress(run, config.run.steps, console=console, line_seconds=config.run.log_every_seconds):
-            try:
-                run_workers(config, manifest.digest, run_folder.pinned_initial(run))
-            except RunFailed as failed:
-                raise SystemExit(f"the run cannot go on: {failed}") from None
+        with live_goodput(config):
+            with Progress(run, config.run.steps, console=console, line_seconds=config.run.log_every_seconds):
+                try:
+                    run_workers(config, manifest.digest, run_folder.pinned_initial(run))
+                except RunFailed as failed:
+                    raise SystemExit(f"the run cannot go on: {failed}") from None
+            if run_folder.is_finished(run):
+                close(config, console, conclusion)
 
 
 def node_problems(config: PretrainConfig, resources: Sequence[Resources]) -> list[str]:
@@ -154,14 +161,17 @@ def pinned_or_prepared(config: PretrainConfig, console: Console) -> Manifest:
     return manifest
 
 
-def close(config: PretrainConfig, console: Console) -> None:
+def close(config: PretrainConfig, console: Console, conclusion: closing.Conclusion) -> None:
     """Make the report of a finished run, and print what it reached."""
     run = run_store(config)
     manifest = read_manifest(open_store(config.corpus.prepared), run_folder.pinned_manifest(run) or "latest")
     closing.write_floor(run, config, manifest)
+    conclusion.note()
     write_baselines(run, config, manifest)
+    conclusion.note()
     samples = closing.write_samples(run, config)
     merge_metrics(run)
+    conclusion.note()
     write_report(run)
     console.print(results_table(read_run(run)))
     for sample in samples:

@@ -116,7 +116,8 @@ class Status:
             return (
                 f"{where}: skipped, {details.get('reason', 'refused')}; documents: {documents or 'unknown'}"
             )
-        return f"{where}: {event['event']} " + ", ".join(f"{key}={value}" for key, value in details.items())
+        told = ", ".join(f"{key}={value}" for key, value in details.items())
+        return f"{where}: {event['event']} {told}".rstrip()
 
     def _seconds_left(self) -> float:
         """By the clock, so that validation and checkpoints count as often as they happened of late."""

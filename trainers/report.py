@@ -22,7 +22,7 @@ from cluster.config import run_entry
 from cluster.printable import printable
 from cluster.storage import Store, open_store
 from trainers.charts import draw_charts
-from trainers.goodput import goodput_of, parts_of
+from trainers.goodput import parts_of
 from trainers.metrics import events_of
 from trainers.results import (
     Measure,
@@ -94,7 +94,7 @@ def page(run: RunFiles, name: str) -> dict[str, Any]:
         "marks": marks(run),
         "attempts": attempts_of(run.attempts),
         "repeated": repeated(totals),
-        "time": parts_of(goodput_of(run.attempts)) if totals else [],
+        "time": parts_of(run.goodput) if totals else [],
         "skipped": [
             {
                 "step": event["step"],

@@ -3,7 +3,7 @@
 Everything may be missing, for a run is looked at while it goes on; what is not known is None.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from cluster.config import from_dict
 from cluster.hardware import Energy, EnergyConfig, estimate_energy
 from cluster.storage import Store
 from cluster.stored_file import as_config, place_of, read_json, read_text, read_yaml
-from trainers.goodput import goodput_line, goodput_of
+from trainers.goodput import Goodput, goodput_line, goodput_of
 from trainers.metric_records import METERED
 from trainers.metrics import (
     Record,
@@ -32,6 +32,7 @@ from trainers.run_files import (
     Best,
     Environment,
     Floor,
+    Interval,
     Pinned,
     Sample,
     StoredConfig,
@@ -39,7 +40,7 @@ from trainers.run_files import (
 )
 from trainers.units import count, duration, energy, mass, n_gram
 
-CONFIG = "config.yaml"
+CONFIG, CONCLUDED = "config.yaml", "concluded.json"
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,18 @@ class RunFiles:
     """Every record of every attempt, in the order written."""
     baselines: dict[str, Any] | None = None
     """What counting alone reaches on hidden tokens and pairs, by split."""
+    conclusions: list[Interval] = field(default_factory=list)
+    """Of the drivers that concluded it."""
 
     @cached_property
     def history(self) -> list[Record]:
         """The run's one history, by step."""
         return one_history(self.attempts)
+
+    @cached_property
+    def goodput(self) -> Goodput:
+        """Where its time went."""
+        return goodput_of(self.attempts, self.conclusions)
 
 
 def read_run(store: Store) -> RunFiles:
@@ -92,12 +100,21 @@ def read_run(store: Store) -> RunFiles:
         floor=parsed("floor.json", Floor, MADE_ANEW),
         attempts=read_attempts(store, needed=METERED),
         baselines=parsed("baselines.json", Baselines, MADE_ANEW),
+        conclusions=read_conclusions(store),
     )
     if run.config is None and not run.attempts:
         raise ValueError(
             f"{store.uri} has neither config.yaml nor metrics/; give the URI of a run's own folder"
         )
     return run
+
+
+def read_conclusions(store: Store) -> list[Interval]:
+    """Of the drivers that concluded a run; none of one that was finished before they noted it."""
+    found: list[Interval] = []
+    if store.exists(CONCLUDED):
+        found = read_json(store, CONCLUDED, list[Interval], LEFT_OUT)
+    return found
 
 
 @dataclass(frozen=True)
@@ -323,7 +340,7 @@ def summary_lines(run: RunFiles) -> list[str]:
         lines.append(f"{rate} tokens/s: {count(totals.tokens)} tokens in {trained} of training")
         stalled = f"stalled by checkpoints {totals.stall_share:.2%}"
         lines.append(f"waited for data {totals.data_wait_share:.2%} of that time, {stalled}")
-        lines.append(goodput_line(goodput_of(run.attempts)))
+        lines.append(goodput_line(run.goodput))
     if estimate := energy_of(run):
         lines.append(f"{energy(estimate.kwh)}, {mass(estimate.co2_grams)} CO2 ({estimate.assumption})")
     return lines

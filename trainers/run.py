@@ -77,9 +77,7 @@ def run_workers(config: PretrainConfig, manifest_digest: str, init: str = "") ->
     task = Task(config, manifest_digest, asked=now(), init=init)
     group = partial(trainer, work, task, config.cluster, store, config.run.max_failures)
     nodes, tell = NodeWatch(config.cluster, store), DriverLog(config.run.name, config.run.log_events, now)
-    spent = LiveGoodput(config.run.name, store, now, partial(lacks_nodes, config.cluster))
     with (
-        spent,
         stop_on_signal(store) as asked,
         # In a thread of its own, for in the main thread Ray Train would take Ctrl-C for itself.
         ThreadPoolExecutor(1, thread_name_prefix="fit") as thread,
@@ -116,6 +114,12 @@ def run_workers(config: PretrainConfig, manifest_digest: str, init: str = "") ->
             if config.cluster.min_workers:
                 asked.wait(NODES_KNOWN_SECONDS)
         tell("stopped", attempt=latest_attempt(store))
+
+
+def live_goodput(config: PretrainConfig) -> LiveGoodput:
+    """Shows where the run's time goes, from now on until the end of its with-block."""
+    store = run_store(config)
+    return LiveGoodput(config.run.name, store, RunClock(store).now, partial(lacks_nodes, config.cluster))
 
 
 def run_group(

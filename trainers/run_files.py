@@ -1,13 +1,13 @@
 """What the JSON and YAML files of a run's folder hold, as their readers hold them against."""
 
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 import pydantic
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from cluster.stored_file import WITH_OTHER_KEYS
-from trainers.metric_records import Count
+from trainers.metric_records import Count, UnixTime
 
 Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{16}|[0-9a-f]{32})$")]
 """Of a manifest without hashes and with them."""
@@ -103,6 +103,13 @@ class Baselines(TypedDict):
     fitted_tokens: Count
     validation: NotRequired[dict[str, float]]
     test: NotRequired[dict[str, float]]
+
+
+class Interval(NamedTuple):
+    """One of `concluded.json`: when a driver that concluded the run began, and when it was last there; unix time."""
+
+    began: UnixTime
+    ended: UnixTime
 
 
 class Sample(TypedDict):

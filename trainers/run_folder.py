@@ -4,7 +4,7 @@ config.yaml  manifest.json  environment.json  plan.txt     written when the run 
 metrics/  metrics.jsonl  tensorboard/                      trainers/metrics.py
 checkpoints/  best.json                                    trainers/checkpoint.py, trainers/selection.py
 test.claim.json  test.json                                 trainers/verdict.py
-export/  samples.json  floor.json  report.html             trainers/closing.py
+export/  samples.json  floor.json  concluded.json          trainers/closing.py
 baselines.json                                             trainers/baselines.py
 stacks/                                                    trainers/heartbeat.py
 """

@@ -22,6 +22,7 @@ from trainers.checkpoint_reader import CheckpointReader
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.clock import RunClock
 from trainers.collectives import Workers, limit_collectives
+from trainers.compiling import seconds_compiled
 from trainers.config import PretrainConfig, evaluation_framing, model_of, run_store, watts_per_worker
 from trainers.diverged import LOWER_RATE, DivergedModelError
 from trainers.engine import Engine
@@ -33,8 +34,8 @@ from trainers.heartbeat import GIL_GRACE_SECONDS, Heartbeat
 from trainers.initial import initial_values
 from trainers.live_metrics import LiveMetrics, event_log
 from trainers.llama import rows_of_fused
-from trainers.loop import SECTIONS, Ending, Parts, train
-from trainers.metrics import Meter, MetricsWriter, Record, finite
+from trainers.loop import SECTIONS, Ending, Parts, note, train
+from trainers.metrics import TRAINED, Meter, MetricsWriter, Record, finite
 from trainers.model import build_hollow, initial_value
 from trainers.objective import Objective
 from trainers.objectives import objective_of
@@ -84,7 +85,7 @@ def work(arguments: dict[str, Any]) -> None:
         stream.close()
         refuse_diverged(run, ending)
         if task.judge and not ending.stopped:
-            conclude(parts, data)
+            conclude(parts, data, ending.step)
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def assemble(
                 model_config, batch.seq_len, objective.target_share(batch.seq_len)
             ),
             peak_flops_per_second=peak.flops_per_second * workers.world_size,
+            compiled=seconds_compiled,
         ),
         metrics=stack.enter_context(
             MetricsWriter(run, attempt, observers=observers(config, stack), now=clock.now)
@@ -270,13 +272,15 @@ def refuse_diverged(run: Store, ending: Ending) -> None:
         )
 
 
-def conclude(parts: Parts, data: Data) -> None:
-    """Judge the chosen checkpoint on the test split and export it; what was done already is not done again.
+def conclude(parts: Parts, data: Data, step: int) -> None:
+    """Judge the chosen checkpoint on the test split and export it, all of `step` steps done; what was done already is
+    not done again.
 
     Raises:
         DivergedModelError: its loss on the test split is not finite.
     """
     run, workers, config = parts.run, parts.workers, parts.config
+    note(parts, step, TRAINED)
     parts.heartbeat.beat(config.run.steps, "restore")
     # By asking worker 0 which one it is, the others wait until it has committed the last.
     record = checkpoint_at(
@@ -298,6 +302,7 @@ def conclude(parts: Parts, data: Data) -> None:
         if workers.leads:
             verdict = {"step": best.step, "checkpoint": record.name, **found.as_json()}
             record_verdict(run, finite(verdict))  # a perplexity may be beyond float64
+            note(parts, step, "tested")
     if workers.leads:
         parts.heartbeat.beat(best.step, "export")
         tokenizer, target = read_tokenizer(data.corpus, data.manifest.tokenizer), run.child(EXPORT)
@@ -310,6 +315,7 @@ def conclude(parts: Parts, data: Data) -> None:
             objective=config.objective,
             overwrite=not foreign_problem(target),
         )
+        note(parts, step, "exported")
 
 
 def device_name(device: torch.device) -> str:
