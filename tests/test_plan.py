@@ -192,7 +192,7 @@ RAY_DATA_BYTES = 40 << 20
 # Most resident memory in MiB of one of two workers of sample.yaml with these keys, 2026-11-30: of processes that train
 # four steps without Ray, data and checkpoints, compiled from the cache; and of runs.
 PROCESSES = (((), 1_041), (EAGER, 1_159), ((*TINY, *EAGER), 750), (WIDE, 1_666), ((*WIDE, *EAGER), 1_696))
-RUNS = (((), 1_307), ((), 1_203))
+RUNS = (((), 1_307), ((), 1_203), ((*TINY, *EAGER), 778), ((*WIDE, *EAGER), 2_128))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Memory of the model's state is counted as in ZeRO (Rajbhandari et al. 2020, sect
 holds: weights, their gradients, gradients summed in float32, float32 master weights, optimiser moments, each
 divided by the number of workers from the ZeRO stage on that partitions it; tests/test_plan_states.py holds it against
 what DeepSpeed allocates. Activations are counted tensor by tensor as in Korthikanti et al. 2022 (section 4.1) for
-this backbone. Of a worker on CPUs the process and its temporaries are counted too, to within 10 % of what seven held
+this backbone. Of a worker on CPUs the process and its temporaries are counted too, to within 10 % of what nine held
 (tests/test_plan.py); on GPUs the sum leaves out what the allocator, the framework and NCCL take.
 """
 
