@@ -1,6 +1,7 @@
 """An export deletes and replaces what an export of this project wrote, and nothing else."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 from task_files import put_backbone, small_tokenizer
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, to_yaml
 from cluster.storage import Store, open_store
 from trainers import export as export_module
 from trainers.config import PretrainConfig
@@ -221,6 +222,18 @@ def test_a_run_does_not_start_where_a_foreign_model_lies_in_its_export_folder(tm
     saved_by_transformers(tmp_path / "export")
     with pytest.raises(ConfigError, match=r"export holds config\.json.*elsewhere"):
         check_unchanged(run, PretrainConfig())
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "model-00001-of-00002.safetensors", INDEX])
+def test_weights_without_config_json_are_nobodys_cut_export_where_no_run_has_begun(
+    tmp_path: Path, name: str
+) -> None:
+    run = open_store(str(tmp_path))
+    run.put(f"export/{name}", b"somebody's, still being copied")
+    with pytest.raises(ConfigError, match=f"export holds {re.escape(name)}.*elsewhere"):
+        check_unchanged(run, PretrainConfig())
+    run.put("config.yaml", to_yaml(PretrainConfig()).encode())  # an earlier version's run, which left them
+    check_unchanged(run, PretrainConfig())
 
 
 def test_weights_alone_which_an_earlier_version_left_do_not_stop_a_run(tmp_path: Path) -> None:

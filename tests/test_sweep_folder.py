@@ -7,6 +7,7 @@ from cluster.config import ConfigError, from_dict
 from cluster.storage import open_store
 from tune.sweep_config import SweepConfig
 from tune.sweep_folder import pin
+from tune.trial_records import discard_scratch
 
 ORIGIN = {"task": "t1", "metric": "accuracy", "backbone": "b1"}
 
@@ -95,3 +96,12 @@ def test_a_mapping_that_had_nothing_in_it_is_named_once_with_both_wholes(sweep):
         pin(sweep, config(base__engine__deepspeed=other), ORIGIN)
     [line] = refused.value.problems
     assert f"base.engine.deepspeed={other!r}, its trials were made with {{}}" in line
+
+
+def test_what_tune_keeps_of_a_start_is_removed_by_its_exact_name_and_nothing_else(tmp_path):
+    sweep, start = open_store(str(tmp_path)), "start-1796074526378584086"
+    kept = {"ray/0123456789ab/x.json", "ray/start-1/x", f"ray/{start}.old/x", f"{start}/x"}
+    for path in {*kept, f"ray/{start}/tuner.pkl", f"ray/{start}/run_trial_1/result.json"}:
+        sweep.put(path, b"")
+    discard_scratch(sweep)
+    assert {info.path for info in sweep.list()} == kept

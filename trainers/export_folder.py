@@ -57,10 +57,12 @@ def replacing(target: Store, weights: Collection[str], *, overwrite: bool = Fals
     target.delete(UNFINISHED)
 
 
-def foreign_problem(target: Store) -> str | None:
-    """Why a run may not export into its folder, in one line; None if it may. Weights without config.json do no harm:
-    our earlier versions left them when they were cut off."""
-    if not target.exists(CONFIG) or not (foreign := _foreign(target, _weights_of_ours(target), ())):
+def foreign_problem(target: Store, *, begun: bool = True) -> str | None:
+    """Why a run may not export into its folder, in one line; None if it may. Of a run that has `begun` weights without
+    config.json may be its own: our earlier versions left them when they were cut off."""
+    if begun and not target.exists(CONFIG):
+        return None
+    if not (foreign := _foreign(target, _weights_of_ours(target), ())):
         return None
     return f"{target.uri} holds {foreign[0]}, which no run wrote; the run exports there: move that model elsewhere"
 

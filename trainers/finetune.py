@@ -127,9 +127,10 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
     Raises:
         ConfigError: one line per key that differs and may not.
     """
-    if not run.exists(RESULT) and (problem := foreign_problem(run.child(EXPORT))):
+    begun = run.exists(CONFIG)
+    if not run.exists(RESULT) and (problem := foreign_problem(run.child(EXPORT), begun=begun)):
         raise ConfigError([problem])
-    if not run.exists(CONFIG):
+    if not begun:
         return
     stored = read_yaml(run, CONFIG, dict[str, Any], PUT_BACK)
     changed = changed_keys(

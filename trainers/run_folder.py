@@ -56,7 +56,8 @@ def check_unchanged(run: Store, config: PretrainConfig) -> None:
     Raises:
         ConfigError: one line per key that differs and may not, or `run.steps` that are no more than what is done.
     """
-    if not run.exists(VERDICT) and (problem := foreign_problem(run.child(EXPORT))):
+    begun = run.exists(CONFIG)
+    if not run.exists(VERDICT) and (problem := foreign_problem(run.child(EXPORT), begun=begun)):
         raise ConfigError([problem])
     try:
         before = read_yaml(run, CONFIG, dict[str, Any], PUT_BACK)
