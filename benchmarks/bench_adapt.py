@@ -1,15 +1,21 @@
 """What adapting costs over the bare model: a fine-tuning step, answers through Ray Data, a trial of Ray Tune.
 
     python benchmarks/bench_adapt.py [--steps 30] [--records 40000] [--trials 3]
+    python benchmarks/bench_adapt.py --hashing
 
 A 4-layer decoder of width 128 with initial weights, float32, one thread in everything; speeds are ratios within one
 run, of the lower quartiles of steps and of parts. The bare loop is the same model, batches and optimiser with nothing
 around. The bare model answers the same records from a list: encode, the model on batches of like lengths, argmax. Ray's
 start is told apart from its rate. A trial's overhead is the sweep's wall time less the trials' seconds of training, by
 their number: of one worker, which trains in the trial's process, and of two, which are a Ray Train run of their own.
+
+`--hashing` measures what hashing a backbone costs: once in the command, and once in each process that loads it, as a
+trial does. The hash is of the very bytes that are loaded, so it is not kept by the file's size and times; 14 GB are a
+model of 7 billion parameters in bfloat16.
 """
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import sys
@@ -32,13 +38,15 @@ from task_files import put_lines, put_task, sentences, small_tokenizer
 from cluster.config import from_dict
 from cluster.hardware import CPU_ALLOCATOR
 from cluster.session import ray_session
-from cluster.storage import open_store
+from cluster.storage import Store, open_store
 from cluster.workers import ClusterConfig
 from trainers.export import export, load_exported
 from trainers.finetune import finetune
 from trainers.finetune_config import FinetuneConfig, absolute
 from trainers.metrics import read_metrics
 from trainers.model import build
+from trainers.model_digest import hashed
+from trainers.model_files import WEIGHTS
 from trainers.optimizer import build_optimizer
 from trainers.prediction import PART_ROWS
 from trainers.prediction_rows import pieces_of, rows_of
@@ -62,6 +70,19 @@ SHAPE = ModelConfig(
     vocab_size=512, hidden_size=128, num_layers=4, num_heads=4, intermediate_size=352, max_positions=128
 )
 
+SAMPLE_SHAPE = ModelConfig(
+    vocab_size=4_096, hidden_size=384, num_layers=6, num_heads=6, intermediate_size=1_024, max_positions=512
+)
+LARGER_SHAPE = ModelConfig(
+    vocab_size=4_096,
+    hidden_size=1_024,
+    num_layers=24,
+    num_heads=16,
+    intermediate_size=2_816,
+    max_positions=512,
+)
+"""Of 0.3 billion parameters, in layers like those of larger models."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -72,10 +93,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--records", type=int, default=40_000, help="to be answered; 12,288 to 65,536: parts of one piece"
     )
     parser.add_argument("--trials", type=int, default=3, help="of the sweep")
+    parser.add_argument("--hashing", action="store_true", help="only what hashing a backbone costs")
     options = parser.parse_args(argv)
     if not 3 * PART_ROWS <= options.records <= 16 * PART_ROWS:
         parser.error(f"--records {options.records} is not between {3 * PART_ROWS} and {16 * PART_ROWS}")
     torch.set_num_threads(1)
+    if options.hashing:
+        hashing_costs()
+        return
     with tempfile.TemporaryDirectory() as folder:
         config, prepared = put_parts(Path(folder), options.steps)
         print("| what | bare | system | |\n|---|---|---|---|")
@@ -98,6 +123,47 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"| sweep of {options.trials} trials of {workers} workers, s | {trained:.1f} in training | "
                 f"{wall:.1f} in all | {(wall - trained) / options.trials:.1f} s of overhead a trial |"
             )
+
+
+def hashing_costs() -> None:
+    """Print CPU seconds of loading two backbones without and with their hash, and of the hash alone."""
+    print(
+        "| backbone | loading, s | and hashing, s | | hash alone, s/GB | of 14 GB, s |\n|---|---|---|---|---|---|"
+    )
+    for shape in (SAMPLE_SHAPE, LARGER_SHAPE):
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer, source = small_tokenizer(), open_store(folder)
+            named = build(shape, seed=1).named_parameters()
+            export(
+                dict(named),
+                shape,
+                tokenizer.json.encode(),
+                tokenizer.boundary_id,
+                source,
+                dtype=torch.bfloat16,
+            )
+            gigabytes = source.size(WEIGHTS) / 1e9
+            rounds = [loading_seconds(source) for _ in range(6)]
+        plain, with_hash, alone = (min(seconds) for seconds in zip(*rounds, strict=True))
+        print(
+            f"| {gigabytes * 1e3:,.0f} MB | {plain:.3f} | {with_hash:.3f} | {with_hash / plain - 1:+.0%} | "
+            f"{alone / gigabytes:.2f} | {14 * alone / gigabytes:.1f} |"
+        )
+
+
+def loading_seconds(source: Store) -> tuple[float, float, float]:
+    """CPU seconds of loading a model, of loading and hashing it, and of hashing its weights alone."""
+    times = [time.process_time()]
+    load_exported(source)
+    times.append(time.process_time())
+    with_hash = hashed(source)
+    load_exported(with_hash)
+    with_hash.digest()
+    times.append(time.process_time())
+    content = source.read(WEIGHTS)
+    read = time.process_time()
+    hashlib.blake2b(content, digest_size=16)
+    return times[1] - times[0], times[2] - times[1], time.process_time() - read
 
 
 def put_parts(folder: Path, steps: int) -> tuple[FinetuneConfig, PreparedTask]:
