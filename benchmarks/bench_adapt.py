@@ -45,7 +45,7 @@ from trainers.finetune import finetune
 from trainers.finetune_config import FinetuneConfig, absolute
 from trainers.metrics import read_metrics
 from trainers.model import build
-from trainers.model_digest import hashed
+from trainers.model_digest import content_digest, hashed
 from trainers.model_files import WEIGHTS
 from trainers.optimizer import build_optimizer
 from trainers.prediction import PART_ROWS
@@ -216,6 +216,7 @@ def bare_step(config: FinetuneConfig, prepared: PreparedTask) -> float:
         started = time.perf_counter()
         batch = collate(prepared.task, [encoded[index] for index in order.rows(step)], pad)
         scores = model(batch.tokens_BT, batch.mask_BT, batch.types_BT)
+        assert batch.targets is not None  # of records with labels
         loss = loss_sum(prepared.task.kind, scores, batch.targets, batch.mask_BT, None) / ROWS
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.engine.gradient_clip)
@@ -245,7 +246,7 @@ def prediction_rates(folder: Path) -> tuple[float, float, float]:
     )
     began = time.time()
     with ray_session(ClusterConfig(address="local")):
-        answer([piece], model, output.uri, options)
+        answer([piece], model, content_digest(open_store(model), of_task=True), output.uri, options)
     times = sorted(
         (folder / "answers" / info.path).stat().st_mtime
         for info in output.list()
