@@ -203,3 +203,24 @@ def test_the_command_measures_every_arm_and_checks_what_the_backbone_has_read(
         main(command)
     main([*command, "--curve.check_overlap", "false"])
     assert "NOT CHECKED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_arm_that_diverges_does_not_keep_the_others_from_being_measured(tmp_path: Path) -> None:
+    uri = put_lines(tmp_path / "records.jsonl", sentences(300))
+    put_task(tmp_path / "task.yaml", name="t", kind="classification", data={"uri": uri})
+    settings = {
+        "base.run.task": tmp_path / "task.yaml", "base.run.prepared": tmp_path / "prepared",
+        "base.backbone.uri": put_backbone(tmp_path / "model"), "base.engine.precision": "fp32",
+        "base.batch.min_steps": 3, "base.batch.max_steps": 3, "base.validation.max_rows": 20,
+        "curve.storage": tmp_path / "curves", "curve.budgets": "[20]", "curve.seeds": 2,
+        "curve.arms": "[scratch, pretrained]", "curve.scratch_learning_rate": 1e30,
+    }  # fmt: skip
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    with pytest.raises(SystemExit, match="1 of its points have no score.*20 labels, scratch: "):
+        main(arguments)
+    curve = open_store(str(tmp_path / "curves" / "t-labels"))
+    judged = {info.path for info in curve.list() if info.path.endswith("/test.json")}
+    assert judged == {f"pretrained-20/seed-{seed}/test.json" for seed in (0, 1)}
+    main([*arguments, "--curve.arms", "[pretrained]"])
+    assert [point["arm"] for point in json.loads(curve.read("curve.json"))["points"]] == ["pretrained"]

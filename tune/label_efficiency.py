@@ -27,9 +27,11 @@ try:
     from cluster.terminal import Terminal
     from data.corpus import CorpusError
     from data.overlap import texts_within
+    from trainers.diverged import DivergedModelError
     from trainers.finetune import finetune
     from trainers.finetune_config import FinetuneConfig, absolute
     from trainers.finetune_group import place_to_train, trains_alone
+    from trainers.guard import TrainingDiverged
     from trainers.lease import lease
     from trainers.task import load_task
     from trainers.task_data import PreparedTask, choose_budget, prepare_task
@@ -163,8 +165,12 @@ def check_overlap(config: LabelEfficiencyConfig, prepared: PreparedTask, console
 def measure_points(
     config: LabelEfficiencyConfig, prepared: PreparedTask, store: Store, console: Console
 ) -> list[CurvePoint]:
-    """Every arm at every budget, the small budgets first; what is done is read."""
-    points = []
+    """Every arm at every budget, the small budgets first; what is done is read.
+
+    Raises:
+        SystemExit: arms diverged; all others are measured by then.
+    """
+    points, diverged = [], []
     task, draw, pool = prepared.task, config.base.batch.draw, prepared.read("train")
     seeds = [config.base.run.seeds[0] + number for number in range(config.curve.seeds)]
     for budget in config.curve.budgets:
@@ -175,7 +181,12 @@ def measure_points(
                 f"{budget:,} labels: of {len(task.labels)} labels {told(lacking)} are in no record that trains"
             )
         for arm in config.curve.arms:
-            values = tuple(value_of(config, prepared, store, arm, budget, seed) for seed in seeds)
+            try:
+                values = values_of(config, prepared, store, arm, budget, seeds)
+            except (DivergedModelError, TrainingDiverged) as error:
+                diverged.append(f"{len(drawn[0]):,} labels, {arm}: {error}")
+                console.print(diverged[-1], highlight=False)
+                continue
             there = prepared.counts["validation"]
             validated = 0 if arm == "majority" else min(validation_rows(config, budget) or there, there)
             points.append(CurvePoint(arm, len(drawn[0]), values, *seeds_interval(values), validated, lacking))
@@ -184,20 +195,36 @@ def measure_points(
                 f"({', '.join(f'{v:.4f}' for v in values)})",
                 highlight=False,
             )
+    if diverged:
+        raise SystemExit(
+            f"the curve has no page: {len(diverged)} of its points have no score; all others are measured. Leave "
+            "these out (curve.arms, curve.budgets), or choose another rate and a new curve.name: "
+            + "; ".join(diverged)
+        )
     return points
+
+
+def values_of(
+    config: LabelEfficiencyConfig,
+    prepared: PreparedTask,
+    store: Store,
+    arm: str,
+    budget: int,
+    seeds: Sequence[int],
+) -> tuple[float, ...]:
+    """The test metric of each seed. Raises DivergedModelError, TrainingDiverged."""
+    if arm not in NEURAL:
+        return tuple(value_of(config, prepared, store, arm, budget, seed) for seed in seeds)
+    here = trains_alone(config.base.cluster)
+    arm_run = arm_config(config, store, arm, budget, seeds)
+    return tuple(finetune(arm_run, prepared=prepared, keep_model=False, alone=here).values("test"))
 
 
 def value_of(
     config: LabelEfficiencyConfig, prepared: PreparedTask, store: Store, arm: str, budget: int, seed: int
 ) -> float:
-    """The test metric of one run."""
+    """The test metric of a model without a run of its own."""
     metric = prepared.task.judged_by
-    if arm in NEURAL:
-        arm_run = arm_config(config, store, arm, budget, seed)
-        result = finetune(
-            arm_run, prepared=prepared, keep_model=False, alone=trains_alone(config.base.cluster)
-        )
-        return result.seeds[0]["test"]["metrics"][metric]
     rows, draw = validation_rows(config, budget), config.base.batch.draw
     # An older curve's linear models were of balanced draws; its majorities went by the alphabet, and are left alone.
     named = arm if (arm, draw) == ("linear", "balanced") else f"{arm}-{draw}"
@@ -239,15 +266,15 @@ def validation_rows(config: LabelEfficiencyConfig, budget: int) -> int:
 
 
 def arm_config(
-    config: LabelEfficiencyConfig, store: Store, arm: str, budget: int, seed: int
+    config: LabelEfficiencyConfig, store: Store, arm: str, budget: int, seeds: Sequence[int]
 ) -> FinetuneConfig:
-    """The fine-tuning run of one point."""
+    """The fine-tuning runs of one point."""
     base, rate = config.base, config.curve.scratch_learning_rate
     scratch = arm == "scratch"
     optimizer = replace(base.optimizer, learning_rate=rate) if scratch and rate else base.optimizer
     return replace(
         base,
-        run=replace(base.run, storage=store.uri, name=f"{arm}-{budget}", seeds=(seed,)),
+        run=replace(base.run, storage=store.uri, name=f"{arm}-{budget}", seeds=tuple(seeds)),
         backbone=replace(base.backbone, from_scratch=scratch),
         # Adapters on initial weights would train next to nothing: the control always trains all.
         adapt=replace(base.adapt, train="full", layer_decay=1.0) if scratch else base.adapt,
