@@ -237,6 +237,7 @@ def run_trials(
     )
     deaths = Deaths()
     source = Source(sweep, ask, tell, first_number, deaths.cause)
+    discard_scratch(sweep)  # of starts that were killed, before this one writes any
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -257,7 +258,6 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
         ),
     )
-    discard_scratch(sweep)
     tuner.fit()
     discard_scratch(sweep)
     for name in source.ended:  # a trial that was stopped may have been writing one
