@@ -5,6 +5,7 @@ in the table, is measured. Power is an assumption, never a measurement, and is p
 """
 
 import functools
+import math
 import os
 import platform
 import re
@@ -27,6 +28,11 @@ Precision = Literal["bf16", "fp32"]
 CPU_ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0x1000000000:glibc.malloc.hugetlb=1"
 }
+
+MEASURED_SECONDS = 1.5
+"""For a peak that no data sheet tells. In 0.2 s a machine with neighbours showed anything from a third of it on."""
+SQUARE = {"cpu": 1_024, "cuda": 8_192}
+"""Sides of a square product that is measured beside a model's."""
 
 # Ray leaves the devices of a node visible to workers that asked for none.
 CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -90,6 +96,8 @@ class Peak:
     flops_per_second: float
     source: str
     is_measured: bool = False
+    product: str = ""
+    """The matrix product that reached it, if it is measured."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,14 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_version() -> str:
+    """Family, model and stepping of the processor, for a cloud's name of it may hide them; empty where unknown."""
+    information = Path("/proc/cpuinfo")
+    text = information.read_text() if information.exists() else ""
+    known = [re.search(rf"^{key}\s*: *(\S+)", text, re.M) for key in ("cpu family", "model", "stepping")]
+    return f"({'/'.join(found[1] for found in known if found)})" if any(known) else ""
+
+
 def find_accelerator(device_name: str) -> Accelerator | None:
     """The table's row for a device as torch names it ("NVIDIA H100 80GB HBM3"); None if it has none."""
     words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
@@ -173,7 +189,12 @@ def find_accelerator(device_name: str) -> Accelerator | None:
 
 
 def peak_of(device: str, device_name: str, precision: Precision, threads: int = 1) -> Peak:
-    """The best FLOP/s of one worker's device, "cuda" or "cpu": from the table, else measured here in 0.3 s.
+    """The best FLOP/s of one worker's device, "cuda" or "cpu": the maker's figure, else measured here."""
+    return known_peak(device, device_name, precision) or measured_peak(device, precision, threads)
+
+
+def known_peak(device: str, device_name: str, precision: Precision) -> Peak | None:
+    """The table's; None of a device that is not there, and of CPUs.
 
     Of a CUDA device where there is none, as on a laptop that plans for a cluster, an A100's is assumed.
     """
@@ -183,32 +204,50 @@ def peak_of(device: str, device_name: str, precision: Precision, threads: int = 
     if device == "cuda" and device_here().type == "cpu":
         flops = ASSUMED.bf16 if precision == "bf16" else ASSUMED.fp32
         return Peak(flops, f"assumed, there is no GPU here: {ASSUMED.source}")
-    flops = measured_flops_per_second(device, precision, threads)
-    return Peak(flops, f"measured here: {precision} matrix products, {threads} threads", is_measured=True)
+    return None
 
 
 @functools.cache
-def measured_flops_per_second(device: str, precision: Precision, threads: int, seconds: float = 0.2) -> float:
-    """The fastest of the n x n matrix products that fit into `seconds`, n = 1,024, as 2 n^3 FLOP each.
+def measured_peak(
+    device: str,
+    precision: Precision,
+    threads: int,
+    products: tuple[tuple[int, int, int], ...] = (),
+    seconds: float = MEASURED_SECONDS,
+) -> Peak:
+    """The best rate that a matrix product reaches in `seconds`: a square one, and those of a model.
 
-    Leaves torch's number of threads as it was.
+    They take turns, so that what disturbs for a while does not hit all repeats of one. A product of (m, k, n) is one
+    of a layer's input [m, k] and its weight [n, k], and 2 m k n FLOP. Leaves torch's number of threads as it was.
     """
     import torch
 
-    size = 1024 if device == "cpu" else 8192
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    shapes = dict.fromkeys([(SQUARE[device],) * 3, *products], math.inf)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        matrix = torch.ones(size, size, dtype=dtype, device=device)
-        best, end = float("inf"), time.perf_counter() + seconds
+        made = [
+            (
+                shape,
+                torch.ones(m, k, dtype=dtype, device=device),
+                torch.ones(n, k, dtype=dtype, device=device),
+            )
+            for shape in shapes
+            for m, k, n in [shape]
+        ]
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end:
-            start = time.perf_counter()
-            _ = (matrix @ matrix)[0, 0].item()  # reading one element waits for the device
-            best = min(best, time.perf_counter() - start)
-        return 2 * size**3 / best
+            for shape, rows, weight in made:
+                start = time.perf_counter()
+                _ = (rows @ weight.t())[0, 0].item()  # reading one element waits for the device
+                shapes[shape] = min(shapes[shape], time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads_before)
+    flops, (m, k, n) = max((2 * math.prod(shape) / best, shape) for shape, best in shapes.items())
+    product = f"[{m:,} x {k:,}] x [{k:,} x {n:,}]"
+    source = f"measured here: {product} in {precision}, {threads} thread{'s' * (threads != 1)}"
+    return Peak(flops, source, is_measured=True, product=product)
 
 
 def worker_watts(config: EnergyConfig, device: str, device_name: str, threads: int) -> float:

@@ -1,12 +1,21 @@
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.utils.benchmark import Timer
 
 from cluster import hardware
-from cluster.hardware import EnergyConfig, estimate_energy, find_accelerator, peak_of, worker_watts
+from cluster.hardware import (
+    EnergyConfig,
+    estimate_energy,
+    find_accelerator,
+    measured_peak,
+    peak_of,
+    worker_watts,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,10 +46,21 @@ def test_a_device_without_a_row_is_not_taken_for_another():
     assert find_accelerator("NVIDIA L40") is None
 
 
-def test_the_peak_of_a_cpu_is_a_rate_that_a_product_reached():
-    peak = peak_of("cpu", "any processor", "fp32")
-    assert 1e8 < peak.flops_per_second < 1e15
-    assert "measured" in peak.source
+def test_the_peak_of_a_cpu_is_the_rate_of_the_product_that_it_names():
+    """Held against torch's own timer, which repeats the named product by itself."""
+    threads = torch.get_num_threads()
+    peak = measured_peak("cpu", "fp32", 1, ((256, 384, 1_024), (256, 1_024, 384)))
+    assert torch.get_num_threads() == threads and peak.is_measured
+    m, k, k_again, n = (int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", peak.product))
+    assert k == k_again and (m, k, n) in {(1_024,) * 3, (256, 384, 1_024), (256, 1_024, 384)}
+    again = Timer("x @ w", globals={"x": torch.ones(m, k), "w": torch.ones(k, n)}, num_threads=1)
+    alone = 2 * m * k * n / min(again.timeit(1).median for _ in range(200))
+    assert 0.5 * alone < peak.flops_per_second < 2 * alone
+
+
+def test_a_device_with_a_data_sheet_is_not_measured(monkeypatch):
+    monkeypatch.setattr(hardware, "measured_peak", None)
+    assert not peak_of("cuda", "NVIDIA H100 80GB HBM3", "bf16").is_measured
 
 
 def test_a_plan_for_accelerators_can_be_made_without_one(monkeypatch):

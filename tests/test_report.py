@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import subprocess
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from cluster.storage import open_store
 from trainers.goodput import Goodput
 from trainers.metrics import MetricsWriter
 from trainers.report import write_report
+from trainers.results import read_run, results_table
 
 PROJECT = Path(__file__).resolve().parents[1]
 COUNTS = {
@@ -152,6 +155,21 @@ def test_the_page_holds_every_number_of_the_run(run):
         "20 steps",
     ):
         assert part in text, part
+
+
+def test_the_page_and_the_table_say_what_the_utilization_is_a_share_of(run):
+    assert re.search(r"25.0%\s+of peak FLOP/s", page_of(run).text), "an older run did not say"
+    for measured, words in (
+        (True, "of a measured peak of 3.10 TFLOP/s a worker"),
+        (False, "of the peak of 3.10"),
+    ):
+        with MetricsWriter(run, 4 - measured, 1e6) as writer:
+            peak = {"peak_flops_per_second": 3.1e12, "peak_source": "somewhere", "peak_is_measured": measured}
+            writer.write({"step": 20, "event": "start", "world_size": 2, **peak})
+        assert words in page_of(run).text
+        console = Console(file=io.StringIO(), width=200)
+        console.print(results_table(read_run(run)))
+        assert f"MFU 25.0% {words}" in console.file.getvalue()
 
 
 def test_every_part_of_the_runs_time_stands_in_a_table_and_they_add_up_to_all_of_it(run):

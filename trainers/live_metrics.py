@@ -37,7 +37,7 @@ GAUGES = {
     "learning_rate": "Of the last step.",
     "step_seconds": "Duration of the last step.",
     "tokens_per_second": "Of the last step, all workers.",
-    "mfu": "FLOP/s of the model over the devices' peak, in the last step.",
+    "mfu": "FLOP/s of the model over the devices' peak, of CPUs a measured one, in the last step.",
     "memory_bytes": "Accelerator memory of worker 0.",
     "validation_loss": "Nats per target token on the validation split.",
     "last_step_timestamp_seconds": "Unix time of the last step.",

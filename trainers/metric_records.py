@@ -26,6 +26,7 @@ MOST_STEPS_LOST = 10_000_000
 # Bounds so wide that only damage lies outside, and so narrow that sums and dates stay numbers.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
+FlopsPerSecond = Annotated[float, Field(gt=0, le=1e21)]
 UnixTime = Annotated[float, Field(ge=0, le=1e11)]
 Measured = Annotated[float, Field(ge=-3.5e38, le=3.5e38)] | None
 """A float32; None for one that was not finite."""
@@ -68,6 +69,9 @@ class Event(TypedDict):
     event: str
     world_size: NotRequired[Annotated[int, Field(ge=1, lt=2**31)]]
     watts: NotRequired[Annotated[float, Field(ge=0, le=1e9)] | None]
+    peak_flops_per_second: NotRequired[FlopsPerSecond]
+    peak_source: NotRequired[str]
+    peak_is_measured: NotRequired[bool]
     asked: NotRequired[UnixTime | None]
     began: NotRequired[UnixTime]
     reason: NotRequired[str]

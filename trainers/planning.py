@@ -8,7 +8,7 @@ import numpy as np
 from cluster.bounds import seconds_given
 from cluster.config import ConfigError
 from cluster.fleet import ASSUMED_GPU, Gpu, find_gpu
-from cluster.hardware import Peak, peak_of, this_host
+from cluster.hardware import Peak, this_host
 from cluster.storage import StorageError, Store, open_store
 from data.assemble import existing_manifest, given_tokenizer
 from data.corpus import CorpusError
@@ -23,6 +23,7 @@ from data.tokens import TokenizerError, read_tokenizer
 from trainers import run_folder
 from trainers.config import SCRAPE_SECONDS_VARIABLE, PretrainConfig, model_of, run_store, watts_per_worker
 from trainers.objectives import objective_of
+from trainers.peak import peak_of_run
 from trainers.plan import Job, Plan, make_plan
 from trainers.run_time import Evaluations
 from trainers.shape import ModelConfig
@@ -167,7 +168,7 @@ def plan_of(config: PretrainConfig, manifest: Manifest | None) -> Plan:
         batch = config.batch
         order = Order(manifest, config.order, seq_len=batch.seq_len, rows_per_step=batch.rows_per_step)
         left_out = order.remainder()
-    peak = peak_of(device, host.device_name, config.engine.precision, cluster.threads)
+    peak = peak_of_run(run_store(config), config, model, host.device_name)
     job = job_of(config, model, device, host.device_name, peak, gpu, manifest)
     return make_plan(replace(job, train_tokens=train_tokens, left_out=left_out))
 

@@ -18,6 +18,7 @@ try:
     from rich.text import Text
 
     from cluster.config import ConfigError, load_config, run_entry
+    from cluster.hardware import this_host
     from cluster.preflight import problems_of_nodes
     from cluster.session import ray_session
     from cluster.storage import open_store
@@ -34,6 +35,7 @@ try:
     from trainers.initial import with_initial
     from trainers.lease import lease
     from trainers.metrics import merge_metrics
+    from trainers.peak import keep_peak
     from trainers.planning import (
         corpus_remark,
         manifest_problems,
@@ -111,9 +113,10 @@ def train(config: PretrainConfig, console: Console, conclusion: closing.Conclusi
         manifest = pinned_or_prepared(config, console)
         if problems := [*manifest_problems(config, manifest), *objective_problems(config, manifest)]:
             raise ConfigError(problems)
-        plan = plan_of(config, manifest).text
-        run_folder.write_start(run, config, manifest, plan)
-        console.print(plan, highlight=False)
+        plan = plan_of(config, manifest)
+        run_folder.write_start(run, config, manifest, plan.text)
+        keep_peak(run, config, this_host().device_name, plan.job.peak)
+        console.print(plan.text, highlight=False)
         with live_goodput(config):
             with Progress(run, config.run.steps, console=console, line_seconds=config.run.log_every_seconds):
                 try:

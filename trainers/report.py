@@ -33,6 +33,7 @@ from trainers.results import (
     energy_of,
     judged,
     measures_of,
+    peak_in_words,
     read_run,
     scores_of,
     totals_of,
@@ -151,7 +152,7 @@ def headline(
         median = f"median step {count(round(totals.median_tokens_per_second))}"
         yield number("Throughput", count(round(totals.tokens_per_second)), "tokens/s", median)
         if totals.mfu is not None:
-            yield number("Utilization (MFU)", f"{totals.mfu:.1%}", "", "model FLOP/s over peak FLOP/s")
+            yield number("Utilization (MFU)", f"{totals.mfu:.1%}", "", f"of {peak_in_words(run)}")
         yield number("Waiting for data", f"{totals.data_wait_share:.2%}", "", "of training time")
         yield number("Checkpoint stalls", f"{totals.stall_share:.2%}", "", "of training time")
         validated = f"and {duration(totals.validation_seconds)} of validation"

@@ -38,7 +38,7 @@ from trainers.run_files import (
     StoredConfig,
     Verdict,
 )
-from trainers.units import count, duration, energy, mass, n_gram
+from trainers.units import count, duration, energy, flop, mass, n_gram
 
 CONFIG, CONCLUDED = "config.yaml", "concluded.json"
 
@@ -221,6 +221,16 @@ def energy_of(run: RunFiles) -> Energy | None:
     return estimate_energy(config, joules / seconds, seconds)
 
 
+def peak_in_words(run: RunFiles) -> str:
+    """What MFU is a share of, as the newest attempt said it; older runs did not."""
+    starts = events_of(run.attempts, "start")
+    if not starts or "peak_flops_per_second" not in starts[-1]:
+        return "peak FLOP/s"
+    start = starts[-1]
+    measured = "a measured peak" if start.get("peak_is_measured") else "the peak"
+    return f"{measured} of {flop(start['peak_flops_per_second'])}/s a worker ({start.get('peak_source', '')})"
+
+
 @dataclass(frozen=True)
 class Score:
     """A split's bits per byte next to the floor on the same text."""
@@ -341,6 +351,8 @@ def summary_lines(run: RunFiles) -> list[str]:
         stalled = f"stalled by checkpoints {totals.stall_share:.2%}"
         lines.append(f"waited for data {totals.data_wait_share:.2%} of that time, {stalled}")
         lines.append(goodput_line(run.goodput))
+        if totals.mfu is not None:
+            lines.append(f"MFU {totals.mfu:.1%} of {peak_in_words(run)}")
     if estimate := energy_of(run):
         lines.append(f"{energy(estimate.kwh)}, {mass(estimate.co2_grams)} CO2 ({estimate.assumption})")
     return lines

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from cluster.stored_file import WITH_OTHER_KEYS
-from trainers.metric_records import Count, UnixTime
+from trainers.metric_records import Count, FlopsPerSecond, UnixTime
 
 Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{16}|[0-9a-f]{32})$")]
 """Of a manifest without hashes and with them."""
@@ -47,6 +47,15 @@ class Environment(TypedDict):
     """`environment.json`."""
 
     watts_per_worker: NotRequired[Annotated[float, Field(ge=0, le=1e9)] | None]
+    measured: NotRequired[dict[str, "MeasuredPeak"]]
+    """By kind of machine."""
+
+
+class MeasuredPeak(TypedDict):
+    """The best FLOP/s of one worker's device, and the matrix product that reached it."""
+
+    peak_flops_per_second: FlopsPerSecond
+    product: str
 
 
 @pydantic.with_config(WITH_OTHER_KEYS)

@@ -29,10 +29,11 @@ from trainers.checkpoint_commit import parse_folder_name
 from trainers.config import PretrainConfig, watts_per_worker
 from trainers.export_folder import foreign_problem
 from trainers.model_digest import content_digest
+from trainers.peak import ENVIRONMENT, kept_peaks
 from trainers.run_files import PUT_BACK, Pinned
 from trainers.verdict import CLAIM, EXPORT, VERDICT
 
-CONFIG, MANIFEST, ENVIRONMENT, PLAN = "config.yaml", "manifest.json", "environment.json", "plan.txt"
+CONFIG, MANIFEST, PLAN = "config.yaml", "manifest.json", "plan.txt"
 PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "tokenizers", "safetensors", "numpy")
 
 
@@ -88,7 +89,8 @@ def write_start(run: Store, config: PretrainConfig, manifest: Manifest, plan: st
     run.put_if_absent(
         MANIFEST, json.dumps({**content, "summary": manifest.summary()}, indent=2, allow_nan=False).encode()
     )
-    run.put(ENVIRONMENT, json.dumps(environment(config), indent=2, allow_nan=False).encode())
+    content = environment(config) | {"measured": kept_peaks(run)}
+    run.put(ENVIRONMENT, json.dumps(content, indent=2, allow_nan=False).encode())
     run.put(PLAN, plan.encode())
 
 

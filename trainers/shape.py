@@ -146,6 +146,16 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(embedding, non_embedding, embedding + non_embedding, vectors, head)
 
 
+def matrix_products(config: ModelConfig, tokens: int) -> tuple[tuple[int, int, int], ...]:
+    """(m, k, n) of the matrix products that a forward pass over so many tokens consists of, attention's own left out:
+    [m, k] is multiplied by a weight [k, n]."""
+    D, F = config.hidden_size, config.intermediate_size
+    query, key_value = config.num_heads * config.head_width, 2 * config.kv_heads * config.head_width
+    up = 2 * F if config.activation == "swiglu" else F
+    weights = ((D, query + key_value), (query, D), (D, up), (F, D), (D, config.vocab_size))
+    return tuple(dict.fromkeys((tokens, k, n) for k, n in weights))
+
+
 def flops_per_token(config: ModelConfig, seq_len: int, target_share: float = 1.0) -> float:
     """Return the floating-point operations of one training token, forward and backward.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cluster.hardware import cpu_name, peak_of
+from cluster.hardware import Peak, cpu_name, device_here
 from cluster.storage import Store, open_store
 from data.evaluation_rows import EvaluationBatch, evaluation_batches
 from data.manifest import Manifest, read_manifest
@@ -39,6 +39,7 @@ from trainers.metrics import TRAINED, Meter, MetricsWriter, Record, finite
 from trainers.model import build_hollow, initial_value
 from trainers.objective import Objective
 from trainers.objectives import objective_of
+from trainers.peak import keep_peak, peak_of_run
 from trainers.schedule import rate_factor
 from trainers.shape import flops_per_token
 from trainers.stopping import FAILURE, StopRequest, telling_final_errors
@@ -77,9 +78,10 @@ def work(arguments: dict[str, Any]) -> None:
         newest = latest_checkpoint(
             run, rank=workers.rank, world_size=workers.world_size, gather=workers.gather, sections=SECTIONS
         )
+        peak = workers.broadcast(find_peak(config, data, run) if workers.leads else None)
         # Before the engine is built: the pipeline takes seconds to start, and does so meanwhile.
         stream = stack.enter_context(open_stream(config, data, workers, newest.step if newest else 0))
-        parts = assemble(task, data, stream, newest, workers, run, attempt, heartbeat, clock, stack)
+        parts = assemble(task, data, peak, stream, newest, workers, run, attempt, heartbeat, clock, stack)
         limit_collectives(config.heartbeat.longest_seconds + GIL_GRACE_SECONDS)  # DeepSpeed's groups too
         ending = train(parts)
         stream.close()
@@ -109,6 +111,7 @@ def open_data(task: Task) -> Data:
 def assemble(
     task: Task,
     data: Data,
+    peak: Peak,
     stream: TokenStream,
     newest: CheckpointRecord | None,
     workers: Workers,
@@ -140,7 +143,6 @@ def assemble(
         values=values,
     )
     device, name = engine.device.type, device_name(engine.device)
-    peak = peak_of(device, name, config.engine.precision, config.cluster.threads)
     leads = workers.leads
     objective = objective_of(
         config.objective,
@@ -209,6 +211,14 @@ def assemble(
         now=clock.now,
         hardware={"device": name, "watts": watts_per_worker(config, device, name)},
     )
+
+
+def find_peak(config: PretrainConfig, data: Data, run: Store) -> Peak:
+    """The peak of worker 0's device. It is measured while all others wait, unless the run has kept it."""
+    name = device_name(device_here())
+    peak = peak_of_run(run, config, model_of(config, data.manifest), name)
+    keep_peak(run, config, name, peak)
+    return peak
 
 
 def open_stream(config: PretrainConfig, data: Data, workers: Workers, step: int) -> TokenStream:
