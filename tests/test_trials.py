@@ -20,7 +20,14 @@ from tune.measure import Measure
 from tune.search import search
 from tune.search_space import Dimension, SearchSpace
 from tune.sweep_config import SweepRunConfig
-from tune.trial_records import TrialRecord, read_trials, record_outcome, record_start, trial_name
+from tune.trial_records import (
+    TrialRecord,
+    discard_scratch,
+    read_trials,
+    record_outcome,
+    record_start,
+    trial_name,
+)
 from tune.trials import scheduler
 
 pytestmark = pytest.mark.cluster
@@ -72,6 +79,9 @@ def test_ctrl_c_ends_the_search_before_a_winner_is_chosen(sweep):
         signal.signal(signal.SIGINT, before)
     began.join()
     assert {trial.status for trial in read_trials(sweep)} == {"unfinished"}
+    left = [info.path for info in sweep.list("ray/start-")]
+    discard_scratch(sweep)
+    assert left and not sweep.list("ray/start-")
 
 
 def test_a_search_that_returned_before_its_end_chooses_nobody(sweep, monkeypatch):
