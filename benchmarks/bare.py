@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainers.optimizer import OptimizerConfig, build_optimizer
+from trainers.optim.optimizer import OptimizerConfig, build_optimizer
 
 RATE = 1e-3
 

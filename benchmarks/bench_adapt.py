@@ -35,33 +35,33 @@ import torch
 from rich.console import Console
 from task_files import put_lines, put_task, sentences, small_tokenizer
 
-from cluster.config import from_dict
-from cluster.hardware import CPU_ALLOCATOR
-from cluster.session import ray_session
-from cluster.storage import Store, open_store
-from cluster.workers import ClusterConfig
-from trainers.export import export, load_exported
-from trainers.finetune import finetune
-from trainers.finetune_config import FinetuneConfig, absolute
-from trainers.metrics import read_metrics
-from trainers.model import build
-from trainers.model_digest import content_digest, hashed
-from trainers.model_files import WEIGHTS
-from trainers.optimizer import build_optimizer
-from trainers.prediction import PART_ROWS
-from trainers.prediction_rows import pieces_of, rows_of
-from trainers.shape import ModelConfig
-from trainers.task import load_task
-from trainers.task_batches import RecordOrder
-from trainers.task_data import PreparedTask, prepare_task
-from trainers.task_encoding import Encoder, collate, framed
-from trainers.task_export import load_task_model
-from trainers.task_model import TaskModel, loss_sum
-from tune.finetune_trials import FinetuneTrials
-from tune.search import search
-from tune.search_space import parse_space
-from tune.sweep_config import SweepRunConfig
-from tune.trial_records import read_trials
+from cluster.configuration.config import from_dict
+from cluster.hardware.machine import CPU_ALLOCATOR
+from cluster.sessions.session import ray_session
+from cluster.sessions.workers import ClusterConfig
+from cluster.storage.uris import Store, open_store
+from trainers.exported.folder import export, load_exported
+from trainers.exported.model_digest import content_digest, hashed
+from trainers.exported.model_files import WEIGHTS
+from trainers.finetuning.batches import RecordOrder
+from trainers.finetuning.config import FinetuneConfig, absolute
+from trainers.finetuning.run import finetune
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
+from trainers.optim.optimizer import build_optimizer
+from trainers.prediction.pieces import PART_ROWS
+from trainers.prediction.rows import pieces_of, rows_of
+from trainers.reporting.metrics import read_metrics
+from trainers.tasks.encoding import Encoder, collate, framed
+from trainers.tasks.export import load_task_model
+from trainers.tasks.heads import TaskModel, loss_sum
+from trainers.tasks.splits import PreparedTask, prepare_task
+from trainers.tasks.task import load_task
+from tune.search.config import SweepRunConfig
+from tune.search.space import parse_space
+from tune.sweeps.phases import search
+from tune.trials.finetuning import FinetuneTrials
+from tune.trials.records import read_trials
 
 WARMUP_STEPS = 5
 ROWS = 16
@@ -228,7 +228,7 @@ def bare_step(config: FinetuneConfig, prepared: PreparedTask) -> float:
 
 def prediction_rates(folder: Path) -> tuple[float, float, float]:
     """Records/s of the bare model and through Ray Data, and the seconds from Ray's start to its first answer."""
-    from trainers.predict import answer
+    from trainers.prediction.job import answer
 
     model, texts = f"file://{folder}/runs/f/seed-0/export", str(folder / "texts.jsonl")
     (piece,) = pieces_of(texts)  # one model answers it part by part, as each piece of a job

@@ -22,11 +22,11 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import torch
 from safetensors.torch import save_file
 
-from cluster.storage import open_store
-from trainers.checkpoint import CheckpointConfig, latest_checkpoint
-from trainers.checkpoint_reader import CheckpointReader
-from trainers.checkpoint_writer import CheckpointWriter
-from trainers.state import StateSlice
+from cluster.storage.uris import open_store
+from trainers.checkpoints.keeping import CheckpointConfig, latest_checkpoint
+from trainers.checkpoints.reader import CheckpointReader
+from trainers.checkpoints.state import StateSlice
+from trainers.checkpoints.writer import CheckpointWriter
 
 KINDS = ("value", "exp_avg", "exp_avg_sq")
 WIDTH = 1_024

@@ -26,15 +26,15 @@ import torch.distributed as dist
 
 from benchmarks.bare import BareLoop
 from benchmarks.bench_masking import CPU, PRESET, Framed
-from cluster.config import load_config
-from data.epochs import Rows
-from data.framing import Framing
-from data.tokens import Encoder, TokenizerConfig, train_tokenizer
-from trainers.config import PretrainConfig
-from trainers.engine import Engine
-from trainers.model import build
-from trainers.objective import Objective, micro_batches, on_device
-from trainers.objectives import objective_of
+from cluster.configuration.config import load_config
+from data.order.epochs import Rows
+from data.rows.framing import Framing
+from data.tokens.tokenizer import Encoder, TokenizerConfig, train_tokenizer
+from trainers.engine.engine import Engine
+from trainers.model.backbone import build
+from trainers.objectives.kinds import objective_of
+from trainers.objectives.objective import Objective, micro_batches, on_device
+from trainers.pretraining.config import PretrainConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:

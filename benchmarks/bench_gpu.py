@@ -30,16 +30,16 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks.bare import RATE, BareLoop
-from cluster.config import load_config
-from cluster.fleet import GPUS
-from cluster.hardware import this_host
-from cluster.session import PROJECT
-from trainers.causal import causal_lm
-from trainers.engine import Engine
-from trainers.engine_config import EngineConfig
-from trainers.model import build, build_hollow, initial_value
-from trainers.plan_cluster import ClusterPlanConfig, Option, model_of, option_of
-from trainers.shape import flops_per_token
+from cluster.configuration.config import load_config
+from cluster.hardware.fleet import GPUS
+from cluster.hardware.machine import this_host
+from cluster.sessions.session import PROJECT
+from trainers.engine.config import EngineConfig
+from trainers.engine.engine import Engine
+from trainers.model.backbone import build, build_hollow, initial_value
+from trainers.model.shape import flops_per_token
+from trainers.objectives.causal import causal_lm
+from trainers.planning.cluster_plan import ClusterPlanConfig, Option, model_of, option_of
 
 PRESET = PROJECT / "trainers" / "configs" / "gpt2-124m.yaml"
 WAYS = ("bare", "0", "1", "1+eager", "1+serial", "2", "3", "1+recompute", "1+offload", "3+offload-all")

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster.config import load_config
-from cluster.session import PROJECT
-from data.epochs import Rows
-from data.framing import Framing
-from data.tokens import Encoder, TokenizerConfig, train_tokenizer
-from trainers.config import PretrainConfig
-from trainers.model import Backbone, build
-from trainers.objective import Objective, on_device
-from trainers.objectives import objective_of
+from cluster.configuration.config import load_config
+from cluster.sessions.session import PROJECT
+from data.order.epochs import Rows
+from data.rows.framing import Framing
+from data.tokens.tokenizer import Encoder, TokenizerConfig, train_tokenizer
+from trainers.model.backbone import Backbone, build
+from trainers.objectives.kinds import objective_of
+from trainers.objectives.objective import Objective, on_device
+from trainers.pretraining.config import PretrainConfig
 
 PRESET = PROJECT / "trainers" / "configs" / "sample-mlm.yaml"
 CPU = torch.device("cpu")

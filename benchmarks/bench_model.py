@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import trainers.layers
-from trainers.attention import attend
-from trainers.causal import causal_lm
-from trainers.model import build
-from trainers.shape import ModelConfig, flops_per_token
+import trainers.model.layers
+from trainers.model.attention import attend
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig, flops_per_token
+from trainers.objectives.causal import causal_lm
 
 SAMPLE = ModelConfig(
     vocab_size=4_096,
@@ -84,7 +84,7 @@ class Variant:
         if calls != self.config.num_layers:
             raise RuntimeError(
                 f"variant {self.name!r}: {calls} of {self.config.num_layers} layers use its attention; "
-                "let `swapped` set the name that trainers/layers.py calls"
+                "let `swapped` set the name that trainers/model/layers.py calls"
             )
 
     def turn(self) -> None:
@@ -103,11 +103,11 @@ class Variant:
 @contextmanager
 def swapped(attention: Callable[..., Tensor]) -> Iterator[None]:
     """Let the model use `attention`; compiled code checks which it was made with."""
-    trainers.layers.attend = attention
+    trainers.model.layers.attend = attention
     try:
         yield
     finally:
-        trainers.layers.attend = attend
+        trainers.model.layers.attend = attend
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,9 +21,9 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 import numpy as np
 
-from data.manifest import Manifest
-from data.manifest_table import HASH_BYTES, HASH_DTYPE, Fragments, Shard
-from data.order import Order, OrderConfig
+from data.order.order import Order, OrderConfig
+from data.shards.manifest import Manifest
+from data.shards.manifest_table import HASH_BYTES, HASH_DTYPE, Fragments, Shard
 
 SEQ_LEN, ROWS_PER_STEP, LANES = 2_048, 512, 64
 FRAGMENTS_PER_SHARD = 128

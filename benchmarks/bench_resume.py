@@ -23,11 +23,11 @@ from statistics import median
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster.session import PROJECT
-from cluster.storage import Store, open_store
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import Store, open_store
 from tests.small_run import SmallRun, kill_tree, put_corpus, wait_for_step
-from trainers.checkpoint import CheckpointConfig
-from trainers.metrics import Record, events_of, read_attempts, steps_of
+from trainers.checkpoints.keeping import CheckpointConfig
+from trainers.reporting.metrics import Record, events_of, read_attempts, steps_of
 
 LAST_STEP = 1_000_000  # never reached: both starts are killed
 POLL_SECONDS = 0.5
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_until(run, store, arguments.steps)
         entry = importing("trainers.pretrain")
         checks = max(0.0, seconds([*run.command(run__steps=LAST_STEP), "--dry-run"]) - entry)
-        libraries = importing("trainers.pretrain, ray") + importing("trainers.worker, deepspeed")
+        libraries = importing("trainers.pretrain, ray") + importing("trainers.pretraining.worker, deepspeed")
         print_resume(*first_records(run, store), checks, libraries)
         print_stall(read_attempts(store))
 

@@ -21,9 +21,9 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import numpy as np
 
 from benchmarks.bench_order import manifest_of, peak_bytes
-from data.manifest import Manifest
-from data.order import Order, OrderConfig
-from data.window import WindowRead, plan_read
+from data.order.order import Order, OrderConfig
+from data.rows.window import WindowRead, plan_read
+from data.shards.manifest import Manifest
 
 BYTES_PER_TOKEN = 4.2
 """Of English text under a tokenizer of 50,000 entries."""

@@ -29,13 +29,13 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 import psutil
 
 from cluster.local_s3 import BUCKETS, LocalS3
-from cluster.session import ray_session
-from cluster.storage import open_store
-from cluster.workers import ClusterConfig
-from data.manifest import Manifest
-from data.order import Order, OrderConfig
-from data.shards import read_fragment
-from data.window import plan_read, unpack
+from cluster.sessions.session import ray_session
+from cluster.sessions.workers import ClusterConfig
+from cluster.storage.uris import open_store
+from data.order.order import Order, OrderConfig
+from data.rows.window import plan_read, unpack
+from data.shards.manifest import Manifest
+from data.shards.shards import read_fragment
 from tests.token_corpus import put_token_corpus
 
 SEQ_LEN, ROWS_PER_STEP, LANES = 1_024, 64, 16
@@ -115,7 +115,7 @@ def read_alone(order: Order, manifest: Manifest, uri: str) -> Iterator[tuple[flo
 
 
 def stream(order: Order, manifest: Manifest, uri: str, burst_bytes: int) -> Iterator[tuple[float, int]]:
-    from data.stream import TokenStream  # it imports Ray, which reads its settings then
+    from data.rows.stream import TokenStream  # it imports Ray, which reads its settings then
 
     epoch_steps = order.epochs[0].lane_rows // order.rows_per_lane
     with TokenStream(

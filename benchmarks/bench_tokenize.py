@@ -30,11 +30,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from tokenizers import Tokenizer
 
-from cluster.storage import open_store
-from data.corpus import CorpusConfig, list_raw_shards
-from data.dedup import HashFile
-from data.documents import Document, read_documents
-from data.pieces import (
+from cluster.storage.uris import open_store
+from data.curation.exact_duplicates import HashFile
+from data.preparing.pieces import (
     BATCH_CHARACTERS,
     HashRange,
     Piece,
@@ -45,7 +43,9 @@ from data.pieces import (
     survey,
     tokenize,
 )
-from data.tokens import TokenizerConfig, train_tokenizer
+from data.reading.documents import Document, read_documents
+from data.reading.raw_shards import CorpusConfig, list_raw_shards
+from data.tokens.tokenizer import TokenizerConfig, train_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

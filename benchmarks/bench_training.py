@@ -32,16 +32,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.bare import BareLoop
-from cluster.config import load_config
-from cluster.hardware import CPU_ALLOCATOR
-from cluster.session import PROJECT, ray_session
-from cluster.storage import open_store
-from cluster.workers import ClusterConfig
+from cluster.configuration.config import load_config
+from cluster.hardware.machine import CPU_ALLOCATOR
+from cluster.sessions.session import PROJECT, ray_session
+from cluster.sessions.workers import ClusterConfig
+from cluster.storage.uris import open_store
 from tests.small_run import put_corpus
-from trainers.causal import causal_lm
-from trainers.config import PretrainConfig
-from trainers.metrics import read_metrics, steps_of
-from trainers.model import build
+from trainers.model.backbone import build
+from trainers.objectives.causal import causal_lm
+from trainers.pretraining.config import PretrainConfig
+from trainers.reporting.metrics import read_metrics, steps_of
 
 WARMUP_STEPS = 10
 SAMPLE = PROJECT / "trainers" / "configs" / "sample.yaml"

@@ -1,4 +1,4 @@
-"""How far honest text packs: the ratios that the bounds of data/unpacking.py are chosen by.
+"""How far honest text packs: the ratios that the bounds of data/reading/unpacking.py are chosen by.
 
 python benchmarks/bench_unpacking.py
 """
@@ -15,7 +15,7 @@ import pyarrow as pa
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.unpacking import RATIO
+from data.reading.unpacking import RATIO
 
 LINES = 400_000
 """Some 40 MB of each kind: a longer file packs no better, for the windows of both are shorter."""

@@ -20,9 +20,8 @@ import scipy.sparse as sp
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.documents import raw_texts
-from data.folding import folded
-from data.near_duplicates import (
+from data.curation.folding import folded
+from data.curation.near_duplicates import (
     SHINGLE,
     bands_and_rows,
     candidate_pairs,
@@ -30,6 +29,7 @@ from data.near_duplicates import (
     hashed_shingles,
     jaccard,
 )
+from data.reading.documents import raw_texts
 
 BAND = 0.05
 

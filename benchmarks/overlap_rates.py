@@ -15,9 +15,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.documents import raw_texts
-from data.folding import folded
-from data.overlap import RUN, Runs
+from data.curation.folding import folded
+from data.curation.overlap import RUN, Runs
+from data.reading.documents import raw_texts
 
 _WIDE = {code: code + 0xFEE0 for code in range(0x21, 0x7F)} | {0x20: 0x3000}
 REWRITTEN: dict[str, Callable[[str], str]] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster.hardware import peak_of, this_host
+from cluster.hardware.machine import peak_of, this_host
 
 FOLDER = Path(__file__).resolve().parent
 

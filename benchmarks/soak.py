@@ -29,7 +29,7 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cluster.local_s3 import LocalS3
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from tests.fault_proxy import FaultProxy
 from tests.small_run import (
     SmallRun,
@@ -39,10 +39,10 @@ from tests.small_run import (
     training_workers,
 )
 from tests.unbroken import expected_digests
-from trainers.goodput import goodput_line, goodput_of
-from trainers.metrics import Record, events_of, read_attempts, steps_of
-from trainers.stopping import STOP
-from trainers.units import duration
+from trainers.recovery.stopping import STOP
+from trainers.reporting.goodput import goodput_line, goodput_of
+from trainers.reporting.metrics import Record, events_of, read_attempts, steps_of
+from trainers.reporting.units import duration
 
 OUTAGE_SECONDS = 8.0
 UP_AGAIN_SECONDS = 300.0

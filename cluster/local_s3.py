@@ -22,8 +22,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster.config import run_entry
-from cluster.storage import RetryPolicy, StorageError, open_store
+from cluster.configuration.config import run_entry
+from cluster.storage.uris import RetryPolicy, StorageError, open_store
 
 READY_SECONDS = 60  # it takes 1 to 2 s on an idle machine
 BUCKETS = ("corpus", "checkpoints")

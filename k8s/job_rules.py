@@ -13,16 +13,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ConfigError, load_config
-from cluster.preflight import PreflightConfig
-from cluster.workers import ClusterConfig
+from cluster.configuration.config import load_config
+from cluster.console.errors import ConfigError
+from cluster.nodes.fitness import PreflightConfig
+from cluster.sessions.workers import ClusterConfig
 from k8s.manifests import Object, Render, groups, name_of, of_kind
 from trainers import evaluate
-from trainers.config import PretrainConfig
-from trainers.finetune_config import FinetuneConfig
-from trainers.task import load_task
-from tune.search_space import parse_space
-from tune.sweep_config import SweepConfig
+from trainers.finetuning.config import FinetuneConfig
+from trainers.pretraining.config import PretrainConfig
+from trainers.tasks.task import load_task
+from tune.search.config import SweepConfig
+from tune.search.space import parse_space
 
 IMAGE_ROOT = "/opt/pretraining/"
 """Where the Dockerfile puts the project."""

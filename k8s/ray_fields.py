@@ -6,7 +6,7 @@ The API server drops a field that it does not know, without a word: a run would 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.keys import nearest
+from cluster.configuration.keys import nearest
 from k8s.manifests import Render, name_of, of_kind
 
 ANY: Mapping[str, Any] = {}

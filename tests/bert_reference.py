@@ -3,8 +3,8 @@
 import torch
 from transformers import BertConfig, BertForPreTraining
 
-from trainers.model import Backbone
-from trainers.shape import ModelConfig
+from trainers.model.backbone import Backbone
+from trainers.model.shape import ModelConfig
 
 SMALL = dict(vocab_size=97, hidden_size=48, num_layers=3, num_heads=4, intermediate_size=80, max_positions=64)
 BERT = ModelConfig(

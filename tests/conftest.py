@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cluster.local_s3 import BUCKETS, LocalS3
-from cluster.loopback import set_local_variables
-from cluster.session import NO_DASHBOARD, PROJECT, RAY_ENVIRONMENT
+from cluster.sessions.loopback import set_local_variables
+from cluster.sessions.session import NO_DASHBOARD, PROJECT, RAY_ENVIRONMENT
 
 # Boto asks a cloud's metadata service for keys where it finds none; on a laptop that only takes time.
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from cluster.session import NO_DASHBOARD, PROJECT
+from cluster.sessions.session import NO_DASHBOARD, PROJECT
 
 RAY = str(Path(sys.executable).with_name("ray"))
 READY_SECONDS = 180.0

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from task_files import put_backbone, put_lines, put_task, sentences
 
-from cluster.config import from_dict
-from cluster.session import PROJECT
-from cluster.storage import Store, open_store
+from cluster.configuration.config import from_dict
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import Store, open_store
 from tests.small_run import start_command
-from trainers.finetune_config import FinetuneConfig
-from trainers.metrics import read_metrics, steps_of
-from trainers.task_evaluation import answers_to
-from trainers.task_export import load_task_model
-from trainers.task_metrics import Answer
-from trainers.task_records import Example
+from trainers.finetuning.config import FinetuneConfig
+from trainers.reporting.metrics import read_metrics, steps_of
+from trainers.tasks.evaluation import answers_to
+from trainers.tasks.export import load_task_model
+from trainers.tasks.metrics import Answer
+from trainers.tasks.records import Example
 
 QUICK = {
     "batch": {"rows_per_step": 16, "min_steps": 120, "epochs": 1.0},

@@ -16,9 +16,17 @@ from typing import Any
 
 import psutil
 
-from cluster.session import PROJECT
-from cluster.storage import Store
-from trainers.metrics import FOLDER, events_of, parse, read_attempts, read_metrics, segment_attempt, steps_of
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import Store
+from trainers.reporting.metrics import (
+    FOLDER,
+    events_of,
+    parse,
+    read_attempts,
+    read_metrics,
+    segment_attempt,
+    steps_of,
+)
 
 STEPS = 200  # some seconds: time enough to kill something in the middle
 SETTINGS = {

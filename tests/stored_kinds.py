@@ -14,17 +14,17 @@ from rich.console import Console
 from task_files import BERT, put_backbone
 from test_prepare import one_by_one, text_of
 
-from cluster.config import from_dict
-from cluster.storage import Store, open_store
-from data.corpus import CorpusConfig
-from data.manifest import read_manifest
-from data.prepare import existing_manifest, prepare
-from data.splits import SplitConfig
-from data.tokens import TokenizerConfig, load_tokenizer, read_tokenizer
+from cluster.configuration.config import from_dict
+from cluster.storage.uris import Store, open_store
+from data.preparing.assemble import existing_manifest
+from data.preparing.corpus import prepare
+from data.reading.raw_shards import CorpusConfig
+from data.reading.splits import SplitConfig
+from data.shards.manifest import read_manifest
+from data.tokens.tokenizer import TokenizerConfig, load_tokenizer, read_tokenizer
 from tests.small_finetune import config as finetune_config
 from tests.small_finetune import put_place, run_of
-from trainers import predict, run_folder
-from trainers.checkpoint import (
+from trainers.checkpoints.keeping import (
     CheckpointConfig,
     checkpoint_at,
     claim_attempt,
@@ -32,47 +32,49 @@ from trainers.checkpoint import (
     latest_checkpoint,
     latest_world_size,
 )
-from trainers.checkpoint_reader import CheckpointReader
-from trainers.checkpoint_writer import CheckpointWriter
-from trainers.closing import write_floor, write_samples
-from trainers.config import PretrainConfig
-from trainers.export import load_exported
-from trainers.finetune import check_unchanged as check_finetune
-from trainers.finetune import finetune
-from trainers.finetune_backbone import backbone_digest, load_backbone, make_encoder, read_facts
-from trainers.finetune_config import absolute
-from trainers.finetune_end import chosen_model, conclude, keep_chosen, read_chosen
-from trainers.finetune_loop import Choice, Progress
-from trainers.finetune_order import FinetuneOrder, write_start
-from trainers.goodput import goodput_of
-from trainers.heartbeat import Heartbeat
-from trainers.lease import lease
-from trainers.metric_records import METERED
-from trainers.metrics import MetricsWriter, merge_metrics, read_attempts, read_metrics
-from trainers.model_digest import content_digest
-from trainers.prediction import Counts, Predictor, finished_pieces
-from trainers.prediction_rows import pieces_of
-from trainers.progress import Status, Tail
-from trainers.report import write_report
-from trainers.results import CONCLUDED, read_run, results_table
-from trainers.selection import Selection, record_best
-from trainers.state import StateSlice
-from trainers.stopping import FAILURE, raise_final
-from trainers.task import load_task
-from trainers.task_data import prepare_task
-from trainers.task_export import load_task_model
-from trainers.task_model import TaskModel
-from trainers.task_report import write_task_report
-from trainers.verdict import claim_test_split, record_verdict
-from tune.finalists import finalists_before, record_searched
-from tune.judgement import claim_judgement, refuse_after_judgement
-from tune.label_efficiency import LabelEfficiencyConfig, value_of
-from tune.pretraining_text import pretraining_text
-from tune.search_space import Dimension, SearchSpace
-from tune.sweep_config import SweepConfig
-from tune.sweep_folder import pin
-from tune.sweep_report import write_sweep_report
-from tune.trial_records import TrialRecord, read_trials, record_outcome, record_start, trial_name
+from trainers.checkpoints.reader import CheckpointReader
+from trainers.checkpoints.state import StateSlice
+from trainers.checkpoints.writer import CheckpointWriter
+from trainers.evaluation.selection import Selection, record_best
+from trainers.evaluation.verdict import claim_test_split, record_verdict
+from trainers.exported.folder import load_exported
+from trainers.exported.model_digest import content_digest
+from trainers.finetuning.backbone import backbone_digest, load_backbone, make_encoder, read_facts
+from trainers.finetuning.config import absolute
+from trainers.finetuning.end import chosen_model, conclude, keep_chosen, read_chosen
+from trainers.finetuning.job import FinetuneOrder, write_start
+from trainers.finetuning.loop import Choice, Progress
+from trainers.finetuning.report import write_task_report
+from trainers.finetuning.run import check_unchanged as check_finetune
+from trainers.finetuning.run import finetune
+from trainers.prediction import job as prediction_job
+from trainers.prediction.pieces import Counts, Predictor, finished_pieces
+from trainers.prediction.rows import pieces_of
+from trainers.pretraining import run_folder
+from trainers.pretraining.closing import write_floor, write_samples
+from trainers.pretraining.config import PretrainConfig
+from trainers.recovery.heartbeat import Heartbeat
+from trainers.recovery.lease import lease
+from trainers.recovery.stopping import FAILURE, raise_final
+from trainers.reporting.goodput import goodput_of
+from trainers.reporting.metrics import MetricsWriter, merge_metrics, read_attempts, read_metrics
+from trainers.reporting.page import write_report
+from trainers.reporting.progress import Status, Tail
+from trainers.reporting.results import CONCLUDED, read_run, results_table
+from trainers.stored.metric_records import METERED
+from trainers.tasks.export import load_task_model
+from trainers.tasks.heads import TaskModel
+from trainers.tasks.splits import prepare_task
+from trainers.tasks.task import load_task
+from tune.curves.label_curve import LabelEfficiencyConfig, value_of
+from tune.curves.pretraining_text import pretraining_text
+from tune.search.config import SweepConfig
+from tune.search.space import Dimension, SearchSpace
+from tune.sweeps.finalists import finalists_before, record_searched
+from tune.sweeps.folder import pin
+from tune.sweeps.judgement import claim_judgement, refuse_after_judgement
+from tune.sweeps.page import write_sweep_report
+from tune.trials.records import TrialRecord, read_trials, record_outcome, record_start, trial_name
 
 NEVER = 1e6
 CHECKPOINT = "step-00000020-w1-a2"
@@ -490,7 +492,7 @@ def put_answers(folder: Path) -> None:
     options = answer_options(folder)
     model = open_store(options.model)
     digest = content_digest(model, of_task=True)
-    predict.pin(open_store(options.output), model, digest, options, pieces_of(options.input))
+    prediction_job.pin(open_store(options.output), model, digest, options, pieces_of(options.input))
     predictor = Predictor(options.model, options.output, 64, 1, 4)
     for piece in pieces_of(options.input):
         list(predictor.answer(piece))
@@ -500,7 +502,7 @@ def answered_again(folder: Path) -> Any:
     options = answer_options(folder)
     output = open_store(options.output)
     model = open_store(options.model)
-    predict.pin(output, model, content_digest(model, of_task=True), options, pieces_of(options.input))
+    prediction_job.pin(output, model, content_digest(model, of_task=True), options, pieces_of(options.input))
     finished = finished_pieces(output)
     return sum(finished.values(), Counts())
 

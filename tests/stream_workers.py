@@ -7,10 +7,10 @@ from typing import Any
 
 import ray
 
-from cluster.storage import open_store
-from data.manifest import read_manifest
-from data.order import Order, OrderConfig
-from data.stream import TokenStream
+from cluster.storage.uris import open_store
+from data.order.order import Order, OrderConfig
+from data.rows.stream import TokenStream
+from data.shards.manifest import read_manifest
 
 SEQ_LEN, ROWS_PER_STEP, LANES, WINDOW_STEPS = 16, 16, 8, 5
 CONFIG = OrderConfig(lanes=LANES, window_steps=WINDOW_STEPS, weights={"web": 2.0, "books": 1.0})

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from cluster.storage import open_store
-from data.tokens import FixedTokenizer, TokenizerConfig, train_tokenizer
-from trainers.export import export
-from trainers.model import build
-from trainers.shape import ModelConfig
+from cluster.storage.uris import open_store
+from data.tokens.tokenizer import FixedTokenizer, TokenizerConfig, train_tokenizer
+from trainers.exported.folder import export
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
 
 SHAPE = ModelConfig(
     vocab_size=512, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=128

@@ -5,11 +5,11 @@ import json
 import pytest
 from task_files import put_backbone, put_task, sentences
 
-from cluster.config import load_config
-from cluster.storage import open_store
+from cluster.configuration.config import load_config
+from cluster.storage.uris import open_store
 from tests.ray_nodes import RayNodes
-from trainers.finetune_config import FinetuneConfig
-from tune.trial_records import read_trials
+from trainers.finetuning.config import FinetuneConfig
+from tune.trials.records import read_trials
 
 pytestmark = pytest.mark.cluster
 SETTINGS = {

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from k8s.check import K8S
-from trainers.live_metrics import COUNTERS, DRIVER_GAUGES, GAUGES, ZERO
+from trainers.reporting.live_metrics import COUNTERS, DRIVER_GAUGES, GAUGES, ZERO
 
 MONITORING = K8S / "components" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from cluster.local_store import LocalStore
-from data.assemble import READING_THREADS, assemble, read_records
-from data.corpus import CorpusConfig, RawShard
-from data.dedup import Duplicates
-from data.piece_records import put_record, record_path
-from data.pieces import Piece
-from data.survey_check import check_surveys
+from cluster.storage.local import LocalStore
+from data.curation.exact_duplicates import Duplicates
+from data.finished_pieces.records import put_record, record_path
+from data.preparing.assemble import READING_THREADS, assemble, read_records
+from data.preparing.pieces import Piece
+from data.preparing.survey_check import check_surveys
+from data.reading.raw_shards import CorpusConfig, RawShard
 
 NUM_PIECES = 50
 

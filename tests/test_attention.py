@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers import attention
-from trainers.attention import CausalOnCPU, attend
+from trainers.model import attention
+from trainers.model.attention import CausalOnCPU, attend
 
 
 def heads(num_positions: int, width: int, scale: float = 1.0) -> list[torch.Tensor]:

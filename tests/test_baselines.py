@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from cluster.config import load_config
-from cluster.storage import open_store
+from cluster.configuration.config import load_config
+from cluster.storage.uris import open_store
 from tests.test_framing import PROSE, tokenizer
 from tests.token_corpus import put_text_corpus
-from trainers.baselines import BASELINES, measure, write_baselines
-from trainers.config import PretrainConfig
+from trainers.pretraining.baselines import BASELINES, measure, write_baselines
+from trainers.pretraining.config import PretrainConfig
 
 
 def test_loss_and_accuracies_by_hand():

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.bench_model import SAMPLE, Variant, no_attention, torchs_attention
-from cluster.session import PROJECT
-from trainers.attention import attend
-from trainers.model import build
+from cluster.sessions.session import PROJECT
+from trainers.model.attention import attend
+from trainers.model.backbone import build
 
 
 @pytest.mark.slow

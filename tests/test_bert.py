@@ -7,12 +7,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cluster.storage import open_store
-from data.tokens import FixedTokenizer, TokenizerConfig, train_tokenizer
-from trainers.bert import SWITCHES, fits_bert
-from trainers.export import export, load_exported
-from trainers.model import Backbone, build
-from trainers.shape import ModelConfig
+from cluster.storage.uris import open_store
+from data.tokens.tokenizer import FixedTokenizer, TokenizerConfig, train_tokenizer
+from trainers.exported.bert import SWITCHES, fits_bert
+from trainers.exported.folder import export, load_exported
+from trainers.model.backbone import Backbone, build
+from trainers.model.shape import ModelConfig
 
 SAMPLE = ["今天天气真好，我们去公园吧。the love of Denmark and the kings of kingdoms"] * 20
 SMALL = dict(hidden_size=48, num_layers=3, num_heads=4, intermediate_size=80, max_positions=64)

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from data import unpacking
-from data.corpus import CorpusConfig, CorpusError, RawShard
-from data.documents import Broken, Document, read_documents
-from data.pieces import SET_ASIDE_BYTES, SET_ASIDE_RECORDS, Piece, survey
-from trainers.record_files import BrokenRow, rows_in
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
+from data.preparing.pieces import SET_ASIDE_BYTES, SET_ASIDE_RECORDS, Piece, survey
+from data.reading import unpacking
+from data.reading.documents import Broken, Document, read_documents
+from data.reading.raw_shards import CorpusConfig, CorpusError, RawShard
+from trainers.tasks.record_files import BrokenRow, rows_in
 
 MOST_MEMORY = 512 << 20
 """Above what a reader takes before it reads: eight times what a page of Parquet may unpack to."""
@@ -66,8 +66,8 @@ BOMBS = {
 }
 SURVEY = """
 import sys
-from data.corpus import CorpusConfig, CorpusError, list_raw_shards
-from data.pieces import Piece, survey
+from data.reading.raw_shards import CorpusConfig, CorpusError, list_raw_shards
+from data.preparing.pieces import Piece, survey
 folder = sys.argv[1]
 config = CorpusConfig(uri=f"{folder}/raw", prepared=f"{folder}/prepared")
 def most_memory():  # of this process: getrusage tells also what its parent had before it began
@@ -206,7 +206,7 @@ def test_of_a_piece_so_many_records_and_bytes_are_set_aside_and_all_are_counted(
 
 
 def test_the_bytes_of_what_is_set_aside_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.pieces.SET_ASIDE_BYTES", 50_000)
+    monkeypatch.setattr("data.preparing.pieces.SET_ASIDE_BYTES", 50_000)
     config = CorpusConfig(uri=f"{tmp_path}/raw", prepared=f"{tmp_path}/prepared", set_aside_limit=1)
     kept = surveyed(tmp_path, (b"\xff" * 2_000 + b"\n") * 100, config)
     assert 5 < len(kept) < 20 and SET_ASIDE_BYTES > 50_000

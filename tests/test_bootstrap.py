@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trainers.bootstrap import RESAMPLES, bootstrap_interval, judged_interval, statistic_of
-from trainers.task import TaskConfig
-from trainers.task_metrics import measure
-from trainers.task_records import Example
+from trainers.tasks.bootstrap import RESAMPLES, bootstrap_interval, judged_interval, statistic_of
+from trainers.tasks.metrics import measure
+from trainers.tasks.records import Example
+from trainers.tasks.task import TaskConfig
 
 LABELS = ("a", "b", "c", "rare")
 TAGS = ("O", "B-X", "I-X", "B-Y")
@@ -126,7 +126,7 @@ def test_the_interval_is_of_the_resamples_that_are_documented():
 def test_a_resample_does_not_depend_on_how_many_are_computed_at_a_time(monkeypatch):
     given, targets, answers = made("classification", labels=LABELS, metric="macro_f1")
     whole = judged_interval(given, examples(targets), answers)
-    monkeypatch.setattr("trainers.bootstrap.INDICES_AT_A_TIME", 200)
+    monkeypatch.setattr("trainers.tasks.bootstrap.INDICES_AT_A_TIME", 200)
     assert judged_interval(given, examples(targets), answers) == pytest.approx(whole, abs=1e-12)
 
 

@@ -13,7 +13,10 @@ import pytest
 from task_files import put_lines, put_task
 from test_help import CONFIGS
 
-from cluster.bounds import (
+from cluster.configuration.config import from_dict, load_config
+from cluster.configuration.keys import declared, keys_of
+from cluster.console.errors import ConfigError
+from cluster.limits.bounds import (
     BELOW_BYTES,
     LARGEST_INTEGER,
     LARGEST_NUMBER,
@@ -26,19 +29,18 @@ from cluster.bounds import (
     seconds_given,
     whole_number,
 )
-from cluster.config import ConfigError, from_dict, load_config
-from cluster.keys import declared, keys_of
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from data.mixture import Mixture
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
+from data.order.mixture import Mixture
 from trainers import generate, predict
-from trainers.config import SCRAPE_SECONDS_VARIABLE, PretrainConfig
-from trainers.finetune_config import FinetuneConfig
-from trainers.planning import plan_of, problems_before_start
-from trainers.prediction_rows import pieces_of
-from trainers.task import load_task
-from tune.search_space import parse_space
-from tune.sweep_config import SweepConfig
+from trainers.finetuning.config import FinetuneConfig
+from trainers.planning.checks import plan_of, problems_before_start
+from trainers.prediction.rows import pieces_of
+from trainers.pretraining.config import PretrainConfig
+from trainers.reporting.watching import SCRAPE_SECONDS_VARIABLE
+from trainers.tasks.task import load_task
+from tune.search.config import SweepConfig
+from tune.search.space import parse_space
 
 KEYS = [(config, name) for config in CONFIGS for name in keys_of(config)]
 GIVEN: dict[str, Any] = {"corpus": {"uri": "raw", "prepared": "prepared"}}
@@ -91,7 +93,7 @@ def test_every_configuration_that_a_command_loads_is_among_those_walked_over() -
     loaded = {
         ast.unparse(node.args[0])
         for folder in ("cluster", "data", "trainers", "tune")
-        for path in (PROJECT / folder).glob("*.py")
+        for path in (PROJECT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "load_config"
     }
@@ -183,7 +185,7 @@ def test_no_command_reads_a_number_without_its_bounds() -> None:
     bare = [
         path.name
         for folder in ("cluster", "data", "trainers", "tune")
-        for path in (PROJECT / folder).glob("*.py")
+        for path in (PROJECT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.keyword)
         and node.arg == "type"

@@ -4,9 +4,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.causal import causal_lm, document_segments
-from trainers.model import build
-from trainers.shape import ModelConfig
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
+from trainers.objectives.causal import causal_lm, document_segments
 
 SMALL = ModelConfig(vocab_size=311, hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
 TIED = ModelConfig(

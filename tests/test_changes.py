@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.config import ConfigError, from_dict, load_config, to_dict, to_yaml
-from cluster.keys import keys_of
-from cluster.storage import StorageError, Store, open_store
+from cluster.configuration.config import from_dict, load_config, to_dict, to_yaml
+from cluster.configuration.keys import keys_of
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import StorageError, Store, open_store
 from tests.test_finished import arguments  # noqa: F401  (a fixture)
 from trainers import pretrain
-from trainers.changes import changed_keys
-from trainers.config import PretrainConfig, absolute, run_store
-from trainers.finetune_config import FinetuneConfig
-from trainers.lease import lease
-from trainers.run_folder import CONFIG, MANIFEST, check_unchanged, write_start
-from trainers.verdict import CLAIM, EXPORT, VERDICT
+from trainers.evaluation.verdict import CLAIM, EXPORT, VERDICT
+from trainers.finetuning.config import FinetuneConfig
+from trainers.pretraining.config import PretrainConfig, absolute, run_store
+from trainers.pretraining.run_folder import CONFIG, MANIFEST, check_unchanged, write_start
+from trainers.recovery.lease import lease
+from trainers.stored.changes import changed_keys
 
 OPTIMIZER = (
     "kind learning_rate muon_learning_rate muon_iterations embedding_learning_rate head_learning_rate "

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.charts import MAX_POINTS, curve_of, draw_charts
+from trainers.reporting.charts import MAX_POINTS, curve_of, draw_charts
 
 FLOOR = {"order": 7, "validation": 2.3, "test": 2.2}
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cluster.storage import StorageError, Store, open_store
-from trainers.checkpoint import (
+from cluster.storage.uris import StorageError, Store, open_store
+from trainers.checkpoints.commit import file_path, folder_name, read_record, seal
+from trainers.checkpoints.keeping import (
     CheckpointConfig,
     checkpoint_at,
     claim_attempt,
@@ -25,12 +26,11 @@ from trainers.checkpoint import (
     latest_checkpoint,
     retire,
 )
-from trainers.checkpoint_commit import file_path, folder_name, read_record, seal
-from trainers.checkpoint_layout import CheckpointError
-from trainers.checkpoint_reader import CheckpointReader
-from trainers.checkpoint_writer import HEADER_ROOM_BYTES, CheckpointWriter
-from trainers.selection import Selection, record_best
-from trainers.state import StateSlice
+from trainers.checkpoints.layout import CheckpointError
+from trainers.checkpoints.reader import CheckpointReader
+from trainers.checkpoints.state import StateSlice
+from trainers.checkpoints.writer import HEADER_ROOM_BYTES, CheckpointWriter
+from trainers.evaluation.selection import Selection, record_best
 
 SHAPES = {"embed.weight": (11, 7), "layers.0.norm.weight": (5,), "scale": ()}
 KINDS = ("value", "exp_avg", "exp_avg_sq")
@@ -516,11 +516,11 @@ def test_of_two_writers_with_one_attempt_number_only_one_commits(store: Store) -
 WRITE_UNTIL_KILLED = """
 import sys
 import torch
-from cluster.storage import open_store
-from trainers.checkpoint import CheckpointConfig, claim_attempt, latest_checkpoint
-from trainers.checkpoint_writer import HEADER_ROOM_BYTES, CheckpointWriter
-from trainers.selection import Selection, record_best
-from trainers.state import StateSlice
+from cluster.storage.uris import open_store
+from trainers.checkpoints.keeping import CheckpointConfig, claim_attempt, latest_checkpoint
+from trainers.checkpoints.writer import HEADER_ROOM_BYTES, CheckpointWriter
+from trainers.evaluation.selection import Selection, record_best
+from trainers.checkpoints.state import StateSlice
 
 store = open_store(sys.argv[1])
 last = latest_checkpoint(store)

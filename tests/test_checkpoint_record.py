@@ -17,17 +17,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cluster.storage import Store, open_store
-from cluster.stored_file import DamagedFileError
+from cluster.configuration.stored_file import DamagedFileError
+from cluster.storage.uris import Store, open_store
 from tests.test_checkpoint import CONFIG, KINDS, SHAPES, assert_holds, save, slices_of, state_at
-from trainers.checkpoint import (
-    CheckpointConfig,
-    claim_attempt,
-    latest_attempt,
-    latest_checkpoint,
-    latest_world_size,
-)
-from trainers.checkpoint_commit import (
+from trainers.checkpoints.commit import (
     RECORD,
     file_path,
     folder_name,
@@ -36,10 +29,17 @@ from trainers.checkpoint_commit import (
     seal,
     unseal,
 )
-from trainers.checkpoint_layout import CheckpointError, Extent
-from trainers.checkpoint_reader import CheckpointReader
-from trainers.checkpoint_writer import HEADER_ROOM_BYTES, CheckpointWriter
-from trainers.loop import SECTIONS
+from trainers.checkpoints.keeping import (
+    CheckpointConfig,
+    claim_attempt,
+    latest_attempt,
+    latest_checkpoint,
+    latest_world_size,
+)
+from trainers.checkpoints.layout import CheckpointError, Extent
+from trainers.checkpoints.reader import CheckpointReader
+from trainers.checkpoints.writer import HEADER_ROOM_BYTES, CheckpointWriter
+from trainers.pretraining.loop import SECTIONS
 
 Content = dict[str, Any]
 GOOD, CRAFTED = folder_name(100, 2, 1), folder_name(200, 2, 1)
@@ -192,7 +192,7 @@ def test_a_record_larger_than_any_is_refused_before_it_is_read(
     folder: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     committed_twice(folder)
-    monkeypatch.setattr("trainers.checkpoint_commit.RECORD_BYTES", 1_000)
+    monkeypatch.setattr("trainers.checkpoints.commit.RECORD_BYTES", 1_000)
     with pytest.raises(
         CheckpointError, match=rf"{CRAFTED}/COMMIT.json is malformed: [\d,]+ bytes, more than"
     ):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import PROJECT
-from cluster.storage import open_store
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
 from tests.ray_nodes import HERE, Place, RayNodes
 from tests.small_run import (
     SmallRun,
@@ -21,20 +21,19 @@ from tests.small_run import (
     wait_for_step,
 )
 from tests.unbroken import assert_as_unbroken
-from trainers.checkpoint import committed
-from trainers.checkpoint_commit import read_record
-from trainers.clock import TOLERANCE_SECONDS, RunClock
-from trainers.goodput import goodput_of
-from trainers.metrics import events_of, read_attempts
-from trainers.stopping import STOP
+from trainers.checkpoints.commit import read_record
+from trainers.checkpoints.keeping import committed
+from trainers.recovery.clock import TOLERANCE_SECONDS, RunClock
+from trainers.recovery.stopping import STOP
+from trainers.reporting.goodput import goodput_of
+from trainers.reporting.metrics import events_of, read_attempts
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [-600, 7200])
 def test_a_wrong_clock_tells_the_stores_time(tmp_path, seconds):
-    program = (
-        "import sys, time; from cluster.storage import open_store; from trainers.clock import RunClock\n"
-    )
+    program = "import sys, time; from cluster.storage.uris import open_store; "
+    program += "from trainers.recovery.clock import RunClock\n"
     program += "print(time.time(), RunClock(open_store(sys.argv[1])).now())"
     place = with_python_off_by(seconds, tmp_path / "clock")
     command = [*place.prefix, sys.executable, "-c", program, str(tmp_path)]

@@ -2,12 +2,12 @@
 
 import json
 
-from cluster.config import load_config
+from cluster.configuration.config import load_config
 from tests.test_generate import BOUNDARY, CONFIG, MODEL, byte_tokenizer
-from trainers.closing import TOO_LONG, write_samples
-from trainers.config import PretrainConfig, run_store
-from trainers.export import export
-from trainers.verdict import EXPORT
+from trainers.evaluation.verdict import EXPORT
+from trainers.exported.folder import export
+from trainers.pretraining.closing import TOO_LONG, write_samples
+from trainers.pretraining.config import PretrainConfig, run_store
 
 
 def test_a_prompt_that_fills_the_models_positions_does_not_keep_a_run_from_its_end(tmp_path):

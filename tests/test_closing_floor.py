@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from cluster.config import load_config
-from cluster.storage import open_store
-from data.ngram import MAX_ORDER, fit
-from data.tokens import FixedTokenizer, TokenizerConfig, train_tokenizer
+from cluster.configuration.config import load_config
+from cluster.storage.uris import open_store
+from data.tokens.ngram import MAX_ORDER, fit
+from data.tokens.tokenizer import FixedTokenizer, TokenizerConfig, train_tokenizer
 from tests.token_corpus import put_text_corpus
-from trainers.closing import UNCHOSEN_ORDER, write_floor
-from trainers.config import PretrainConfig, run_store
+from trainers.pretraining.closing import UNCHOSEN_ORDER, write_floor
+from trainers.pretraining.config import PretrainConfig, run_store
 
 WORDS = (
     "to",
@@ -135,6 +135,6 @@ def test_each_unknown_word_costs_bits(tmp_path, wordpiece):
 def test_a_part_of_a_large_split_is_scored_over_its_own_bytes(tmp_path, monkeypatch, wordpiece):
     alike = {**SPLITS, "test": [SPLITS["test"][0].replace(" ", "  ")] * 200}
     whole, _ = floor_of(tmp_path / "whole", alike, wordpiece)
-    monkeypatch.setattr("trainers.closing.FLOOR_SCORED_BYTES", 5_000)
+    monkeypatch.setattr("trainers.pretraining.closing.FLOOR_SCORED_BYTES", 5_000)
     part, _ = floor_of(tmp_path / "part", alike, wordpiece)
     assert part["test"] == pytest.approx(whole["test"], rel=0.05)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from trainers.collectives import Workers, limit_collectives
+from trainers.engine.collectives import Workers, limit_collectives
 
 
 def wait_for_one_that_does_not_come(rank: int, folder: str) -> None:

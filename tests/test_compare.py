@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cluster.storage import open_store
-from data.manifest import read_manifest
-from data.shards import read_fragment
-from data.tokens import FixedTokenizer, TokenizerConfig, fix_tokenizer, train_tokenizer
+from cluster.storage.uris import open_store
+from data.shards.manifest import read_manifest
+from data.shards.shards import read_fragment
+from data.tokens.tokenizer import FixedTokenizer, TokenizerConfig, fix_tokenizer, train_tokenizer
 from tests.token_corpus import put_text_corpus, put_token_corpus
 from trainers import compare
-from trainers.export import export
-from trainers.model import build
-from trainers.shape import ModelConfig
+from trainers.exported.folder import export
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
 
 SHAPE = ModelConfig(
     vocab_size=70, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48, max_positions=16

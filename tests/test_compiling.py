@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import get_compilation_metrics
 
-from trainers.compiling import VARIABLE, compile_clock, compiled, seconds_compiled
+from trainers.model.compiling import VARIABLE, compile_clock, compiled, seconds_compiled
 
 
 def test_the_clock_runs_while_torch_compiles_and_at_no_other_time(tmp_path, monkeypatch):

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.bounds import LARGEST_INTEGER, LARGEST_NUMBER
-from cluster.config import ConfigError, from_dict, load_config, run_entry, to_dict, to_yaml
-from cluster.keys import nearest
+from cluster.configuration.config import from_dict, load_config, run_entry, to_dict, to_yaml
+from cluster.configuration.keys import nearest
+from cluster.console.errors import ConfigError
+from cluster.limits.bounds import LARGEST_INTEGER, LARGEST_NUMBER
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from tests.small_run import SmallRun, steps_by_number
 from trainers import compare
 

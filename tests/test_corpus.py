@@ -21,10 +21,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.local_store import LocalStore
-from cluster.storage import StorageError, open_store
-from data.clean import normalise
-from data.corpus import (
+from cluster.storage.local import LocalStore
+from cluster.storage.uris import StorageError, open_store
+from data.reading.clean import normalise
+from data.reading.documents import Broken, Document, corpus_problems, read_documents
+from data.reading.raw_shards import (
     CorpusConfig,
     CorpusError,
     RawShard,
@@ -32,8 +33,7 @@ from data.corpus import (
     group_shards,
     list_raw_shards,
 )
-from data.documents import Broken, Document, corpus_problems, read_documents
-from data.splits import SplitConfig
+from data.reading.splits import SplitConfig
 from tests.google_stub import GoogleStub
 
 TEXTS = ["To be, or not to be", "naïve café ☕", "一二三\n四五六", "a\tb \u2028c"]

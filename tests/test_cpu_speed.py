@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.config import load_config
-from cluster.hardware import Peak
-from cluster.session import PROJECT
-from trainers.config import PretrainConfig
-from trainers.cpu_speed import cpu_step_seconds, muon_flops
-from trainers.muon import orthogonalize
-from trainers.optimizer import OptimizerConfig
-from trainers.plan import make_plan
-from trainers.planning import job_of
-from trainers.run_time import Evaluations
-from trainers.shape import ModelConfig
+from cluster.configuration.config import load_config
+from cluster.hardware.machine import Peak
+from cluster.sessions.session import PROJECT
+from trainers.model.shape import ModelConfig
+from trainers.optim.muon import orthogonalize
+from trainers.optim.optimizer import OptimizerConfig
+from trainers.planning.checks import job_of
+from trainers.planning.cpu_speed import cpu_step_seconds, muon_flops
+from trainers.planning.plan import make_plan
+from trainers.planning.run_time import Evaluations
+from trainers.pretraining.config import PretrainConfig
 
 SAMPLE = ModelConfig(
     vocab_size=4_096, hidden_size=384, num_layers=6, num_heads=6, intermediate_size=1_024, max_positions=2_048

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.session import PROJECT
-from trainers.cross_entropy import chunk_tokens, linear_cross_entropy
+from cluster.sessions.session import PROJECT
+from trainers.model.cross_entropy import chunk_tokens, linear_cross_entropy
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,7 +70,7 @@ def test_a_chunk_has_at_most_four_logits_for_each_element_of_the_hidden_states(n
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 PEAK = """
 import sys, torch
-from trainers.cross_entropy import linear_cross_entropy
+from trainers.model.cross_entropy import linear_cross_entropy
 N, D, V = 8_192, 64, 16_384
 hidden = torch.randn(N, D, dtype=torch.bfloat16, requires_grad=True)
 weight = torch.randn(V, D, dtype=torch.bfloat16, requires_grad=True)

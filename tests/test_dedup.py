@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.local_store import LocalStore
-from cluster.storage import open_store
-from data.clean import content_hash
-from data.dedup import (
+from cluster.storage.local import LocalStore
+from cluster.storage.uris import open_store
+from data.curation.exact_duplicates import (
     HashFile,
     add_up,
     duplicates_of,
@@ -21,7 +20,8 @@ from data.dedup import (
     record_duplicates,
     write_hashes,
 )
-from data.manifest import SPLITS
+from data.reading.clean import content_hash
+from data.shards.manifest import SPLITS
 
 Piece = list[tuple[int, int]]
 """A text's number and the index of its split, by document."""

@@ -14,34 +14,33 @@ from small_finetune import SHORT, config, put_place, run_of
 from task_files import BACKBONES, SHAPE, put_backbone, small_tokenizer
 from tokenizers import Tokenizer
 
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from trainers.causal import CAUSAL
-from trainers.config import ValidationConfig
-from trainers.diverged import DivergedModelError
-from trainers.evaluation import evaluation_of
-from trainers.export import Exported, load_exported
-from trainers.few_shot import log_likelihoods
-from trainers.finetune import finetune
-from trainers.finetune_end import CHOSEN, answer_lines, read_chosen
-from trainers.finetune_loop import Choice
-from trainers.finetune_order import FinetuneOrder
-from trainers.generate import SamplingConfig, complete, generate
-from trainers.loop import Ending
-from trainers.model import build
-from trainers.prediction import Counts, Predictor, counts_of
-from trainers.progress import Status
-from trainers.reading import Reader
-from trainers.selection import Selection
-from trainers.task import TaskConfig, TaskFiles, TaskPrompt
-from trainers.task_encoding import Encoder, framed
-from trainers.task_evaluation import TaskScore, answers_to, score_of
-from trainers.task_export import export_task_model
-from trainers.task_metrics import NOT_FINITE, Answer
-from trainers.task_model import AdaptConfig, TaskModel
-from trainers.task_records import Example
-from trainers.verdict import VERDICT, record_verdict
-from trainers.worker import refuse_diverged
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
+from trainers.evaluation.loss import evaluation_of
+from trainers.evaluation.selection import Selection, ValidationConfig
+from trainers.evaluation.verdict import VERDICT, record_verdict
+from trainers.exported.folder import Exported, load_exported
+from trainers.exported.reading import Reader
+from trainers.exported.sampling import SamplingConfig, complete, generate
+from trainers.finetuning.end import CHOSEN, answer_lines, read_chosen
+from trainers.finetuning.job import FinetuneOrder
+from trainers.finetuning.loop import Choice
+from trainers.finetuning.run import finetune
+from trainers.model.backbone import build
+from trainers.model.diverged import DivergedModelError
+from trainers.objectives.causal import CAUSAL
+from trainers.prediction.pieces import Counts, Predictor, counts_of
+from trainers.pretraining.loop import Ending
+from trainers.pretraining.worker import refuse_diverged
+from trainers.reporting.progress import Status
+from trainers.tasks.encoding import Encoder, framed
+from trainers.tasks.evaluation import TaskScore, answers_to, score_of
+from trainers.tasks.export import export_task_model
+from trainers.tasks.few_shot import log_likelihoods
+from trainers.tasks.heads import AdaptConfig, TaskModel
+from trainers.tasks.metrics import NOT_FINITE, Answer
+from trainers.tasks.records import Example
+from trainers.tasks.task import TaskConfig, TaskFiles, TaskPrompt
 
 CPU = torch.device("cpu")
 LABELS = ("bad", "good")
@@ -271,11 +270,11 @@ def test_a_verdict_that_json_cannot_hold_is_not_written(tmp_path):
 
 
 SHOWN_ALONE = {
-    ("cluster/keys.py", "shown"),
-    ("cluster/config.py", "to_dict"),
-    ("cluster/config.py", "value"),
-    ("cluster/stored_file.py", "decode_json"),
-    ("trainers/task_records.py", "_refuse_half_character"),
+    ("cluster/configuration/keys.py", "shown"),
+    ("cluster/configuration/config.py", "to_dict"),
+    ("cluster/configuration/config.py", "value"),
+    ("cluster/configuration/stored_file.py", "decode_json"),
+    ("trainers/tasks/records.py", "_refuse_half_character"),
 }
 """Functions whose JSON is shown, or held against a type, and never stored."""
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.storage import open_store
-from data.corpus import CorpusConfig, RawShard
-from data.documents import Broken, Document, read_documents
+from cluster.storage.uris import open_store
+from data.reading.documents import Broken, Document, read_documents
+from data.reading.raw_shards import CorpusConfig, RawShard
 
 LIMIT = 1_024
 CONFIG = CorpusConfig(max_record_bytes=LIMIT, normalization="none")

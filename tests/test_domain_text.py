@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from task_files import put_lines, put_task, sentences
 
-from cluster.storage import open_store
-from data.overlap import texts_within
-from trainers.task import load_task
-from trainers.task_data import prepare_task
+from cluster.storage.uris import open_store
+from data.curation.overlap import texts_within
+from trainers.tasks.splits import prepare_task
+from trainers.tasks.task import load_task
 from tune import domain_text
 
 

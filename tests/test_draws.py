@@ -8,15 +8,16 @@ import yaml
 from scipy import stats
 from task_files import put_backbone, put_lines, put_task, sentences, skewed
 
-from cluster.config import ConfigError, from_dict
-from cluster.storage import open_store
-from trainers.finetune import check_unchanged, finetune
-from trainers.finetune_config import FinetuneConfig, seed_store
-from trainers.finetune_order import FinetuneOrder, identity_of, write_start
-from trainers.task import TaskConfig, load_task
-from trainers.task_data import choose_budget, prepare_task
-from trainers.task_records import Example
-from trainers.task_report import write_task_report
+from cluster.configuration.config import from_dict
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from trainers.finetuning.config import FinetuneConfig, seed_store
+from trainers.finetuning.job import FinetuneOrder, identity_of, write_start
+from trainers.finetuning.report import write_task_report
+from trainers.finetuning.run import check_unchanged, finetune
+from trainers.tasks.records import Example
+from trainers.tasks.splits import choose_budget, prepare_task
+from trainers.tasks.task import TaskConfig, load_task
 
 TASK = TaskConfig(name="t", kind="classification", labels=("rare", "usual"))
 POOL = [Example(str(i), f"text {i}", "", [], "usual" if i % 10 else "rare") for i in range(1_000)]

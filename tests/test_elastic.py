@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from tests.ray_nodes import RayNodes, kill_raylet, spent_seconds
 from tests.small_run import (
     SmallRun,
@@ -16,9 +16,9 @@ from tests.small_run import (
     wait_for_step,
 )
 from tests.unbroken import assert_as_unbroken
-from trainers.goodput import goodput_of
-from trainers.metrics import read_attempts
-from trainers.stopping import STOP
+from trainers.recovery.stopping import STOP
+from trainers.reporting.goodput import goodput_of
+from trainers.reporting.metrics import read_attempts
 
 pytestmark = pytest.mark.cluster
 

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForPreTraining
 
 from tests.bert_reference import BERT, SMALL, bert_of, lively
-from trainers.model import Backbone, build
-from trainers.shape import ModelConfig, count_parameters, flops_per_token
+from trainers.model.backbone import Backbone, build
+from trainers.model.shape import ModelConfig, count_parameters, flops_per_token
 
 SHAPES = {
     "bert": BERT,

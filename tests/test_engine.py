@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.ray_nodes import free_ports
-from trainers.engine import Engine
-from trainers.engine_config import EngineConfig, build_deepspeed_config
-from trainers.optimizer import OptimizerConfig
-from trainers.state import StateSlice
+from trainers.checkpoints.state import StateSlice
+from trainers.engine.config import EngineConfig, build_deepspeed_config
+from trainers.engine.engine import Engine
+from trainers.optim.optimizer import OptimizerConfig
 
 VOCABULARY, WIDTH, ROWS, SEQ_LEN = 61, 24, 8, 9
 SAVED, LAST = 3, 6

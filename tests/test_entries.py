@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from task_files import put_task
 
-from cluster.config import ConfigError, UserError, run_entry
-from cluster.session import PROJECT
-from cluster.store import StorageError
+from cluster.configuration.config import run_entry
+from cluster.console.errors import ConfigError, UserError
+from cluster.sessions.session import PROJECT
+from cluster.storage.store import StorageError
 
 ENTRIES = [
     path

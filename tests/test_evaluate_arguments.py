@@ -7,7 +7,7 @@ import pytest
 from task_files import BACKBONES, SHAPE, put_backbone, small_tokenizer
 from token_corpus import put_text_corpus
 
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from trainers import compare, evaluate, harness
 
 TASK = ["--model", "m", "--task", "t.yaml"]

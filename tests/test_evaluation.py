@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.storage import open_store
-from data.epochs import Rows
-from data.evaluation_rows import EvaluationBatch, evaluation_batches
+from cluster.storage.uris import open_store
+from data.order.epochs import Rows
+from data.rows.evaluation_rows import EvaluationBatch, evaluation_batches
 from tests.task_files import SHAPE, put_backbone, small_tokenizer
 from tests.token_corpus import put_text_corpus, put_token_corpus
-from trainers.causal import CAUSAL, Causal
-from trainers.collectives import Workers
-from trainers.engine import Engine
-from trainers.engine_config import EngineConfig
+from trainers.engine.collectives import Workers
+from trainers.engine.config import EngineConfig
+from trainers.engine.engine import Engine
 from trainers.evaluate import main
-from trainers.evaluation import Evaluation, evaluate, evaluation_of, sums_over
-from trainers.export import load_exported
-from trainers.finetune_worker import form_group_of_one
-from trainers.objective import Term
-from trainers.optimizer import OptimizerConfig
-from trainers.verdict import TestSplitError
+from trainers.evaluation.loss import Evaluation, evaluate, evaluation_of, sums_over
+from trainers.evaluation.verdict import TestSplitError
+from trainers.exported.folder import load_exported
+from trainers.finetuning.worker import form_group_of_one
+from trainers.objectives.causal import CAUSAL, Causal
+from trainers.objectives.objective import Term
+from trainers.optim.optimizer import OptimizerConfig
 
 NO_ROWS = Rows(*np.full((5, 2), -1))
 NO_LABELS = np.full(2, -1, np.int8)

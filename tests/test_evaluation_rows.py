@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from cluster.storage import open_store
-from data.evaluation_rows import evaluation_batches
-from data.framing import FramingConfig, framing_of
-from data.shards import read_fragment
+from cluster.storage.uris import open_store
+from data.rows.evaluation_rows import evaluation_batches
+from data.rows.framing import FramingConfig, framing_of
+from data.shards.shards import read_fragment
 from tests.test_framing import PROSE, tokenizer
 from tests.token_corpus import put_text_corpus, put_token_corpus
 

@@ -10,18 +10,20 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-from cluster.storage import open_store
-from data.manifest import FRAGMENT_DTYPES, Fragments, Manifest, write_manifest
-from data.tokens import fix_tokenizer
+from cluster.storage.uris import open_store
+from data.shards.manifest import FRAGMENT_DTYPES, Fragments, Manifest, write_manifest
+from data.tokens.tokenizer import fix_tokenizer
 from trainers import export as export_module
-from trainers.checkpoint import CheckpointConfig
-from trainers.checkpoint_writer import CheckpointWriter
-from trainers.export import export, load_exported, main
-from trainers.export_folder import ForeignFolderError
-from trainers.generate import SamplingConfig, generate
-from trainers.model import build
-from trainers.shape import ModelConfig
-from trainers.state import VALUE, StateSlice
+from trainers.checkpoints.keeping import CheckpointConfig
+from trainers.checkpoints.state import VALUE, StateSlice
+from trainers.checkpoints.writer import CheckpointWriter
+from trainers.export import main
+from trainers.exported import folder as exported_folder
+from trainers.exported.folder import export, load_exported
+from trainers.exported.replacing import ForeignFolderError
+from trainers.exported.sampling import SamplingConfig, generate
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
 
 BOUNDARY = "<|endoftext|>"
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer"
@@ -126,7 +128,7 @@ def test_what_transformers_saved_loads_here(tokenizer, tmp_path):
 
 
 def test_a_large_model_is_cut_into_files_that_transformers_joins(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(exported_folder, "MAX_FILE_BYTES", 100_000)
     model = exported_model(tokenizer, {}, str(tmp_path))
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and not (tmp_path / "model.safetensors").exists()
@@ -142,7 +144,7 @@ def test_a_large_model_is_cut_into_files_that_transformers_joins(tokenizer, tmp_
 
 def test_exporting_again_leaves_no_trace_of_the_larger_export(tokenizer, tmp_path, monkeypatch):
     with monkeypatch.context() as smaller:
-        smaller.setattr(export_module, "MAX_FILE_BYTES", 100_000)
+        smaller.setattr(exported_folder, "MAX_FILE_BYTES", 100_000)
         exported_model(tokenizer, {}, str(tmp_path))
     exported_model(tokenizer, {"tie_embeddings": True}, str(tmp_path))
     assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]

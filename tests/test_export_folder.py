@@ -10,17 +10,18 @@ import transformers
 from safetensors.torch import load_file
 from task_files import put_backbone, small_tokenizer
 
-from cluster.config import ConfigError, to_yaml
-from cluster.storage import Store, open_store
-from trainers import export as export_module
-from trainers.config import PretrainConfig
-from trainers.export import export, load_exported
-from trainers.export_folder import UNFINISHED, ForeignFolderError, foreign_problem
-from trainers.formats import CONFIG, TASK
-from trainers.model import build
-from trainers.model_files import INDEX, WEIGHTS
-from trainers.run_folder import check_unchanged
-from trainers.shape import ModelConfig
+from cluster.configuration.config import to_yaml
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import Store, open_store
+from trainers.exported import folder as exported_folder
+from trainers.exported.folder import export, load_exported
+from trainers.exported.formats import CONFIG, TASK
+from trainers.exported.model_files import INDEX, WEIGHTS
+from trainers.exported.replacing import UNFINISHED, ForeignFolderError, foreign_problem
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
+from trainers.pretraining.config import PretrainConfig
+from trainers.pretraining.run_folder import check_unchanged
 
 SHAPE = dict(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, max_positions=128)
 OTHERS_FILES = (
@@ -37,7 +38,7 @@ OTHERS_FILES = (
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, "MAX_FILE_BYTES", 40_000)
+    monkeypatch.setattr(exported_folder, "MAX_FILE_BYTES", 40_000)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -97,7 +98,7 @@ def test_overwriting_replaces_a_foreign_model_and_nothing_beside_it(
 
 def test_exporting_again_deletes_its_own_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as smaller:
-        smaller.setattr(export_module, "MAX_FILE_BYTES", 40_000)
+        smaller.setattr(exported_folder, "MAX_FILE_BYTES", 40_000)
         put_export(tmp_path)
     number = len(weight_files(tmp_path)) - 1
     assert number > 2
@@ -187,7 +188,7 @@ def test_an_export_that_was_cut_off_does_not_load_and_is_exported_again(
     if put > 1:
         with pytest.raises(FileNotFoundError):
             load_exported(open_store(str(tmp_path)))
-    monkeypatch.setattr(export_module, "MAX_FILE_BYTES", 1 << 30)
+    monkeypatch.setattr(exported_folder, "MAX_FILE_BYTES", 1 << 30)
     put_export(tmp_path)
     assert weight_files(tmp_path) == [WEIGHTS]
     assert not (tmp_path / UNFINISHED).exists()

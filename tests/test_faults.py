@@ -10,8 +10,8 @@ import uuid
 import pytest
 
 from cluster.local_s3 import LocalS3
-from cluster.storage import Store, open_store
-from data.manifest import read_manifest
+from cluster.storage.uris import Store, open_store
+from data.shards.manifest import read_manifest
 from tests.fault_proxy import FaultProxy
 from tests.small_run import (
     SmallRun,
@@ -23,9 +23,9 @@ from tests.small_run import (
     wait_for_step,
 )
 from tests.unbroken import assert_as_unbroken
-from trainers.checkpoint_commit import RECORD
-from trainers.metrics import events_of, read_attempts, steps_of, validations_of
-from trainers.stopping import STOP
+from trainers.checkpoints.commit import RECORD
+from trainers.recovery.stopping import STOP
+from trainers.reporting.metrics import events_of, read_attempts, steps_of, validations_of
 
 pytestmark = pytest.mark.cluster
 

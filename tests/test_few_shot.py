@@ -8,11 +8,15 @@ import pytest
 import torch
 from task_files import put_backbone, put_lines, put_task, sentences
 
-from cluster.config import ConfigError
-from cluster.storage import open_store
-from trainers import evaluate, few_shot
-from trainers.export import load_exported
-from trainers.few_shot import (
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from trainers import evaluate
+from trainers.evaluation.verdict import TestSplitError
+from trainers.exported.folder import load_exported
+from trainers.exported.sampling import Completion
+from trainers.tasks import few_shot
+from trainers.tasks.encoding import prompt_of
+from trainers.tasks.few_shot import (
     FewShotConfig,
     choice_scores,
     choose_shots,
@@ -21,12 +25,9 @@ from trainers.few_shot import (
     log_likelihoods,
     written,
 )
-from trainers.generate import Completion
-from trainers.task import load_task
-from trainers.task_data import prepare_task
-from trainers.task_encoding import prompt_of
-from trainers.task_metrics import measure
-from trainers.verdict import TestSplitError
+from trainers.tasks.metrics import measure
+from trainers.tasks.splits import prepare_task
+from trainers.tasks.task import load_task
 
 PROMPT = {"template": "{text}\nThis is", "answers": {"good": "very fine", "bad": "bad"}, "separator": "\n\n"}
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, replace
 import pytest
 from rich.console import Console
 
-from cluster.storage import open_store
-from tune.finalists import best_points, rank
-from tune.measure import Measure
-from tune.search import ProgressLine
-from tune.trial_records import TrialRecord, discard_checkpoints, read_trials, record_outcome, trial_name
+from cluster.storage.uris import open_store
+from tune.search.measure import Measure
+from tune.sweeps.finalists import best_points, rank
+from tune.sweeps.phases import ProgressLine
+from tune.trials.records import TrialRecord, discard_checkpoints, read_trials, record_outcome, trial_name
 
 LUCKY, STEADY = {"rate": 1.0}, {"rate": 0.1}
 

@@ -15,9 +15,9 @@ import torch
 import yaml
 from task_files import BACKBONES, put_backbone, put_lines, put_task, sentences, small_tokenizer
 
-from cluster.config import ConfigError
-from cluster.storage import open_store
-from cluster.workers import ClusterConfig
+from cluster.console.errors import ConfigError
+from cluster.sessions.workers import ClusterConfig
+from cluster.storage.uris import open_store
 from tests.small_finetune import (
     SHORT,
     answers_again,
@@ -28,20 +28,21 @@ from tests.small_finetune import (
     put_place,
     run_of,
 )
-from trainers.export import load_exported
-from trainers.finetune import finetune, main
-from trainers.finetune_backbone import load_backbone, read_facts
-from trainers.finetune_group import trains_alone
-from trainers.finetune_order import FinetuneOrder, identity_of
-from trainers.lease import RunTakenError, lease
-from trainers.metrics import read_metrics, steps_of
-from trainers.prediction import Predictor
-from trainers.task import TaskPrompt, load_task
-from trainers.task_data import prepare_task
-from trainers.task_export import load_task_model
-from trainers.task_model import TaskModel
-from trainers.task_report import write_task_report
-from trainers.verdict import VERDICT, TestSplitError, claim_test_split
+from trainers.evaluation.verdict import VERDICT, TestSplitError, claim_test_split
+from trainers.exported.folder import load_exported
+from trainers.finetune import main
+from trainers.finetuning.backbone import load_backbone, read_facts
+from trainers.finetuning.group import trains_alone
+from trainers.finetuning.job import FinetuneOrder, identity_of
+from trainers.finetuning.report import write_task_report
+from trainers.finetuning.run import finetune
+from trainers.prediction.pieces import Predictor
+from trainers.recovery.lease import RunTakenError, lease
+from trainers.reporting.metrics import read_metrics, steps_of
+from trainers.tasks.export import load_task_model
+from trainers.tasks.heads import TaskModel
+from trainers.tasks.splits import prepare_task
+from trainers.tasks.task import TaskPrompt, load_task
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +359,8 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(place):
 
 @pytest.mark.slow
 def test_a_run_that_was_cut_off_at_its_judgement_is_judged_without_more_training(place, monkeypatch):
-    from trainers import finetune_end, finetune_worker
+    from trainers.finetuning import end as finetune_end
+    from trainers.finetuning import worker as finetune_worker
 
     def cut_off(*arguments):
         raise KeyboardInterrupt

@@ -12,26 +12,27 @@ import yaml
 from task_files import SHAPE, put_lines, put_task, sentences, small_tokenizer
 from tokenizers import Tokenizer
 
-from cluster.config import ConfigError
-from cluster.storage import open_store
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
 from tests.small_finetune import SHORT, command, config, losses_of, put_place, run_of, start
 from tests.small_run import training_workers
-from trainers.checkpoint import committed
-from trainers.checkpoint_commit import parse_folder_name
-from trainers.export import export, load_exported
-from trainers.finetune import finetune, main
-from trainers.finetune_backbone import make_encoder
-from trainers.finetune_end import answer
-from trainers.finetune_loop import beating
-from trainers.finetune_order import FinetuneOrder
-from trainers.guard import TrainingDiverged
-from trainers.heartbeat import Heartbeat
-from trainers.metrics import events_of, read_attempts, read_metrics, steps_of
-from trainers.model import build
-from trainers.stopping import STOP, RunFailed, RunStopped
-from trainers.task import load_task
-from trainers.task_data import prepare_task
-from trainers.task_model import TaskModel
+from trainers.checkpoints.commit import parse_folder_name
+from trainers.checkpoints.keeping import committed
+from trainers.exported.folder import export, load_exported
+from trainers.finetune import main
+from trainers.finetuning.backbone import make_encoder
+from trainers.finetuning.end import answer
+from trainers.finetuning.job import FinetuneOrder
+from trainers.finetuning.loop import beating
+from trainers.finetuning.run import finetune
+from trainers.model.backbone import build
+from trainers.recovery.guard import TrainingDiverged
+from trainers.recovery.heartbeat import Heartbeat
+from trainers.recovery.stopping import STOP, RunFailed, RunStopped
+from trainers.reporting.metrics import events_of, read_attempts, read_metrics, steps_of
+from trainers.tasks.heads import TaskModel
+from trainers.tasks.splits import prepare_task
+from trainers.tasks.task import load_task
 
 REDUCTION_NOISE = 1e-5
 """Relative: two workers and ZeRO sum in another order. At a rate that overfits, Adam makes more of it each step."""

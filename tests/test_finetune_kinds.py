@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 from task_files import BACKBONES, BAD, GOOD, REST, put_backbone, put_lines, put_task
 
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from tests.small_finetune import answers_again, config, judged_answers, run_of
-from trainers.finetune import finetune
-from trainers.metrics import read_metrics, validations_of
-from trainers.task import load_task
-from trainers.task_data import prepare_task
-from trainers.task_metrics import measure
-from trainers.task_report import write_task_report
+from trainers.finetuning.report import write_task_report
+from trainers.finetuning.run import finetune
+from trainers.reporting.metrics import read_metrics, validations_of
+from trainers.tasks.metrics import measure
+from trainers.tasks.splits import prepare_task
+from trainers.tasks.task import load_task
 
 RECORDS = 240
 LEARNING = {"batch": {"min_steps": 160}, "optimizer": {"learning_rate": 0.005}}

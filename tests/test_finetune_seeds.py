@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 from small_finetune import SHORT, config, put_place, run_of
 
-from cluster.config import ConfigError
-from cluster.stored_file import DamagedFileError
-from trainers import finetune_worker
-from trainers.diverged import DivergedModelError
-from trainers.finetune import finetune
-from trainers.finetune_end import CHOSEN
-from trainers.metrics import read_metrics, steps_of
-from trainers.model_files import ModelFolderError
-from trainers.stopping import STOP, RunStopped
-from trainers.verdict import CLAIM, VERDICT, TestSplitError
+from cluster.configuration.stored_file import DamagedFileError
+from cluster.console.errors import ConfigError
+from trainers.evaluation.verdict import CLAIM, VERDICT, TestSplitError
+from trainers.exported.model_files import ModelFolderError
+from trainers.finetuning import worker as finetune_worker
+from trainers.finetuning.end import CHOSEN
+from trainers.finetuning.run import finetune
+from trainers.model.diverged import DivergedModelError
+from trainers.recovery.stopping import STOP, RunStopped
+from trainers.reporting.metrics import read_metrics, steps_of
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,17 @@ import pytest
 from task_files import put_backbone, put_lines, put_task, sentences
 from trial_experiments import Doing
 
-from cluster.config import from_dict
-from cluster.storage import open_store
-from trainers.diverged import DivergedModelError
-from trainers.finetune_config import FinetuneConfig
-from trainers.task import load_task
-from trainers.task_data import choose_budget, prepare_task
-from tune import trials
-from tune.experiment import Score
-from tune.finetune_trials import FinetuneTrials, point_problems
-from tune.search_space import parse_space
-from tune.trial_records import read_trials, trial_name
+from cluster.configuration.config import from_dict
+from cluster.storage.uris import open_store
+from trainers.finetuning.config import FinetuneConfig
+from trainers.model.diverged import DivergedModelError
+from trainers.tasks.splits import choose_budget, prepare_task
+from trainers.tasks.task import load_task
+from tune.search.experiment import Score
+from tune.search.space import parse_space
+from tune.trials import trials
+from tune.trials.finetuning import FinetuneTrials, point_problems
+from tune.trials.records import read_trials, trial_name
 
 
 @pytest.fixture(scope="module")

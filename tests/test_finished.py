@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ConfigError, load_config
-from cluster.storage import open_store
-from data.prepare import prepare
+from cluster.configuration.config import load_config
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from data.preparing.corpus import prepare
 from tests.small_finetune import SHORT, config, put_place
 from tests.test_prepare import one_by_one
 from tests.test_report import FILES
 from trainers import pretrain
-from trainers.config import PretrainConfig, absolute, run_store
-from trainers.finetune import finetune
-from trainers.metrics import MetricsWriter
-from trainers.run_folder import write_start
+from trainers.finetuning.run import finetune
+from trainers.pretraining.config import PretrainConfig, absolute, run_store
+from trainers.pretraining.run_folder import write_start
+from trainers.reporting.metrics import MetricsWriter
 
 OF_A_FINISHED_RUN = ("best.json", "test.json", "floor.json", "samples.json")
 

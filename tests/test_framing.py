@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from cluster.storage import open_store
-from data.epochs import Rows
-from data.evaluation_rows import evaluation_batches
-from data.framing import GOES_ON, NO_LABEL, OTHER, Framing, FramingConfig, FramingError, framing_of
-from data.tokens import Encoder, FixedTokenizer, TokenizerConfig, special_ids, train_tokenizer
+from cluster.storage.uris import open_store
+from data.order.epochs import Rows
+from data.rows.evaluation_rows import evaluation_batches
+from data.rows.framing import GOES_ON, NO_LABEL, OTHER, Framing, FramingConfig, FramingError, framing_of
+from data.tokens.tokenizer import Encoder, FixedTokenizer, TokenizerConfig, special_ids, train_tokenizer
 from tests.token_corpus import put_text_corpus
 
 SEQ_LEN = 64

@@ -11,9 +11,9 @@ import pytest
 from mutations import damaged
 from stored_kinds import FOLDERS, KINDS, Kind
 
-from cluster.config import UserError
-from cluster.storage import StorageError
-from trainers.charts import draw_charts
+from cluster.console.errors import UserError
+from cluster.storage.uris import StorageError
+from trainers.reporting.charts import draw_charts
 
 CASES = int(os.environ.get("FUZZ_CASES", "80"))
 """Of each kind, times its weight; some thousands in all."""
@@ -52,9 +52,9 @@ class Damaged:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.corpus.PIECE_BYTES", 1)
-        patch.setattr("cluster.local_store._sync", lambda path: None)  # no power cut is waited for here
-        patch.setattr("trainers.report.draw_charts", drawn_once())
+        patch.setattr("data.reading.raw_shards.PIECE_BYTES", 1)
+        patch.setattr("cluster.storage.local._sync", lambda path: None)  # no power cut is waited for here
+        patch.setattr("trainers.reporting.page.draw_charts", drawn_once())
         yield Damaged(tmp_path_factory.mktemp("stored"))
 
 

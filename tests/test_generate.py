@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cluster.printable import printable
-from cluster.storage import open_store
-from trainers.export import Exported, export
-from trainers.generate import SamplingConfig, candidates, choose, complete, generate
-from trainers.model import build
-from trainers.shape import ModelConfig
+from cluster.console.printable import printable
+from cluster.storage.uris import open_store
+from trainers.exported.folder import Exported, export
+from trainers.exported.sampling import SamplingConfig, candidates, choose, complete, generate
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
 
 CONFIG = ModelConfig(
     vocab_size=257,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.goodput import Accounts, goodput_of
+from trainers.reporting.goodput import Accounts, goodput_of
 
 
 def step(number: int, attempt: int, at: float, seconds: float, wait: float = 0.0, stall: float = 0.0) -> dict:

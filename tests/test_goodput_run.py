@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.storage import Store, open_store
+from cluster.storage.uris import Store, open_store
 from tests.small_run import SmallRun, put_corpus
-from trainers.goodput import Goodput
-from trainers.metrics import events_of, read_attempts, steps_of, validations_of
-from trainers.results import CONCLUDED, read_run
+from trainers.reporting.goodput import Goodput
+from trainers.reporting.metrics import events_of, read_attempts, steps_of, validations_of
+from trainers.reporting.results import CONCLUDED, read_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from task_files import put_backbone, put_lines, put_task, sentences
 
-from cluster.session import PROJECT
-from cluster.storage import open_store
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
 from tests.small_run import (
     STEPS,
     SmallRun,
@@ -24,13 +24,13 @@ from tests.small_run import (
     wait_for_step,
 )
 from tests.unbroken import expected_digests
-from trainers.causal import causal_lm
-from trainers.engine import Engine
-from trainers.engine_config import EngineConfig
-from trainers.metrics import events_of, read_attempts
-from trainers.model import build
-from trainers.optimizer import OptimizerConfig
-from trainers.shape import ModelConfig
+from trainers.engine.config import EngineConfig
+from trainers.engine.engine import Engine
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
+from trainers.objectives.causal import causal_lm
+from trainers.optim.optimizer import OptimizerConfig
+from trainers.reporting.metrics import events_of, read_attempts
 
 pytestmark = pytest.mark.usefixtures("gpu")
 MODEL = ModelConfig(

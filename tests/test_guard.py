@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.storage import open_store
-from data.manifest import Fragments, Manifest
-from data.shards import ShardWriter
-from trainers.guard import Guard, GuardConfig, TrainingDiverged, name_documents
+from cluster.storage.uris import open_store
+from data.shards.manifest import Fragments, Manifest
+from data.shards.shards import ShardWriter
+from trainers.recovery.guard import Guard, GuardConfig, TrainingDiverged, name_documents
 
 CONFIG = GuardConfig(window_steps=8, warmup_steps=4, max_skipped_in_a_row=3, max_skipped=5)
 

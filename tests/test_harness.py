@@ -13,14 +13,15 @@ from task_files import put_backbone, put_lines, put_task, sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-from cluster.config import ConfigError
-from cluster.storage import open_store
-from trainers import evaluate, few_shot, harness
-from trainers.export import Exported, load_exported
-from trainers.few_shot import FewShotConfig, encoded
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from trainers import evaluate, harness
+from trainers.exported.folder import Exported, load_exported
 from trainers.harness import Asked, Scores, ask_of, differences, put_lm_eval_task
-from trainers.task import load_task
-from trainers.task_data import prepare_task
+from trainers.tasks import few_shot
+from trainers.tasks.few_shot import FewShotConfig, encoded
+from trainers.tasks.splits import prepare_task
+from trainers.tasks.task import load_task
 
 PROMPT = {"template": "{text}\nThis is", "answers": {"good": "very fine", "bad": "bad"}, "separator": "\n\n"}
 # Spaces at a prompt's end count to the answer, on both sides.

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from trainers.heartbeat import EXIT_HUNG, HeartbeatConfig
+from trainers.recovery.heartbeat import EXIT_HUNG, HeartbeatConfig
 
 WORKER = """
 import sys, threading, time
-from cluster.storage import open_store
-from trainers.heartbeat import Heartbeat, HeartbeatConfig
+from cluster.storage.uris import open_store
+from trainers.recovery.heartbeat import Heartbeat, HeartbeatConfig
 
 def wait_for_a_lock_that_nobody_frees():
     lock = threading.Lock()

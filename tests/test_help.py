@@ -6,15 +6,15 @@ import sys
 
 import pytest
 
-from cluster.keys import help_text, keys_of
-from cluster.preflight import PreflightConfig
-from cluster.session import PROJECT
+from cluster.configuration.keys import help_text, keys_of
+from cluster.nodes.fitness import PreflightConfig
+from cluster.sessions.session import PROJECT
 from data.prepare import PrepareConfig
-from trainers.config import PretrainConfig
-from trainers.finetune_config import FinetuneConfig
-from trainers.plan_cluster import ClusterPlanConfig
-from trainers.task import TaskConfig
-from tune.label_efficiency import LabelEfficiencyConfig
+from trainers.finetuning.config import FinetuneConfig
+from trainers.planning.cluster_plan import ClusterPlanConfig
+from trainers.pretraining.config import PretrainConfig
+from trainers.tasks.task import TaskConfig
+from tune.curves.label_curve import LabelEfficiencyConfig
 from tune.sweep import SweepConfig
 from tune.sweep_pretraining import PretrainSweepConfig
 

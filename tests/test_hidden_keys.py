@@ -14,14 +14,14 @@ from test_entries import ARGUMENTS, AWAY
 from test_entries import ENTRIES as PATHS
 from test_secrets import files_with
 
-from cluster.keys import keys_of
-from cluster.session import PROJECT
+from cluster.configuration.keys import keys_of
+from cluster.sessions.session import PROJECT
 from data.prepare import PrepareConfig
 from tests.task_files import put_task
-from trainers.config import PretrainConfig
-from trainers.finetune_config import FinetuneConfig
-from trainers.plan_cluster import ClusterPlanConfig
-from tune.label_efficiency import LabelEfficiencyConfig
+from trainers.finetuning.config import FinetuneConfig
+from trainers.planning.cluster_plan import ClusterPlanConfig
+from trainers.pretraining.config import PretrainConfig
+from tune.curves.label_curve import LabelEfficiencyConfig
 from tune.sweep import SweepConfig
 from tune.sweep_pretraining import PretrainSweepConfig
 
@@ -138,6 +138,8 @@ def test_a_key_in_the_address_of_a_store_that_is_away_is_not_shown(
 
 
 def test_entries_are_those_of_the_project() -> None:
-    paths = [path for top in ("cluster", "data", "trainers", "tune") for path in (PROJECT / top).glob("*.py")]
+    paths = [
+        path for top in ("cluster", "data", "trainers", "tune") for path in (PROJECT / top).rglob("*.py")
+    ]
     there = {path.stem for path in paths if "run_entry(" in path.read_text()} - {"config", "local_s3"}
     assert there == ENTRIES.keys()

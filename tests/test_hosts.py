@@ -7,14 +7,14 @@ import uuid
 import pytest
 
 from cluster.local_s3 import LocalS3
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from tests.hosts import Hosts
 from tests.ray_nodes import RayNodes
 from tests.small_run import SmallRun, put_corpus, reached, tell_costs
 from tests.unbroken import assert_as_unbroken
-from trainers.checkpoint import committed
-from trainers.metrics import events_of, read_attempts
-from trainers.stopping import STOP
+from trainers.checkpoints.keeping import committed
+from trainers.recovery.stopping import STOP
+from trainers.reporting.metrics import events_of, read_attempts
 
 pytestmark = pytest.mark.cluster
 HEAD, FIRST, SECOND, THIRD, DESK = range(5)

@@ -12,21 +12,21 @@ PROJECT = Path(__file__).parents[1]
 ARROWS = ["cluster", "data", "trainers", "tune"]  # a package imports itself and those before it
 MAY_IMPORT = {
     "ray": {
-        "cluster.nodes",
-        "cluster.preflight",
-        "cluster.session",
-        "data.stream",
-        "data.prepare",
-        "trainers.live_metrics",
-        "trainers.predict",
-        "trainers.rendezvous",
-        "trainers.run",
-        "tune.trials",
+        "cluster.nodes.nodes",
+        "cluster.nodes.fitness",
+        "cluster.sessions.session",
+        "data.rows.stream",
+        "data.preparing.corpus",
+        "trainers.reporting.live_metrics",
+        "trainers.prediction.job",
+        "trainers.recovery.rendezvous",
+        "trainers.pretraining.driver",
+        "tune.trials.trials",
     },
-    "deepspeed": {"trainers.engine"},
-    "boto3": {"cluster.storage"},
-    "botocore": {"cluster.storage"},
-    "google.auth": {"cluster.google_store"},
+    "deepspeed": {"trainers.engine.engine"},
+    "boto3": {"cluster.storage.uris"},
+    "botocore": {"cluster.storage.uris"},
+    "google.auth": {"cluster.storage.google_cloud"},
     "pyarrow.fs": set(),
 }
 FILES = {
@@ -75,6 +75,15 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
+def test_no_folder_imports_itself_by_way_of_others() -> None:
+    folder_of = {module: module.rpartition(".")[0] if module.count(".") > 1 else module for module in FILES}
+    graph: dict[str, set[str]] = {}
+    for module, names in IMPORTS.items():
+        used = {folder_of[other] for other in FILES if any(is_within(name, other) for name in names)}
+        graph.setdefault(folder_of[module], set()).update(used - {folder_of[module]})
+    TopologicalSorter(graph).prepare()
+
+
 @pytest.mark.parametrize("library", MAY_IMPORT)
 def test_a_library_is_spoken_to_in_its_named_files_only(library: str) -> None:
     users = {module for module, names in IMPORTS.items() if any(is_within(name, library) for name in names)}
@@ -87,14 +96,38 @@ def test_no_file_hides_a_module_of_python_or_of_a_package() -> None:
     assert not {module for module in FILES if module.rpartition(".")[2] in taken}
 
 
-def test_the_readme_has_a_line_for_each_module_and_none_for_one_that_is_gone() -> None:
-    readme = (PROJECT / "README.md").read_text()
+def test_a_page_has_a_line_for_each_command_and_folder_and_none_for_one_that_is_gone() -> None:
+    page = (PROJECT / "docs" / "pages" / "map.md").read_text()
     named = re.findall(
-        r"^\| `((?:cluster|data|trainers|tune|k8s|benchmarks)/\w+\.py)` \|", readme, re.MULTILINE
+        r"^\| `((?:cluster|data|trainers|tune|k8s|benchmarks)/\w+(?:\.py|/))` \|", page, re.MULTILINE
     )
-    modules = [path for folder in [*ARROWS, "k8s", "benchmarks"] for path in (PROJECT / folder).glob("*.py")]
-    there = [str(path.relative_to(PROJECT)) for path in modules if path.name != "__init__.py"]
-    assert sorted(named) == sorted(there)
+    presets = {"trainers/configs/", "tune/configs/"}
+    assert sorted(set(named) - presets) == sorted([*COMMANDS, *FOLDERS])
+
+
+def test_the_readme_names_each_command_and_folder() -> None:
+    readme = (PROJECT / "README.md").read_text()
+    assert {path for path in COMMANDS if path.startswith(tuple(ARROWS))} <= set(
+        re.findall(r"[\w/]+\.py", readme)
+    )
+    words = set(re.findall(r"\w+", readme))
+    assert {folder.split("/")[1] for folder in FOLDERS} <= words
+
+
+def test_only_commands_stand_beside_the_folders_of_a_package() -> None:
+    beside = {path for module, path in FILES.items() if module.count(".") == 1}
+    assert beside == {path for path in beside if 'if __name__ == "__main__":' in path.read_text()}
+
+
+COMMANDS = [
+    str(path.relative_to(PROJECT))
+    for folder in [*ARROWS, "k8s", "benchmarks"]
+    for path in (PROJECT / folder).glob("*.py")
+    if path.name != "__init__.py"
+]
+FOLDERS = {module.rpartition(".")[0].replace(".", "/") + "/" for module in FILES} - {
+    f"{top}/" for top in ARROWS
+}
 
 
 ENTRIES = [
@@ -153,6 +186,8 @@ def test_importing_any_module_starts_nothing() -> None:
 
 def test_cluster_and_data_load_neither_ray_nor_torch() -> None:
     light = [
-        module for module in FILES if module.startswith(("cluster.", "data.")) and module != "data.stream"
+        module
+        for module in FILES
+        if module.startswith(("cluster.", "data.")) and module != "data.rows.stream"
     ]
     assert loaded_by(light) == set()

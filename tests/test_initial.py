@@ -8,17 +8,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cluster.config import ConfigError
-from cluster.storage import open_store
-from data.corpus import CorpusConfig
-from data.tokens import FixedTokenizer, TokenizerConfig, train_tokenizer
-from trainers.config import BatchConfig, PretrainConfig, RunConfig
-from trainers.export import export, load_exported
-from trainers.formats import read_stored
-from trainers.initial import begun, with_initial
-from trainers.model import build
-from trainers.objectives import ObjectiveConfig
-from trainers.shape import ModelConfig
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from data.reading.raw_shards import CorpusConfig
+from data.tokens.tokenizer import FixedTokenizer, TokenizerConfig, train_tokenizer
+from trainers.exported.folder import export, load_exported
+from trainers.exported.formats import read_stored
+from trainers.exported.growing import begun
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
+from trainers.objectives.kinds import ObjectiveConfig
+from trainers.pretraining.config import BatchConfig, PretrainConfig, RunConfig
+from trainers.pretraining.initial import with_initial
 
 SAMPLE = ["今天天气真好，我们去公园吧。the love of Denmark and the kings of kingdoms"] * 20
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)

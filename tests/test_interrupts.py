@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cluster.interrupts import interruptible
+from cluster.console.interrupts import interruptible
 
 
 def test_ctrl_c_ends_at_once_what_waits_for_foreign_code() -> None:

@@ -5,11 +5,11 @@ import time
 
 import pytest
 
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from tests.ray_nodes import RayNodes, kill_node
 from tests.small_run import SmallRun, put_corpus, reached, tell_costs
 from tests.unbroken import assert_as_unbroken
-from trainers.metrics import events_of, read_attempts
+from trainers.reporting.metrics import events_of, read_attempts
 
 pytestmark = pytest.mark.cluster
 CHANGES = {"run__steps": 400, "batch__rows_per_step": 16}

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from k8s.check import (
     ALPHA,
     JOB_OVERLAYS,

@@ -9,16 +9,18 @@ import yaml
 from sklearn.dummy import DummyClassifier
 from task_files import put_backbone, put_lines, put_task, sentences, skewed
 
-from cluster.config import ConfigError, from_dict
-from cluster.storage import open_store
-from trainers.task import Draw, TaskConfig, load_task
-from trainers.task_data import choose_budget, prepare_task
-from trainers.task_metrics import seeds_interval
-from trainers.task_records import Example
-from tune.baselines import linear, majority
-from tune.curve import CurvePoint, Saving, savings
-from tune.curve_report import write_curve_report
-from tune.label_efficiency import LabelEfficiencyConfig, main, value_of
+from cluster.configuration.config import from_dict
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from trainers.tasks.metrics import seeds_interval
+from trainers.tasks.records import Example
+from trainers.tasks.splits import choose_budget, prepare_task
+from trainers.tasks.task import Draw, TaskConfig, load_task
+from tune.curves.baselines import linear, majority
+from tune.curves.curve import CurvePoint, Saving, savings
+from tune.curves.label_curve import LabelEfficiencyConfig, value_of
+from tune.curves.page import write_curve_report
+from tune.label_efficiency import main
 
 
 def point(arm: str, budget: int, mean: float) -> CurvePoint:

@@ -11,10 +11,10 @@ import time
 import psutil
 import pytest
 
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from tests.fault_proxy import FaultProxy
-from trainers import lease as leases
-from trainers.lease import FOLDER, RunTakenError, lease
+from trainers.recovery import lease as leases
+from trainers.recovery.lease import FOLDER, RunTakenError, lease
 
 FIRST, SECOND = f"{FOLDER}/00000001.json", f"{FOLDER}/00000002.json"
 SUCCESSOR = b'{"host": "elsewhere", "pid": 7, "process_started": 1.0, "token": "another"}'
@@ -58,7 +58,9 @@ def test_a_driver_that_counted_from_an_old_listing_looks_again(run, monkeypatch,
 
 @pytest.mark.slow
 def test_the_lease_of_a_process_that_was_killed_is_taken_over(run, tmp_path):
-    program = "import os; from cluster.storage import open_store; from trainers.lease import lease\n"
+    program = (
+        "import os; from cluster.storage.uris import open_store; from trainers.recovery.lease import lease\n"
+    )
     program += f"with lease(open_store({str(tmp_path)!r})): os.kill(os.getpid(), 9)"
     killed = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": "."})
     os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # a zombie: nobody has asked for it yet
@@ -178,7 +180,7 @@ def test_a_driver_whose_run_was_taken_over_is_told_and_leaves_the_lease_alone(ru
 def test_a_suspended_driver_ends_at_once_without_a_trace_when_it_wakes(run, tmp_path):
     program = f"""
 import atexit, signal
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from trainers import lease as leases
 leases.RENEW_SECONDS = 1.0
 run = open_store({str(tmp_path)!r})

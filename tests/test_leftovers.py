@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_finetune import SHORT, command, put_place
 
-from cluster.session import PROJECT
+from cluster.sessions.session import PROJECT
 
 KILLED_AT = """
 import os, signal, sys

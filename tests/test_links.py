@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ConfigError, load_config
-from cluster.storage import StorageError, Store, open_store
-from data.corpus import CorpusConfig, list_raw_shards
-from data.tokens import TokenizerConfig
+from cluster.configuration.config import load_config
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import StorageError, Store, open_store
+from data.reading.raw_shards import CorpusConfig, list_raw_shards
+from data.tokens.tokenizer import TokenizerConfig
 
 READS: dict[str, Callable[[Store, str], object]] = {
     "read": lambda store, path: store.read(path),

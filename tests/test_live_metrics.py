@@ -9,13 +9,12 @@ import time
 
 import pytest
 
-from cluster.session import PROJECT
-from cluster.storage import open_store
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
 from k8s.check import K8S
 from tests.ray_nodes import RayNodes, spent_seconds
-from trainers.config import SCRAPE_SECONDS_VARIABLE
-from trainers.goodput import goodput_of
-from trainers.live_metrics import (
+from trainers.reporting.goodput import goodput_of
+from trainers.reporting.live_metrics import (
     COUNTERS,
     GAUGES,
     DriverLog,
@@ -24,7 +23,8 @@ from trainers.live_metrics import (
     event_log,
     readings,
 )
-from trainers.metrics import MetricsWriter
+from trainers.reporting.metrics import MetricsWriter
+from trainers.reporting.watching import SCRAPE_SECONDS_VARIABLE
 
 STEP = {
     "step": 3,
@@ -187,9 +187,9 @@ def tell_of_a_short_run(uri: str) -> None:
 PROGRAM = """
 import sys, time
 import ray
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from tests.test_live_metrics import tell_of_a_short_run
-from trainers.live_metrics import DriverLog, LiveGoodput
+from trainers.reporting.live_metrics import DriverLog, LiveGoodput
 ray.init(logging_level="ERROR")
 worker = ray.remote(num_cpus=0)(tell_of_a_short_run).remote(sys.argv[1])
 with LiveGoodput("scraped", open_store(sys.argv[1]), time.time):

@@ -6,9 +6,9 @@ from pathlib import Path
 from fault_proxy import FaultProxy
 
 from cluster.local_s3 import LocalS3
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from trainers.local_copy import local_copy
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
+from trainers.exported.local_copy import local_copy
 
 
 def test_a_remote_folder_is_fetched_once_for_each_version(s3_uri: str, tmp_path: Path) -> None:
@@ -33,8 +33,8 @@ def test_a_local_folder_is_read_where_it_is(tmp_path: Path) -> None:
 FETCH = """
 import sys
 from pathlib import Path
-from cluster.storage import open_store
-from trainers.local_copy import local_copy
+from cluster.storage.uris import open_store
+from trainers.exported.local_copy import local_copy
 print("ready", flush=True)
 sys.stdin.readline()
 print(len(local_copy(open_store(sys.argv[1]), Path(sys.argv[2])).read("weights")))

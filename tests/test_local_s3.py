@@ -16,7 +16,7 @@ PROJECT = Path(__file__).parents[1]
 # Leaves its count of lives in the store, tells where that is, and ends as it is told to.
 COMMAND = """
 import os, signal, sys
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 store = open_store("s3://checkpoints/lives")
 def save(*_):
     store.put(f"{len(store.list())}", b"")

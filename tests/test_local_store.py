@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local_store import ABANDONED_SECONDS
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from trainers.checkpoint import CheckpointConfig, retire
+from cluster.sessions.session import PROJECT
+from cluster.storage.local import ABANDONED_SECONDS
+from cluster.storage.uris import open_store
+from trainers.checkpoints.keeping import CheckpointConfig, retire
 
 UPLOAD = """
 import os, sys
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 os.fsync = lambda _: (print("written", flush=True), sys.stdin.readline())  # it has no name yet
 open_store(sys.argv[1]).put("checkpoints/step-00000001-w1-a1/part", b"1" * 1_000)
 """

@@ -13,26 +13,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.config import load_config
-from cluster.storage import open_store
-from data.order import Order
-from data.shards import read_fragment
-from data.stream import StepRows
+from cluster.configuration.config import load_config
+from cluster.storage.uris import open_store
+from data.order.order import Order
+from data.rows.stream import StepRows
+from data.shards.shards import read_fragment
 from tests.token_corpus import BOUNDARY, put_token_corpus
-from trainers.causal import Causal
-from trainers.checkpoint import CheckpointConfig, best_name, latest_checkpoint
-from trainers.checkpoint_writer import CheckpointWriter
-from trainers.collectives import Workers
-from trainers.config import PretrainConfig, model_of, run_store
-from trainers.engine import Engine
-from trainers.evaluation import Evaluation
-from trainers.guard import Guard, TrainingDiverged, name_documents
-from trainers.heartbeat import Heartbeat
-from trainers.loop import Parts, restore, train
-from trainers.metrics import Meter, MetricsWriter, read_metrics, steps_of
-from trainers.model import build
-from trainers.selection import Selection
-from trainers.state import VALUE, StateSlice
+from trainers.checkpoints.keeping import CheckpointConfig, best_name, latest_checkpoint
+from trainers.checkpoints.state import VALUE, StateSlice
+from trainers.checkpoints.writer import CheckpointWriter
+from trainers.engine.collectives import Workers
+from trainers.engine.engine import Engine
+from trainers.evaluation.loss import Evaluation
+from trainers.evaluation.selection import Selection
+from trainers.model.backbone import build
+from trainers.objectives.causal import Causal
+from trainers.pretraining.config import PretrainConfig, model_of, run_store
+from trainers.pretraining.loop import Parts, restore, train
+from trainers.recovery.guard import Guard, TrainingDiverged, name_documents
+from trainers.recovery.heartbeat import Heartbeat
+from trainers.reporting.metrics import Meter, MetricsWriter, read_metrics, steps_of
 
 SETTINGS = {
     "run.steps": 40,

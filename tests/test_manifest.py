@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from cluster.config import from_dict
-from cluster.storage import Store, open_store
-from data.manifest import (
+from cluster.configuration.config import from_dict
+from cluster.storage.uris import Store, open_store
+from data.shards.manifest import (
     FRAGMENT_DTYPES,
     Fragments,
     Manifest,
@@ -23,8 +23,8 @@ from data.manifest import (
     read_manifest,
     write_manifest,
 )
-from trainers.config import PretrainConfig, run_store
 from trainers.pretrain import pinned_or_prepared
+from trainers.pretraining.config import PretrainConfig, run_store
 
 SHARDS = (
     Shard("shards/a.parquet", "train", "plays", 1_000, "aa"),

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Store, open_store
-from data.manifest import ManifestError, manifest_path, read_manifest, write_manifest
-from data.manifest_table import FIRST_FORMAT, FORMAT, UNHASHED_FORMAT
-from data.parquet_claims import claims
-from data.parquet_footer import FooterError
+from cluster.storage.uris import Store, open_store
+from data.reading.parquet_claims import claims
+from data.reading.parquet_footer import FooterError
+from data.shards.manifest import ManifestError, manifest_path, read_manifest, write_manifest
+from data.shards.manifest_table import FIRST_FORMAT, FORMAT, UNHASHED_FORMAT
 from tests.test_manifest import FIRST_DIGEST, MANIFEST, put_in_format
 from tests.token_corpus import put_token_corpus
 
@@ -117,7 +117,7 @@ def test_a_manifest_that_is_larger_than_any_is_not_read(
 ) -> None:
     store = open_store(str(tmp_path))
     name = put_manifest(store, FORMAT)
-    monkeypatch.setattr("data.manifest.MANIFEST_BYTES", 1_000)
+    monkeypatch.setattr("data.shards.manifest.MANIFEST_BYTES", 1_000)
     monkeypatch.setattr(type(store), "read", lambda *_: pytest.fail("it was read"))
     assert_refused_in_one_line(store, name)
 
@@ -177,7 +177,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_small_file_that_claims_a_large_manifest_is_refused_before_it_is_decoded(
     tmp_path: Path, decoded: list[int], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.manifest_table.FLOOR_BYTES", 1 << 20)
+    monkeypatch.setattr("data.shards.manifest_table.FLOOR_BYTES", 1 << 20)
     store, name, num = open_store(str(tmp_path)), "0" * 16, 3_000_000
     if kind == "long-list":
         table = pa.table({"fragment_row_group": pa.array([np.zeros(num, np.int32)], pa.list_(pa.int32()))})

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from data.epochs import Rows
-from data.framing import NO_LABEL, Framing, FramingConfig
-from data.tokens import special_ids
+from data.order.epochs import Rows
+from data.rows.framing import NO_LABEL, Framing, FramingConfig
+from data.tokens.tokenizer import special_ids
 from tests.bert_reference import BERT, SMALL, bert_of, lively, to_reference
 from tests.test_framing import PROSE, fragment_of, tokenizer
-from trainers.causal import Causal, causal_lm
-from trainers.model import build
-from trainers.objective import micro_batches, on_device
-from trainers.objectives import ObjectiveConfig, objective_of
-from trainers.shape import ModelConfig
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
+from trainers.objectives.causal import Causal, causal_lm
+from trainers.objectives.kinds import ObjectiveConfig, objective_of
+from trainers.objectives.objective import micro_batches, on_device
 
 SEQ_LEN = 48
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data.epochs import Rows
-from data.masking import Masking, row_keys
-from data.tokens import TokenizerConfig, special_ids, train_tokenizer
-from data.vocabulary import Vocabulary
-from data.words import Words
+from data.order.epochs import Rows
+from data.rows.masking import Masking, row_keys
+from data.tokens.tokenizer import TokenizerConfig, special_ids, train_tokenizer
+from data.tokens.vocabulary import Vocabulary
+from data.tokens.words import Words
 
 ENGLISH = topics["numeric-types"] + topics["assert"] + topics["for"] + topics["class"] + topics["lambda"]
 CHINESE = "今天天气真好，我们去公园吧。自然语言处理是人工智能的重要方向。" * 40

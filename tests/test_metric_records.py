@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from cluster.storage import open_store
-from trainers.goodput import goodput_of
-from trainers.metric_records import METERED, MOST_STEPS_LOST, parse
-from trainers.metrics import MetricsWriter, read_attempts, read_metrics
-from trainers.progress import Tail
-from trainers.results import read_run, totals_of
+from cluster.storage.uris import open_store
+from trainers.reporting.goodput import goodput_of
+from trainers.reporting.metrics import MetricsWriter, read_attempts, read_metrics
+from trainers.reporting.progress import Tail
+from trainers.reporting.results import read_run, totals_of
+from trainers.stored.metric_records import METERED, MOST_STEPS_LOST, parse
 
 NEVER = 1e6
 SEGMENT = "metrics/00000000-1.jsonl"

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cluster.storage import StorageError, open_store
-from trainers import metrics
-from trainers.metrics import (
+from cluster.storage.uris import StorageError, open_store
+from trainers.reporting import metrics
+from trainers.reporting.metrics import (
     Meter,
     MetricsWriter,
     events_of,

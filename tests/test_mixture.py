@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.mixture import Mixture, least_prime_not_dividing
+from data.order.mixture import Mixture, least_prime_not_dividing
 
 
 @st.composite

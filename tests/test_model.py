@@ -9,11 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from trainers.causal import causal_lm, document_segments
-from trainers.layers import Cache, attention_mask
-from trainers.llama import llama_config, to_llama
-from trainers.model import Backbone, build, initial_value
-from trainers.shape import ModelConfig, count_parameters, flops_per_token
+from trainers.exported.llama import llama_config, to_llama
+from trainers.model.backbone import Backbone, build, initial_value
+from trainers.model.layers import Cache, attention_mask
+from trainers.model.shape import ModelConfig, count_parameters, flops_per_token
+from trainers.objectives.causal import causal_lm, document_segments
 
 SMALL = dict(vocab_size=97, hidden_size=48, num_layers=3, num_heads=4, intermediate_size=80, max_positions=64)
 SHAPES = {

@@ -8,26 +8,27 @@ from pathlib import Path
 import pytest
 from task_files import BACKBONES, put_backbone, put_lines, put_task, sentences
 
-from cluster.config import ConfigError, from_dict
-from cluster.storage import open_store
-from trainers.config import PretrainConfig
-from trainers.export import load_exported
-from trainers.finetune import finetune
-from trainers.finetune_backbone import (
+from cluster.configuration.config import from_dict
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from trainers.exported.folder import load_exported
+from trainers.exported.formats import read_stored
+from trainers.exported.model_digest import content_digest, hashed, listing_digest
+from trainers.exported.model_files import ModelFolderError
+from trainers.finetuning.backbone import (
     ORIGIN,
     OtherBackboneError,
     backbone_digest,
     backbone_name,
     load_backbone,
 )
-from trainers.finetune_config import FinetuneConfig
-from trainers.formats import read_stored
-from trainers.initial import initial_values
-from trainers.model_digest import content_digest, hashed, listing_digest
-from trainers.model_files import ModelFolderError
-from trainers.task import load_task
-from trainers.task_data import prepare_task
-from tune.finetune_trials import FinetuneTrials
+from trainers.finetuning.config import FinetuneConfig
+from trainers.finetuning.run import finetune
+from trainers.pretraining.config import PretrainConfig
+from trainers.pretraining.initial import initial_values
+from trainers.tasks.splits import prepare_task
+from trainers.tasks.task import load_task
+from tune.trials.finetuning import FinetuneTrials
 
 
 @pytest.fixture

@@ -13,24 +13,24 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from cluster.config import UserError
-from cluster.storage import Store, open_store
-from data.tokens import FixedTokenizer, TokenizerConfig, train_tokenizer
-from trainers.bert import config_from_bert
-from trainers.config import PretrainConfig
-from trainers.export import export, load_exported
-from trainers.finetune_backbone import backbone_digest, read_facts
-from trainers.finetune_config import BackboneConfig, FinetuneConfig
-from trainers.formats import CONFIG, TASK, read_stored
-from trainers.initial import with_initial
-from trainers.llama import config_from_llama
-from trainers.model import build
-from trainers.model_files import INDEX, WEIGHTS, read_header
-from trainers.shape import ModelConfig
-from trainers.task import TaskConfig, TaskFiles
-from trainers.task_encoding import Encoder, framed
-from trainers.task_export import export_task_model, load_task_model, read_stored_task
-from trainers.task_model import AdaptConfig, TaskModel
+from cluster.console.errors import UserError
+from cluster.storage.uris import Store, open_store
+from data.tokens.tokenizer import FixedTokenizer, TokenizerConfig, train_tokenizer
+from trainers.exported.bert import config_from_bert
+from trainers.exported.folder import export, load_exported
+from trainers.exported.formats import CONFIG, TASK, read_stored
+from trainers.exported.llama import config_from_llama
+from trainers.exported.model_files import INDEX, WEIGHTS, read_header
+from trainers.finetuning.backbone import backbone_digest, read_facts
+from trainers.finetuning.config import BackboneConfig, FinetuneConfig
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
+from trainers.pretraining.config import PretrainConfig
+from trainers.pretraining.initial import with_initial
+from trainers.tasks.encoding import Encoder, framed
+from trainers.tasks.export import export_task_model, load_task_model, read_stored_task
+from trainers.tasks.heads import AdaptConfig, TaskModel
+from trainers.tasks.task import TaskConfig, TaskFiles
 
 LLAMA = ModelConfig(
     vocab_size=32, hidden_size=8, num_layers=2, num_heads=2, intermediate_size=16, max_positions=32

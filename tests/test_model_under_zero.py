@@ -11,16 +11,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from data.masking import Masking
-from trainers.bert import SWITCHES
-from trainers.causal import causal_lm
-from trainers.engine import Engine
-from trainers.engine_config import EngineConfig
-from trainers.masked import PADDING_SEGMENT, MaskedAndPairs
-from trainers.model import build, build_hollow, initial_value
-from trainers.objective import Term
-from trainers.optimizer import OptimizerConfig
-from trainers.shape import ModelConfig
+from data.rows.masking import Masking
+from trainers.engine.config import EngineConfig
+from trainers.engine.engine import Engine
+from trainers.exported.bert import SWITCHES
+from trainers.model.backbone import build, build_hollow, initial_value
+from trainers.model.shape import ModelConfig
+from trainers.objectives.causal import causal_lm
+from trainers.objectives.masked import PADDING_SEGMENT, MaskedAndPairs
+from trainers.objectives.objective import Term
+from trainers.optim.optimizer import OptimizerConfig
 
 WORKERS, ROWS, SEQ_LEN, STEPS = 2, 4, 40, 3
 BOUNDARY = 5

@@ -3,7 +3,7 @@
 import io
 import zipfile
 
-from data.modern_chinese import articles, definitions, dialogues, documents, reviews
+from data.samples.modern_chinese import articles, definitions, dialogues, documents, reviews
 
 
 def test_words_of_tagged_news_join_to_sentences_and_headlines_begin_articles():

@@ -8,8 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainers.muon import Exchange, Muon, orthogonalize, plan_exchange, scaled_ranges, step_scale, update_of
-from trainers.partition import Master, Piece
+from trainers.optim.muon import (
+    Exchange,
+    Muon,
+    orthogonalize,
+    plan_exchange,
+    scaled_ranges,
+    step_scale,
+    update_of,
+)
+from trainers.optim.pieces import Master, Piece
 
 
 @pytest.mark.parametrize("iterations", [4, 5])

@@ -7,12 +7,12 @@ import pytest
 import yaml
 from task_files import put_lines, put_task, sentences
 
-from cluster.session import PROJECT
-from cluster.storage import open_store
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
 from tests.small_finetune import SHORT, command, put_place, run_of
 from tests.small_run import SmallRun, put_corpus, start_command
-from trainers.live_metrics import DriverLog, LiveMetrics, label_of
-from trainers.run_folder import is_finished
+from trainers.pretraining.run_folder import is_finished
+from trainers.reporting.live_metrics import DriverLog, LiveMetrics, label_of
 
 pytestmark = pytest.mark.cluster
 NAME = "实验 一🚀 50%?#é'"

@@ -4,8 +4,8 @@ from pydoc_data.topics import topics
 import pytest
 
 from benchmarks.near_duplicate_recall import recall, true_pairs, with_copies
-from data.folding import folded
-from data.near_duplicates import RECALL, group_near_duplicates
+from data.curation.folding import folded
+from data.curation.near_duplicates import RECALL, group_near_duplicates
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.ngram import MAX_ORDER, NGram, Smoothing, fit
+from data.tokens.ngram import MAX_ORDER, NGram, Smoothing, fit
 
 SMOOTHINGS: tuple[Smoothing, ...] = ("kneser-ney", "witten-bell")
 texts = st.lists(st.text("abc \n", max_size=60).map(str.encode), min_size=1, max_size=4).filter(any)
@@ -112,7 +112,7 @@ def test_a_long_document_scores_the_same_as_in_blocks(monkeypatch):
     text = b"to be or not to be that is the question " * 5
     model = fit([text], order=6)
     whole = model.probabilities([text])
-    monkeypatch.setattr("data.ngram.BLOCK_BYTES", 7)
+    monkeypatch.setattr("data.tokens.ngram.BLOCK_BYTES", 7)
     assert model.probabilities([text]).tolist() == whole.tolist()
 
 

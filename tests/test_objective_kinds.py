@@ -10,32 +10,33 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 
-from cluster.config import ConfigError, load_config
-from cluster.storage import open_store
-from data.order import Order
+from cluster.configuration.config import load_config
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from data.order.order import Order
 from tests.test_framing import PROSE, tokenizer
 from tests.test_loop import SETTINGS, rows_from
 from tests.token_corpus import put_text_corpus
-from trainers.baselines import BASELINES
-from trainers.causal import Causal
-from trainers.checkpoint_writer import CheckpointWriter
-from trainers.closing import Conclusion
-from trainers.collectives import Workers
-from trainers.config import PretrainConfig, model_of, run_store
-from trainers.engine import Engine
-from trainers.export import load_exported
-from trainers.guard import Guard
-from trainers.heartbeat import Heartbeat
-from trainers.loop import Parts, train
-from trainers.metrics import Meter, MetricsWriter
-from trainers.model import build
-from trainers.objective import Inputs, RowBatch
-from trainers.objectives import OBJECTIVES, ObjectiveConfig, ObjectiveKind, objective_of
+from trainers.checkpoints.writer import CheckpointWriter
+from trainers.engine.collectives import Workers
+from trainers.engine.engine import Engine
+from trainers.evaluation.verdict import EXPORT
+from trainers.exported.folder import load_exported
+from trainers.exported.reading import Reader
+from trainers.model.backbone import build
+from trainers.objectives.causal import Causal
+from trainers.objectives.kinds import OBJECTIVES, ObjectiveConfig, ObjectiveKind, objective_of
+from trainers.objectives.objective import Inputs, RowBatch
 from trainers.pretrain import close
-from trainers.reading import Reader
-from trainers.run_folder import is_finished, write_start
-from trainers.verdict import EXPORT
-from trainers.worker import Data, conclude, evaluate_split
+from trainers.pretraining.baselines import BASELINES
+from trainers.pretraining.closing import Conclusion
+from trainers.pretraining.config import PretrainConfig, model_of, run_store
+from trainers.pretraining.loop import Parts, train
+from trainers.pretraining.run_folder import is_finished, write_start
+from trainers.pretraining.worker import Data, conclude, evaluate_split
+from trainers.recovery.guard import Guard
+from trainers.recovery.heartbeat import Heartbeat
+from trainers.reporting.metrics import Meter, MetricsWriter
 
 
 class EverySecondRow(Causal):

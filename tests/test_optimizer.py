@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.model import Backbone, ModelConfig
-from trainers.optimizer import OptimizerConfig, build_optimizer, moments, parameter_groups, role_of
+from trainers.model.backbone import Backbone, ModelConfig
+from trainers.optim.optimizer import OptimizerConfig, build_optimizer, moments, parameter_groups, role_of
 
 KINDS = ("adamw", "muon", "sgd", "rmsprop")
 

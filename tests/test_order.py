@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import bench_order
-from data.epochs import Rows
-from data.manifest import Fragments, Manifest, Shard
-from data.order import Order, OrderConfig, OrderError, WeightChange, largest_divisor
+from data.order.epochs import Rows
+from data.order.order import Order, OrderConfig, OrderError, WeightChange, largest_divisor
+from data.shards.manifest import Fragments, Manifest, Shard
 
 SEQ_LEN = 8
 

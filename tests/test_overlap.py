@@ -4,7 +4,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from benchmarks.overlap_rates import REWRITTEN
-from data.overlap import RUN, Runs
+from data.curation.overlap import RUN, Runs
 
 WORDS = [f"word{number}" for number in range(40)]
 

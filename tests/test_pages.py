@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from test_task_report import answered, prepared_with, put_run
 
-from cluster.storage import Store, open_store
-from trainers.metrics import MetricsWriter
-from trainers.report import write_report
-from trainers.task import TaskConfig
-from trainers.task_report import write_task_report
-from tune.curve import CurvePoint
-from tune.curve_report import write_curve_report
-from tune.finalists import Finalist
-from tune.measure import Measure
-from tune.search_space import Dimension, SearchSpace
-from tune.sweep_report import write_sweep_report
-from tune.trial_records import TrialRecord, record_outcome, trial_name
+from cluster.storage.uris import Store, open_store
+from trainers.finetuning.report import write_task_report
+from trainers.reporting.metrics import MetricsWriter
+from trainers.reporting.page import write_report
+from trainers.tasks.task import TaskConfig
+from tune.curves.curve import CurvePoint
+from tune.curves.page import write_curve_report
+from tune.search.measure import Measure
+from tune.search.space import Dimension, SearchSpace
+from tune.sweeps.finalists import Finalist
+from tune.sweeps.page import write_sweep_report
+from tune.trials.records import TrialRecord, record_outcome, trial_name
 
 PLANTED = [
     '"><script>alert(1)</script>',

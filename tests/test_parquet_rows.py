@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import parquet_pages, parquet_rows
-from data.parquet_footer import read_footer
-from data.parquet_pages import PageWatch
-from data.parquet_rows import ParquetRows, RepeatedColumnError, expanded_bytes
-from data.unpacking import RATIO, UnpackingError
+from data.reading import parquet_pages, parquet_rows
+from data.reading.parquet_footer import read_footer
+from data.reading.parquet_pages import PageWatch
+from data.reading.parquet_rows import ParquetRows, RepeatedColumnError, expanded_bytes
+from data.reading.unpacking import RATIO, UnpackingError
 
 ROWS = 3_000
 
@@ -230,7 +230,7 @@ FLIPS = """
 import io, random, sys
 import pyarrow as pa
 import pyarrow.parquet as pq
-from data.parquet_rows import ParquetRows
+from data.reading.parquet_rows import ParquetRows
 
 sink = pa.BufferOutputStream()
 pq.write_table(pa.table({"text": ["words"] * 200, "tags": [["a", "b"]] * 200}), sink)

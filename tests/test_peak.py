@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load_config
-from cluster.hardware import Peak, cpu_name
-from cluster.stored_file import DamagedFileError
+from cluster.configuration.config import load_config
+from cluster.configuration.stored_file import DamagedFileError
+from cluster.hardware.machine import Peak, cpu_name
 from tests.token_corpus import put_token_corpus
-from trainers.config import PretrainConfig, model_of, run_store
-from trainers.peak import ENVIRONMENT, environment_of, keep_peak, peak_of_run
-from trainers.planning import plan_of
-from trainers.run_folder import write_start
-from trainers.shape import ModelConfig, count_parameters, flops_per_token, matrix_products
+from trainers.model.shape import ModelConfig, count_parameters, flops_per_token, matrix_products
+from trainers.planning.checks import plan_of
+from trainers.pretraining.config import PretrainConfig, model_of, run_store
+from trainers.pretraining.peak import ENVIRONMENT, environment_of, keep_peak, peak_of_run
+from trainers.pretraining.run_folder import write_start
 
 
 def configured(folder: Path, *more: str) -> PretrainConfig:

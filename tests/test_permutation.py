@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.permutation import below, combine, key_of, mix64, permute
+from data.order.permutation import below, combine, key_of, mix64, permute
 
 keys = st.integers(0, 2**64 - 1)
 
@@ -62,7 +62,7 @@ def test_neighbours_do_not_stay_together():
     assert still_adjacent == pytest.approx(2 / size, rel=0.2)
 
 
-# As the docstring of data/permutation.py states it.
+# As the docstring of data/order/permutation.py states it.
 SUCCESSORS_MORE_OFTEN = {10: 0.050, 30: 0.078, 100: 0.079, 300: 0.041, 1_000: 0.028, 10_000: 0.005}
 
 

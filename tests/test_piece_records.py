@@ -10,20 +10,21 @@ import pytest
 from stored_kinds import corpus_config, put_corpus
 from test_prepare import _Counting as Counting
 
-from cluster.storage import Store, open_store
-from cluster.stored_file import DamagedFileError
-from data import piece_tables
-from data.corpus import CorpusError
-from data.dedup import DUPLICATES, duplicates_of
-from data.manifest import read_manifest
-from data.piece_records import SEAL, put_record, read_record
-from data.prepare import existing_manifest, prepare
+from cluster.configuration.stored_file import DamagedFileError
+from cluster.storage.uris import Store, open_store
+from data.curation.exact_duplicates import DUPLICATES, duplicates_of
+from data.finished_pieces import tables as piece_tables
+from data.finished_pieces.records import SEAL, put_record, read_record
+from data.preparing.assemble import existing_manifest
+from data.preparing.corpus import prepare
+from data.reading.raw_shards import CorpusError
+from data.shards.manifest import read_manifest
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr("data.corpus.PIECE_BYTES", 1)
-    monkeypatch.setattr("cluster.local_store._sync", lambda path: None)
+    monkeypatch.setattr("data.reading.raw_shards.PIECE_BYTES", 1)
+    monkeypatch.setattr("cluster.storage.local._sync", lambda path: None)
     put_corpus(tmp_path)
     return tmp_path
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from cluster.storage import open_store
-from data.assemble import inputs_path
-from data.corpus import CorpusConfig, RawShard
-from data.pieces import OTHER_REASONS, REASONS_COUNTED, Piece, digest_of, record_path, survey
-from data.splits import SplitConfig
-from data.tokens import TokenizerConfig
+from cluster.storage.uris import open_store
+from data.preparing.assemble import inputs_path
+from data.preparing.pieces import OTHER_REASONS, REASONS_COUNTED, Piece, digest_of, record_path, survey
+from data.reading.raw_shards import CorpusConfig, RawShard
+from data.reading.splits import SplitConfig
+from data.tokens.tokenizer import TokenizerConfig
 
 PIECE = Piece((RawShard("web", "a.jsonl", 10, "v1"), RawShard("web", "b.jsonl", 20, "v1")))
 CONFIG = CorpusConfig(uri="raw", prepared="prepared")

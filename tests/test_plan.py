@@ -4,18 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import load_config
-from cluster.hardware import EnergyConfig, Peak
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from data.order import Order
+from cluster.configuration.config import load_config
+from cluster.hardware.machine import EnergyConfig, Peak
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
+from data.order.order import Order
 from tests.token_corpus import put_token_corpus
-from trainers.checkpoint import CheckpointConfig
-from trainers.config import PretrainConfig
-from trainers.engine_config import EngineConfig
-from trainers.model import Backbone
-from trainers.optimizer import OptimizerConfig
-from trainers.plan import (
+from trainers.checkpoints.keeping import CheckpointConfig
+from trainers.engine.config import EngineConfig
+from trainers.model.backbone import Backbone
+from trainers.model.shape import ModelConfig
+from trainers.optim.optimizer import OptimizerConfig
+from trainers.planning.checks import job_of, plan_of
+from trainers.planning.plan import (
     COMPILER_BYTES,
     Job,
     activation_bytes,
@@ -25,8 +26,7 @@ from trainers.plan import (
     rows_per_worker,
     state_elements,
 )
-from trainers.planning import job_of, plan_of
-from trainers.shape import ModelConfig
+from trainers.pretraining.config import PretrainConfig
 
 MODEL = ModelConfig(vocab_size=1_000, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=128)
 PARAMETERS = 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64 + 2 * 1_000 * 64  # 210,240
@@ -154,7 +154,8 @@ def test_the_text_names_every_assumption_and_every_part_of_the_memory():
 def test_workers_and_fillers_compute_on_the_rows_that_the_stream_hands_them(lanes, rows_per_lane, data):
     workers = data.draw(st.integers(1, lanes))
     job = replace(JOB, num_workers=workers, lanes=lanes, rows_per_step=lanes * rows_per_lane)
-    # As data/stream.py deals lanes out: worker r takes r, r + n, r + 2 n, …, as many on each worker as on the first.
+    # As data/rows/stream.py deals lanes out: worker r takes r, r + n, r + 2 n, …, as many on each worker as on the
+    # first.
     turns = len(range(0, lanes, workers))
     assert rows_per_worker(job) == turns * rows_per_lane
     fillers = turns * workers - lanes

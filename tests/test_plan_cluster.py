@@ -3,18 +3,21 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ConfigError, load_config, to_dict
-from cluster.fleet import ASSUMED_GPU, GPUS, find_gpu
-from cluster.hardware import EnergyConfig, Hardware
-from cluster.session import PROJECT
-from trainers import planning, run_folder
-from trainers.config import PretrainConfig
-from trainers.plan import rows_per_worker
-from trainers.plan_cluster import ClusterPlanConfig, job_of, main, option_of, options, room
-from trainers.planning import plan_of
-from trainers.results import RunFiles, energy_of
-from trainers.throughput import Strategy
-from trainers.units import duration, energy
+from cluster.configuration.config import load_config, to_dict
+from cluster.console.errors import ConfigError
+from cluster.hardware.fleet import ASSUMED_GPU, GPUS, find_gpu
+from cluster.hardware.machine import EnergyConfig, Hardware
+from cluster.sessions.session import PROJECT
+from trainers.plan_cluster import main
+from trainers.planning import checks as planning
+from trainers.planning.checks import plan_of
+from trainers.planning.cluster_plan import ClusterPlanConfig, job_of, option_of, options, room
+from trainers.planning.plan import rows_per_worker
+from trainers.planning.throughput import Strategy
+from trainers.pretraining import run_folder
+from trainers.pretraining.config import PretrainConfig
+from trainers.reporting.results import RunFiles, energy_of
+from trainers.reporting.units import duration, energy
 
 CONFIGS = PROJECT / "trainers" / "configs"
 ON_GPUS = [path for path in sorted(CONFIGS.glob("*.yaml")) if "gpus_per_worker: 1" in path.read_text()]

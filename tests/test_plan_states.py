@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from cluster.hardware import EnergyConfig, Peak
-from trainers.causal import causal_lm
-from trainers.checkpoint import CheckpointConfig
-from trainers.engine import Engine
-from trainers.engine_config import EngineConfig
-from trainers.model import build
-from trainers.optimizer import OptimizerConfig
-from trainers.plan import Job, memory_per_worker
-from trainers.shape import ModelConfig
+from cluster.hardware.machine import EnergyConfig, Peak
+from trainers.checkpoints.keeping import CheckpointConfig
+from trainers.engine.config import EngineConfig
+from trainers.engine.engine import Engine
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
+from trainers.objectives.causal import causal_lm
+from trainers.optim.optimizer import OptimizerConfig
+from trainers.planning.plan import Job, memory_per_worker
 
 WORKERS, MICRO_BATCHES, SEQ_LEN = 2, 2, 16
 # Matrices are most of it, as in a model that needs a plan: what DeepSpeed pads is then far below a percent.

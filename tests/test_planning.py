@@ -4,14 +4,20 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.config import ConfigError, load_config
-from cluster.storage import open_store
-from data.tokens import fix_tokenizer
+from cluster.configuration.config import load_config
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from data.tokens.tokenizer import fix_tokenizer
 from tests.test_framing import PROSE, tokenizer
 from tests.token_corpus import put_text_corpus, put_token_corpus
-from trainers.config import PretrainConfig, run_store
-from trainers.planning import manifest_problems, objective_problems, place_problems, problems_before_start
-from trainers.run_folder import MANIFEST
+from trainers.planning.checks import (
+    manifest_problems,
+    objective_problems,
+    place_problems,
+    problems_before_start,
+)
+from trainers.pretraining.config import PretrainConfig, run_store
+from trainers.pretraining.run_folder import MANIFEST
 
 ENCODER = ("--model.attention", "bidirectional", "--batch.seq_len", "32")
 PAIRS = (*ENCODER, "--model.pair_head", "true", "--model.num_token_types", "2")

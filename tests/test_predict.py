@@ -17,22 +17,26 @@ import pytest
 import torch
 from task_files import BACKBONES, put_backbone, put_lines, sentences
 
-from cluster.config import ConfigError, run_entry
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from cluster.store import former_version
+from cluster.configuration.config import run_entry
+from cluster.console.errors import ConfigError
+from cluster.sessions.session import PROJECT
+from cluster.storage.store import former_version
+from cluster.storage.uris import open_store
 from tests.small_run import kill_tree, start_command
-from trainers import predict, prediction, prediction_rows
-from trainers.export import load_exported
-from trainers.lease import lease
-from trainers.model_digest import content_digest, listing_digest
-from trainers.model_files import ModelFolderError
-from trainers.prediction import Counts, Predictor, finished_pieces
-from trainers.prediction_rows import pieces_of, rows_of
-from trainers.task import TaskColumns, TaskConfig, TaskFiles
-from trainers.task_encoding import Encoder, framed
-from trainers.task_export import export_task_model
-from trainers.task_model import AdaptConfig, TaskModel
+from trainers import predict
+from trainers.exported.folder import load_exported
+from trainers.exported.model_digest import content_digest, listing_digest
+from trainers.exported.model_files import ModelFolderError
+from trainers.prediction import job as prediction_job
+from trainers.prediction import pieces as prediction
+from trainers.prediction import rows as prediction_rows
+from trainers.prediction.pieces import Counts, Predictor, finished_pieces
+from trainers.prediction.rows import pieces_of, rows_of
+from trainers.recovery.lease import lease
+from trainers.tasks.encoding import Encoder, framed
+from trainers.tasks.export import export_task_model
+from trainers.tasks.heads import AdaptConfig, TaskModel
+from trainers.tasks.task import TaskColumns, TaskConfig, TaskFiles
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +313,8 @@ def test_a_job_that_was_killed_goes_on_and_every_record_is_answered_once(
     assert before.items() <= parts().items() and len(parts()) == 3, "what was answered was answered again"
     ids = [line["id"] for line in output_lines(output)]
     assert sorted(ids) == sorted(row["id"] for row in wanted)
-    monkeypatch.setattr(predict, "ray_session", lambda cluster: pytest.fail("started"))
-    assert predict.predict(options) == Counts(len(wanted), 0)
+    monkeypatch.setattr(prediction_job, "ray_session", lambda cluster: pytest.fail("started"))
+    assert prediction_job.predict(options) == Counts(len(wanted), 0)
     assert "2 pieces, 2 of them answered before" in capsys.readouterr().out
 
 
@@ -334,7 +338,7 @@ def test_a_number_that_no_job_can_have_is_one_line_and_status_2_before_anything_
     model, tmp_path, monkeypatch, capsys, option, value, message
 ):
     uri = put_lines(tmp_path / "r.jsonl", records(3))
-    monkeypatch.setattr(predict, "ray_session", lambda cluster: pytest.fail("started"))
+    monkeypatch.setattr(prediction_job, "ray_session", lambda cluster: pytest.fail("started"))
     options = options_of(model[0], uri, tmp_path / "out", **{option: value})
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items()]
     with pytest.raises(SystemExit) as ended:
@@ -346,7 +350,7 @@ def test_a_number_that_no_job_can_have_is_one_line_and_status_2_before_anything_
 def test_a_folder_without_a_model_is_one_line_that_names_it(tmp_path, monkeypatch):
     uri = put_lines(tmp_path / "r.jsonl", records(3))
     with pytest.raises(ConfigError, match="--model .*/nowhere holds no fine-tuned model"):
-        predict.predict(options_of(str(tmp_path / "nowhere"), uri, tmp_path / "out"))
+        prediction_job.predict(options_of(str(tmp_path / "nowhere"), uri, tmp_path / "out"))
 
 
 def test_a_second_job_does_not_answer_into_the_folder_of_one_that_lives(model, tmp_path):
@@ -355,18 +359,18 @@ def test_a_second_job_does_not_answer_into_the_folder_of_one_that_lives(model, t
     output = open_store(options.output)
     living = f"--output .*/out is being answered into by process {os.getpid()} on "
     with lease(output), pytest.raises(ConfigError, match=living):
-        predict.predict(options)
-    assert not output.exists(predict.JOB)
+        prediction_job.predict(options)
+    assert not output.exists(prediction_job.JOB)
 
 
 def test_more_models_than_the_cluster_has_room_for_are_refused(model, tmp_path, monkeypatch):
     uri = put_lines(tmp_path / "r.jsonl", records(3))
-    monkeypatch.setattr(predict, "ray_session", lambda cluster: nullcontext([{"CPU": 2.0}]))
+    monkeypatch.setattr(prediction_job, "ray_session", lambda cluster: nullcontext([{"CPU": 2.0}]))
     options = options_of(model[0], uri, tmp_path / "out", cpus_per_worker=3.0)
     with pytest.raises(
         ConfigError, match="--workers=1 x --cpus-per-worker=3 = 3 CPUs, but the cluster has 2"
     ):
-        predict.predict(options)
+        prediction_job.predict(options)
 
 
 def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_path):
@@ -378,7 +382,7 @@ def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_pat
     def pin(folder=model[0], **changes):
         options, store = options_of(folder, source, tmp_path / "out", **changes), open_store(folder)
         digest = content_digest(store, of_task=True)
-        predict.pin(output, store, digest, options, pieces_of(options.input))
+        prediction_job.pin(output, store, digest, options, pieces_of(options.input))
 
     pin()
     put_lines(source / "b.jsonl", records(3))
@@ -390,10 +394,10 @@ def test_answers_of_another_model_or_of_other_records_are_refused(model, tmp_pat
         pin(str(other))
     with pytest.raises(ConfigError, match="max_new_tokens is 8 now"):
         pin(max_new_tokens=8)
-    job = json.loads(output.read(predict.JOB))
+    job = json.loads(output.read(prediction_job.JOB))
     job["model"] = listing_digest(open_store(model[0]).list())
     job["input"] = {path: former_version(version) for path, version in job["input"].items()}
-    output.put(predict.JOB, json.dumps(job).encode())
+    output.put(prediction_job.JOB, json.dumps(job).encode())
     pin()  # begun by a version that noted less of a file
     (source / "a.jsonl").chmod(
         0o600
@@ -430,7 +434,7 @@ def pinned(model, source, output):
     """The pieces of a start of a job, as it names their answers."""
     options, store = options_of(model, source, output), open_store(model)
     digest = content_digest(store, of_task=True)
-    return predict.pin(open_store(str(output)), store, digest, options, pieces_of(options.input))
+    return prediction_job.pin(open_store(str(output)), store, digest, options, pieces_of(options.input))
 
 
 def test_records_are_answered_once_however_their_place_is_spelled_and_wherever_it_is_moved(model, tmp_path):
@@ -458,9 +462,9 @@ def test_a_job_that_named_answers_by_the_place_of_its_input_goes_on_from_there_a
     source.mkdir()
     put_lines(source / "a.jsonl", records(3))
     pinned(model[0], source, tmp_path / "out")
-    job = json.loads(output.read(predict.JOB))
+    job = json.loads(output.read(prediction_job.JOB))
     del job["named_by"]
-    output.put(predict.JOB, json.dumps(job).encode())
+    output.put(prediction_job.JOB, json.dumps(job).encode())
     size = (source / "a.jsonl").stat().st_size
     described = f"Piece(uri='file://{source}', path='a.jsonl', start=0, stop={size}, row_group=-1)"
     former = f"a-{hashlib.blake2b(described.encode(), digest_size=6).hexdigest()}"
@@ -481,15 +485,15 @@ def test_answers_and_records_that_lie_in_one_another_are_refused(model, tmp_path
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with pytest.raises(ConfigError, match=f"--output=.*{output} and --input=.*{source} lie in one another"):
-        predict.predict(options_of(model[0], tmp_path / source, tmp_path / output))
+        prediction_job.predict(options_of(model[0], tmp_path / source, tmp_path / output))
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_missing_column_is_one_error_before_anything_is_started(model, tmp_path, monkeypatch):
     uri = put_lines(tmp_path / "r.jsonl", [{"texts": "a film"}])
-    monkeypatch.setattr(predict, "ray_session", lambda cluster: pytest.fail("started"))
+    monkeypatch.setattr(prediction_job, "ray_session", lambda cluster: pytest.fail("started"))
     with pytest.raises(ConfigError, match="there is no column 'text' .*nearest: texts"):
-        predict.predict(options_of(model[0], uri, tmp_path / "out"))
+        prediction_job.predict(options_of(model[0], uri, tmp_path / "out"))
 
 
 def test_a_damaged_part_is_answered_again_and_a_damaged_count_is_made_anew(

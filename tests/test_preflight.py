@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.node_facts import Limits, NodeFacts, judge, probe_storage, rounds, slow_nodes, touch, transports
-from cluster.preflight import Network, PreflightConfig, judge_network
-from cluster.session import PROJECT
+from cluster.nodes.facts import Limits, NodeFacts, judge, probe_storage, rounds, slow_nodes, touch, transports
+from cluster.nodes.fitness import Network, PreflightConfig, judge_network
+from cluster.sessions.session import PROJECT
 
 GOOD = NodeFacts(
     node="a",
@@ -143,8 +143,8 @@ main(["--cluster.address", cluster.address, *sys.argv[1:]])
 BUSY = """
 import os, ray, time
 from cluster.preflight import problems_of_nodes
-from cluster.session import ray_session
-from cluster.workers import ClusterConfig
+from cluster.sessions.session import ray_session
+from cluster.sessions.workers import ClusterConfig
 
 class Training:
     def steps(self):
@@ -163,11 +163,11 @@ with ray_session(ClusterConfig(address=cluster.address)):
 CUT = """
 import ray, time
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from cluster.nodes import witnesses
+from cluster.nodes.nodes import witnesses
 from cluster.preflight import PreflightConfig, judge_network, measure_network
-from cluster.session import ray_session
-from cluster.workers import ClusterConfig
-from cluster.witness import Witness
+from cluster.sessions.session import ray_session
+from cluster.sessions.workers import ClusterConfig
+from cluster.nodes.witness import Witness
 
 class Deaf(Witness):
     def exchange(self, *arguments):
@@ -192,9 +192,9 @@ from ray._raylet import GcsClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import nodes
 from cluster.preflight import problems_of_nodes
-from cluster.session import draining_nodes, ray_session
-from cluster.workers import ClusterConfig
-from cluster.witness import Witness
+from cluster.sessions.session import draining_nodes, ray_session
+from cluster.sessions.workers import ClusterConfig
+from cluster.nodes.witness import Witness
 
 class Dying(Witness):
     def gather(self, name, *arguments):

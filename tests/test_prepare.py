@@ -18,21 +18,22 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from cluster.config import ConfigError
-from cluster.session import PROJECT
-from cluster.storage import Store, open_store
-from cluster.store import former_version
-from data.assemble import given_tokenizer, inputs_path
-from data.corpus import CorpusConfig, CorpusError, group_shards, list_raw_shards
-from data.manifest import SPLITS, Manifest, read_manifest, write_manifest
-from data.manifest_table import FRAGMENT_DTYPES, Fragments
-from data.piece_records import SEAL, record_path
-from data.pieces import Piece, digest_of
-from data.prepare import existing_manifest, main, prepare
-from data.shards import read_fragment, read_fragment_documents
-from data.splits import SplitConfig
-from data.tokenizer_sample import sample_texts
-from data.tokens import Encoder, TokenizerConfig, load_tokenizer, train_tokenizer
+from cluster.console.errors import ConfigError
+from cluster.sessions.session import PROJECT
+from cluster.storage.store import former_version
+from cluster.storage.uris import Store, open_store
+from data.finished_pieces.records import SEAL, record_path
+from data.prepare import main
+from data.preparing.assemble import existing_manifest, given_tokenizer, inputs_path
+from data.preparing.corpus import prepare
+from data.preparing.pieces import Piece, digest_of
+from data.preparing.tokenizer_sample import sample_texts
+from data.reading.raw_shards import CorpusConfig, CorpusError, group_shards, list_raw_shards
+from data.reading.splits import SplitConfig
+from data.shards.manifest import SPLITS, Manifest, read_manifest, write_manifest
+from data.shards.manifest_table import FRAGMENT_DTYPES, Fragments
+from data.shards.shards import read_fragment, read_fragment_documents
+from data.tokens.tokenizer import Encoder, TokenizerConfig, load_tokenizer, train_tokenizer
 
 WORDS = ("to", "be", "or", "not", "that", "is", "the", "question", "nobler", "mind", "slings", "arrows")
 BOUNDARY = "<|endoftext|>"
@@ -78,7 +79,7 @@ def raw(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def config(tmp_path: Path, raw: Store, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> CorpusConfig:
-    monkeypatch.setattr("data.corpus.PIECE_BYTES", 1)
+    monkeypatch.setattr("data.reading.raw_shards.PIECE_BYTES", 1)
     return CorpusConfig(
         uri=raw.uri,
         prepared=str(tmp_path / "prepared"),
@@ -377,13 +378,13 @@ def test_a_deleted_token_shard_is_made_again(config: CorpusConfig) -> None:
 
 KILLED = """
 import json, os, signal, sys
-from cluster.config import from_dict
-from data.corpus import CorpusConfig
-import data.corpus
-from data.pieces import Piece
+from cluster.configuration.config import from_dict
+from data.reading.raw_shards import CorpusConfig
+import data.reading.raw_shards
+from data.preparing.pieces import Piece
 from data.prepare import prepare
 
-data.corpus.PIECE_BYTES = 1
+data.reading.raw_shards.PIECE_BYTES = 1
 settings, deaths = json.loads(sys.argv[1]), int(sys.argv[2])
 
 def fan_out(function, work, config):
@@ -433,8 +434,8 @@ def test_merging_the_hashes_of_many_pieces_changes_nothing(
 ) -> None:
     put(raw, "e.jsonl", [*range(400, 450), *range(0, 20), *range(390, 400)])
     expected = prepared_afresh(config, "one-by-one")
-    monkeypatch.setattr("data.assemble.FILES_PER_RANGE", 2)
-    monkeypatch.setattr("data.assemble.DOCUMENTS_PER_RANGE", 150)  # in three ranges
+    monkeypatch.setattr("data.preparing.assemble.FILES_PER_RANGE", 2)
+    monkeypatch.setattr("data.preparing.assemble.DOCUMENTS_PER_RANGE", 150)  # in three ranges
     work = _Counting()
     assert prepare(config, fan_out=work).digest == expected.digest
     merged = [each.surveys for name, each in work.done if name == "merge"]

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.storage import Store, open_store
-from data.corpus import CorpusConfig, group_shards, list_raw_shards
-from data.manifest import SPLITS
-from data.prepare import corpus_table, prepare
-from data.splits import SplitConfig
-from data.tokens import Encoder, TokenizerConfig, load_tokenizer, train_tokenizer
+from cluster.storage.uris import Store, open_store
+from data.preparing.corpus import corpus_table, prepare
+from data.reading.raw_shards import CorpusConfig, group_shards, list_raw_shards
+from data.reading.splits import SplitConfig
+from data.shards.manifest import SPLITS
+from data.tokens.tokenizer import Encoder, TokenizerConfig, load_tokenizer, train_tokenizer
 from tests.test_prepare import BOUNDARY, documents, one_by_one, text_of
 
 NUM_TINY = 2_000

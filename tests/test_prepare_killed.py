@@ -14,16 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.config import INTERRUPTED
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from data.corpus import CorpusConfig
-from data.manifest import read_manifest
-from data.prepare import prepare
-from data.tokens import TokenizerConfig, train_tokenizer
+from cluster.configuration.config import INTERRUPTED
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
+from data.preparing.corpus import prepare
+from data.reading.raw_shards import CorpusConfig
+from data.shards.manifest import read_manifest
+from data.tokens.tokenizer import TokenizerConfig, train_tokenizer
 from tests.small_run import Terminal, start_command
 from tests.test_prepare import one_by_one
-from trainers.planning import resources_here
+from trainers.planning.checks import resources_here
 
 NUM_SHARDS = 6
 

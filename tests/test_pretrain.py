@@ -11,10 +11,10 @@ import uuid
 import pytest
 import yaml
 
+from cluster.console.printable import printable
 from cluster.local_s3 import LocalS3
-from cluster.loopback import is_loopback
-from cluster.printable import printable
-from cluster.storage import open_store
+from cluster.sessions.loopback import is_loopback
+from cluster.storage.uris import open_store
 from tests.small_run import (
     STEPS,
     SmallRun,
@@ -28,9 +28,9 @@ from tests.small_run import (
 )
 from tests.unbroken import LOSS_TOLERANCE, assert_as_unbroken
 from trainers import evaluate
-from trainers.metrics import events_of, read_attempts, read_metrics, validations_of
-from trainers.stopping import FAILURE
-from trainers.verdict import TestSplitError, claim_test_split
+from trainers.evaluation.verdict import TestSplitError, claim_test_split
+from trainers.recovery.stopping import FAILURE
+from trainers.reporting.metrics import events_of, read_attempts, read_metrics, validations_of
 
 OUTAGE_SECONDS = 4.0
 HANG_SECONDS = 8.0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 from tests.small_run import SmallRun, kill_tree, put_corpus, steps_by_number, wait_for_step
 
 pytestmark = pytest.mark.cluster

@@ -15,11 +15,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.config import ConfigError, run_entry
-from cluster.keys import shown
-from cluster.printable import PrintableStream, printable, without_keys
-from cluster.session import PROJECT
-from cluster.terminal import Terminal
+from cluster.configuration.config import run_entry
+from cluster.configuration.keys import shown
+from cluster.console.errors import ConfigError
+from cluster.console.printable import PrintableStream, printable, without_keys
+from cluster.console.terminal import Terminal
+from cluster.sessions.session import PROJECT
 
 # 16 characters: found in a message, it is no coincidence.
 SECRETS = st.text("abcdefABCDEF0123456789/+=-_.~%$!*,;:@", min_size=16, max_size=40).map(
@@ -206,7 +207,7 @@ def test_consoles_are_made_in_one_place_and_markup_in_one() -> None:
             called = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
             if called in makers:
                 makers[called].add(str(path.relative_to(PROJECT)))
-    assert makers == {"Console": set(), "Markup": {"trainers/charts.py"}, "from_markup": set()}
+    assert makers == {"Console": set(), "Markup": {"trainers/reporting/charts.py"}, "from_markup": set()}
 
 
 def test_no_page_takes_text_for_markup_and_each_forbids_scripts() -> None:

@@ -4,9 +4,9 @@ import itertools
 import pytest
 from rich.console import Console
 
-from cluster.storage import StorageError, open_store
-from trainers.metrics import MetricsWriter
-from trainers.progress import Progress, Status, Tail
+from cluster.storage.uris import StorageError, open_store
+from trainers.reporting.metrics import MetricsWriter
+from trainers.reporting.progress import Progress, Status, Tail
 
 NEVER = 1e6
 
@@ -76,7 +76,7 @@ def test_after_a_restart_the_line_counts_from_where_the_run_went_on():
 
 
 def test_each_record_is_seen_once_and_old_segments_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.metrics.SEGMENT_LINES", 5)
+    monkeypatch.setattr("trainers.reporting.metrics.SEGMENT_LINES", 5)
     store = open_store(str(tmp_path))
     with writer_for(store) as writer:
         for step in range(1, 13):
@@ -98,7 +98,7 @@ def test_each_record_is_seen_once_and_old_segments_are_not_read(tmp_path, monkey
 
 
 def test_a_run_that_begins_after_the_first_look_is_read_in_full(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.metrics.SEGMENT_LINES", 2)
+    monkeypatch.setattr("trainers.reporting.metrics.SEGMENT_LINES", 2)
     store = open_store(str(tmp_path))
     tail = Tail(store)
     assert tail.poll() == []
@@ -109,7 +109,7 @@ def test_a_run_that_begins_after_the_first_look_is_read_in_full(tmp_path, monkey
 
 
 def test_what_a_failure_of_the_storage_cut_off_comes_with_the_next_call(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.metrics.SEGMENT_LINES", 2)
+    monkeypatch.setattr("trainers.reporting.metrics.SEGMENT_LINES", 2)
     store = open_store(str(tmp_path))
     with writer_for(store) as writer:
         for step in range(1, 6):

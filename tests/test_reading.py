@@ -8,16 +8,16 @@ import pytest
 import torch
 import transformers
 
-from cluster.storage import open_store
-from data.tokens import FixedTokenizer, TokenizerConfig, fix_tokenizer, train_tokenizer
+from cluster.storage.uris import open_store
+from data.tokens.tokenizer import FixedTokenizer, TokenizerConfig, fix_tokenizer, train_tokenizer
 from trainers import embed, fill_mask, next_sentence
-from trainers.bert import SWITCHES
-from trainers.export import export, load_exported
-from trainers.generate import SamplingConfig, complete
-from trainers.model import build
-from trainers.objectives import ObjectiveConfig
-from trainers.reading import Reader
-from trainers.shape import ModelConfig
+from trainers.exported.bert import SWITCHES
+from trainers.exported.folder import export, load_exported
+from trainers.exported.reading import Reader
+from trainers.exported.sampling import SamplingConfig, complete
+from trainers.model.backbone import build
+from trainers.model.shape import ModelConfig
+from trainers.objectives.kinds import ObjectiveConfig
 
 SAMPLE = ["今天天气真好，我们去公园吧。the love of Denmark and the kings of kingdoms"] * 20
 TEXT = "今天天气真[MASK]，我们[MASK]公园吧。"

@@ -16,18 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 from task_files import put_lines
 
-from cluster.config import ConfigError
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from data.corpus import CorpusConfig, CorpusError, RawShard
-from data.documents import read_documents
+from cluster.console.errors import ConfigError
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
+from data.reading.documents import read_documents
+from data.reading.raw_shards import CorpusConfig, CorpusError, RawShard
 from tests.test_bombs import MOST_MEMORY, plain, repeated, zstd_frame
 from tests.test_parquet_rows import OPTIONS, written
-from trainers import record_files
-from trainers.prediction_rows import column_problems, pieces_of, rows_of
-from trainers.record_files import MAX_RECORD_BYTES, BrokenRow, find_files, format_of, rows_in
-from trainers.task import TaskColumns, TaskConfig
-from trainers.task_records import read_examples
+from trainers.prediction.rows import column_problems, pieces_of, rows_of
+from trainers.tasks import record_files
+from trainers.tasks.record_files import MAX_RECORD_BYTES, BrokenRow, find_files, format_of, rows_in
+from trainers.tasks.records import read_examples
+from trainers.tasks.task import TaskColumns, TaskConfig
 
 TASK = TaskConfig(name="t", kind="classification")
 TAGS = TaskConfig(name="t", kind="token_classification")
@@ -175,11 +175,11 @@ def test_a_quote_that_is_left_open_ends_a_csv_with_its_reason(tmp_path, monkeypa
 
 
 def test_a_long_line_is_one_reason_wherever_pieces_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.prediction_rows.MAX_RECORD_BYTES", 100)
+    monkeypatch.setattr("trainers.prediction.rows.MAX_RECORD_BYTES", 100)
     monkeypatch.setattr(record_files, "MAX_RECORD_BYTES", 100)
     (tmp_path / "r.jsonl").write_bytes(GOOD + b"\n" + b"x" * 1_000 + b"\n" + GOOD + b"\n" + b"y" * 1_000)
     for size in (1, 40, 41, 42, 100, 500, 1_042, 1_043, 10_000):
-        monkeypatch.setattr("trainers.prediction_rows.PIECE_BYTES", size)
+        monkeypatch.setattr("trainers.prediction.rows.PIECE_BYTES", size)
         found = rows(tmp_path / "r.jsonl")
         assert [type(row) for row in found] == [dict, str, dict, str], size
         assert found[1] == found[3] == "longer than 100 bytes"
@@ -204,10 +204,10 @@ BOMBS = {
 }
 READING = """
 import sys
-from cluster.config import ConfigError
-from trainers.prediction_rows import pieces_of, rows_of
-from trainers.task import TaskConfig
-from trainers.task_records import read_examples
+from cluster.configuration.config import ConfigError
+from trainers.prediction.rows import pieces_of, rows_of
+from trainers.tasks.task import TaskConfig
+from trainers.tasks.records import read_examples
 def most_memory():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
@@ -261,7 +261,7 @@ def test_no_bomb_takes_more_memory_than_its_bounds(tmp_path):
 
 
 def test_a_task_of_many_records_from_few_bytes_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainers.task_records.FREE_BYTES", 100_000)
+    monkeypatch.setattr("trainers.tasks.records.FREE_BYTES", 100_000)
     content = b'{"text": "a", "label": "x"}\n' * 2_000  # 56 KB, and each record counts for 256 bytes besides
     (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(content))
     monkeypatch.setattr(record_files, "RATIO", 100)

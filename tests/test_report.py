@@ -11,11 +11,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from cluster.storage import open_store
-from trainers.goodput import Goodput
-from trainers.metrics import MetricsWriter
-from trainers.report import write_report
-from trainers.results import read_run, results_table
+from cluster.storage.uris import open_store
+from trainers.reporting.goodput import Goodput
+from trainers.reporting.metrics import MetricsWriter
+from trainers.reporting.page import write_report
+from trainers.reporting.results import read_run, results_table
 
 PROJECT = Path(__file__).resolve().parents[1]
 COUNTS = {

@@ -4,9 +4,9 @@ import json
 import pytest
 from rich.console import Console
 
-from cluster.storage import open_store
-from trainers.report import render
-from trainers.results import (
+from cluster.storage.uris import open_store
+from trainers.reporting.page import render
+from trainers.reporting.results import (
     RunFiles,
     attempts_of,
     energy_of,

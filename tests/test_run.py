@@ -1,7 +1,7 @@
 """How many workers an elastic run may have on the nodes that are there."""
 
-from cluster.workers import ClusterConfig
-from trainers.run import workers_on
+from cluster.sessions.workers import ClusterConfig
+from trainers.pretraining.driver import workers_on
 
 
 def node(alive: bool = True, **resources: float) -> dict:

@@ -9,23 +9,24 @@ import torch
 import transformers
 import yaml
 
-from cluster.config import ConfigError, load_config, to_dict, to_yaml
-from cluster.session import PROJECT, joined_resources
-from cluster.storage import open_store
-from cluster.workers import ClusterConfig
+from cluster.configuration.config import load_config, to_dict, to_yaml
+from cluster.console.errors import ConfigError
+from cluster.sessions.session import PROJECT, joined_resources
+from cluster.sessions.workers import ClusterConfig
+from cluster.storage.uris import open_store
 from data.prepare import main as prepare_main
-from data.tokens import TokenizerConfig, train_tokenizer
-from trainers.changes import changed_keys
-from trainers.config import BatchConfig, PretrainConfig, absolute, run_store
-from trainers.finetune_config import FinetuneConfig
-from trainers.model import Backbone
-from trainers.planning import resources_here
+from data.tokens.tokenizer import TokenizerConfig, train_tokenizer
+from trainers.evaluation.verdict import claim_test_split
+from trainers.finetuning.config import FinetuneConfig
+from trainers.model.backbone import Backbone
+from trainers.model.shape import count_parameters
+from trainers.planning.checks import resources_here
 from trainers.pretrain import main
-from trainers.run_folder import CONFIG, check_unchanged
-from trainers.shape import count_parameters
-from trainers.verdict import claim_test_split
-from tune.label_efficiency import CurveConfig
-from tune.sweep_config import SweepConfig
+from trainers.pretraining.config import BatchConfig, PretrainConfig, absolute, run_store
+from trainers.pretraining.run_folder import CONFIG, check_unchanged
+from trainers.stored.changes import changed_keys
+from tune.curves.label_curve import CurveConfig
+from tune.search.config import SweepConfig
 
 # As the sample's documents are named, and in both its languages.
 DOCUMENTS = [
@@ -263,7 +264,7 @@ def test_a_batch_has_at_least_one_row_and_one_token():
 
 
 def test_no_secret_of_the_environment_reaches_a_run_folder(monkeypatch):
-    from trainers.run_folder import environment
+    from trainers.pretraining.run_folder import environment
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
     assert "planted-secret" not in json.dumps(environment(load()))

@@ -10,9 +10,10 @@ import zipfile
 import pytest
 import yaml
 
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from data.sample import SAMPLES, main, members, put_missing
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
+from data.sample import main
+from data.samples.corpora import SAMPLES, members, put_missing
 
 PLAY = "# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\nWho's there?\n\n### SCENE II.\n\nThough yet\n"
 

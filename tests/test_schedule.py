@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.schedule import ScheduleConfig, rate_factor
+from trainers.optim.schedule import ScheduleConfig, rate_factor
 
 KINDS = ("cosine", "linear", "warmup_stable_decay", "constant")
 schedules = st.builds(

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.scratch import problem_writing_locally, scratch_folder
-from cluster.session import PROJECT
-from cluster.storage import StorageError, open_store
-from data.shards import ShardWriter
+from cluster.sessions.session import PROJECT
+from cluster.storage.scratch import problem_writing_locally, scratch_folder
+from cluster.storage.uris import StorageError, open_store
+from data.shards.shards import ShardWriter
 
 WRITES = """
 import sys
-from cluster.scratch import scratch_folder
+from cluster.storage.scratch import scratch_folder
 with scratch_folder() as folder:
     (folder / "shard").write_bytes(bytes(1_000))
     print(folder, flush=True)
@@ -82,6 +82,7 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(
 def test_what_another_user_left_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with writing(tmp_path) as (killed, left):
         killed.kill()
+    assert left.is_relative_to(tmp_path)
     os.chown(left, 12_345, -1)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with scratch_folder():

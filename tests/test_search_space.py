@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.bounds import LARGEST_INTEGER
-from cluster.config import ConfigError, from_dict
-from trainers.finetune_config import FinetuneConfig
-from tune.proposals import Proposals, key_of
-from tune.search_space import Dimension, SearchSpace, parse_space, with_point
-from tune.sweep_config import SweepRunConfig, grid_problem
+from cluster.configuration.config import from_dict
+from cluster.console.errors import ConfigError
+from cluster.limits.bounds import LARGEST_INTEGER
+from trainers.finetuning.config import FinetuneConfig
+from tune.search.config import SweepRunConfig, grid_problem
+from tune.search.proposals import Proposals, key_of
+from tune.search.space import Dimension, SearchSpace, parse_space, with_point
 
 BASE = from_dict(FinetuneConfig, {"run": {"task": "t.yaml"}, "backbone": {"uri": "model"}})
 SPACE = {

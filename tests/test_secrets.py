@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cluster.local_s3 import LocalS3
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from cluster.store import Store
+from cluster.sessions.session import PROJECT
+from cluster.storage.store import Store
+from cluster.storage.uris import open_store
 from k8s.check import K8S
 from tests.small_run import SmallRun, put_corpus
 
@@ -48,7 +48,7 @@ def unpickles(node: ast.AST) -> bool:
     keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
     if "allow_pickle" in keywords:
         return True
-    if keywords.get("Loader") == "ConfigLoader":  # cluster/strict_yaml.py's, a SafeLoader
+    if keywords.get("Loader") == "ConfigLoader":  # cluster/limits/strict_yaml.py's, a SafeLoader
         return False
     return called in LOADERS or (module in PICKLES and name in ("load", "loads", "Unpickler", "open"))
 
@@ -107,7 +107,7 @@ def test_the_keys_that_a_run_opens_its_s3_store_with_are_in_no_object_and_no_log
 
 # `import` of what runs code from bytes -> why it is harmless there.
 UNPICKLING = {
-    "data/stream.py": "parts of one pipeline, from worker 0 to the others of its group; they were never stored"
+    "data/rows/stream.py": "parts of one pipeline, from worker 0 to the others of its group; they were never stored"
 }
 
 
@@ -181,7 +181,7 @@ def test_the_one_place_that_starts_a_ray_of_its_own_keeps_it_on_this_machine() -
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         if found := [node for node in calls if ast.unparse(node.func) in ("ray.init", "Cluster")]:
             starts[str(path.relative_to(PROJECT))] = len(found)
-    assert starts == {"cluster/session.py": 1}, (
+    assert starts == {"cluster/sessions/session.py": 1}, (
         "which gives `local`, loopback and no dashboard, or an address"
     )
 

@@ -5,11 +5,10 @@ import math
 
 import numpy as np
 
-from cluster.storage import open_store
-from trainers.causal import CAUSAL
-from trainers.config import ValidationConfig
-from trainers.evaluation import evaluation_of
-from trainers.selection import Selection, record_best
+from cluster.storage.uris import open_store
+from trainers.evaluation.loss import evaluation_of
+from trainers.evaluation.selection import Selection, ValidationConfig, record_best
+from trainers.objectives.causal import CAUSAL
 
 
 def chosen(losses: list[float], config: ValidationConfig) -> list[Selection]:

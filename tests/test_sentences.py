@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data.sentences import Sentences
-from data.tokens import Encoder, FixedTokenizer, TokenizerConfig, train_tokenizer
+from data.tokens.sentences import Sentences
+from data.tokens.tokenizer import Encoder, FixedTokenizer, TokenizerConfig, train_tokenizer
 
 ENGLISH = ['He said "Go home!"', "Then Mr. Smith left.", "It cost 3.14 dollars.", "Why?"]
 CHINESE = ["今天天气真好！", "他说：“你好吗？”", "她说：『走！』", "我们去公园吧。"]

@@ -14,18 +14,18 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import session
-from cluster.config import ConfigError
-from cluster.loopback import close_token_file, is_loopback, set_local_variables
-from cluster.session import PROJECT, ray_session
-from cluster.workers import ClusterConfig
+from cluster.console.errors import ConfigError
+from cluster.sessions import session
+from cluster.sessions.loopback import close_token_file, is_loopback, set_local_variables
+from cluster.sessions.session import PROJECT, ray_session
+from cluster.sessions.workers import ClusterConfig
 from tests.ray_nodes import RayNodes
 from tests.small_run import listening
 
 ASK = """
 import json, logging, os, time
-from cluster.session import ray_session
-from cluster.workers import ClusterConfig
+from cluster.sessions.session import ray_session
+from cluster.sessions.workers import ClusterConfig
 
 def has_bars():
     import ray.data
@@ -235,9 +235,9 @@ def without_ray() -> dict[str, str]:
 
 JOIN = """
 import sys
-from cluster.config import run_entry
-from cluster.session import ray_session
-from cluster.workers import ClusterConfig
+from cluster.configuration.config import run_entry
+from cluster.sessions.session import ray_session
+from cluster.sessions.workers import ClusterConfig
 
 def main():
     with ray_session(ClusterConfig(address=sys.argv[1])):

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shakespeare import documents, scenes
+from data.samples.shakespeare import documents, scenes
 
 PLAY = (
     "# Hamlet\n\n## ACT I\n\n### SCENE I. Elsinore.\n\nWho's there?\n\n"

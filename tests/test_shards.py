@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.local_store import LocalStore
-from cluster.storage import StorageError, Store, open_store
-from data.evaluation_rows import evaluation_batches
-from data.manifest import Fragments, Manifest
-from data.shard_hashes import forget_footers
-from data.shards import (
+from cluster.storage.local import LocalStore
+from cluster.storage.uris import StorageError, Store, open_store
+from data.rows.evaluation_rows import evaluation_batches
+from data.shards.manifest import Fragments, Manifest
+from data.shards.shard_hashes import forget_footers
+from data.shards.shards import (
     PART_TOKENS,
     ShardError,
     ShardWriter,
@@ -27,7 +27,7 @@ from data.shards import (
     read_fragment_documents,
 )
 from tests.token_corpus import put_token_corpus
-from trainers.stopping import FAILURE, telling_final_errors
+from trainers.recovery.stopping import FAILURE, telling_final_errors
 
 BOUNDARY = 0
 
@@ -155,7 +155,7 @@ def test_a_byte_flipped_on_the_way_is_read_again(
         read_fragment(store, manifest, 0)
     damaged = _FlipsBytes(store.uri, store.policy)
     monkeypatch.setattr(_FlipsBytes, "flips", [True] * num_flips)
-    monkeypatch.setattr("data.shard_hashes.open_store", lambda uri: damaged)
+    monkeypatch.setattr("data.shards.shard_hashes.open_store", lambda uri: damaged)
     assert np.array_equal(read_fragment(damaged, manifest, 0), document(5_000))
     assert not damaged.flips
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.clean import content_hash
-from data.splits import SplitConfig, keyed_points, matching_pattern, split_of
+from data.reading.clean import content_hash
+from data.reading.splits import SplitConfig, keyed_points, matching_pattern, split_of
 
 
 def hashes(count: int) -> list[bytes]:

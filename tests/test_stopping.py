@@ -6,11 +6,11 @@ import threading
 
 import pytest
 
-from cluster.local_store import LocalStore
-from cluster.storage import open_store
-from cluster.store import StorageError
-from trainers import stopping
-from trainers.stopping import STOP, StopRequest, stop_on_signal
+from cluster.storage.local import LocalStore
+from cluster.storage.store import StorageError
+from cluster.storage.uris import open_store
+from trainers.recovery import stopping
+from trainers.recovery.stopping import STOP, StopRequest, stop_on_signal
 
 
 def wait_until(condition, seconds: float = 20.0) -> bool:

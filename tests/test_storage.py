@@ -24,15 +24,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.config import ConfigError
+from cluster.console.errors import ConfigError
 from cluster.local_s3 import LocalS3
-from cluster.storage import MULTIPART, RetryPolicy, StorageError, Store, lies_in, open_parent, open_store
-from cluster.store import former_version
-from data.corpus import CorpusConfig
+from cluster.storage.store import former_version
+from cluster.storage.uris import MULTIPART, RetryPolicy, StorageError, Store, lies_in, open_parent, open_store
+from data.reading.raw_shards import CorpusConfig
 from tests.fault_proxy import FaultProxy
 from tests.google_stub import GoogleStub
-from trainers.config import PretrainConfig, RunConfig
-from trainers.planning import problems_before_start
+from trainers.planning.checks import problems_before_start
+from trainers.pretraining.config import PretrainConfig, RunConfig
 
 SOON = RetryPolicy(connect_seconds=1, silence_seconds=0.5, give_up_seconds=20)
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -228,7 +228,7 @@ def test_readers_see_the_old_object_or_the_new_one_whole(store: Store) -> None:
 
 WRITE_FOR_EVER = """
 import hashlib, sys
-from cluster.storage import open_store
+from cluster.storage.uris import open_store
 store = open_store(sys.argv[1])
 for number in range(1_000_000):
     content = bytes([number % 251]) * 3_000_000

@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import stored_file
-from cluster.errors import ConfigError, UserError
-from cluster.storage import open_store
-from cluster.stored_file import (
+from cluster.configuration import stored_file
+from cluster.configuration.stored_file import (
     MAX_DEPTH,
     DamagedFileError,
     parse_json,
@@ -22,7 +20,9 @@ from cluster.stored_file import (
     read_text,
     read_yaml,
 )
-from trainers.finetune_loop import Choice
+from cluster.console.errors import ConfigError, UserError
+from cluster.storage.uris import open_store
+from trainers.finetuning.loop import Choice
 
 REFUSED = {
     "nothing": (b"", "Expecting value"),

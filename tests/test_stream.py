@@ -13,11 +13,11 @@ import psutil
 import pytest
 import ray
 
-from cluster.storage import open_store
-from data.manifest import Manifest
-from data.order import Order
-from data.shards import read_fragment
-from data.stream import StreamError, TokenStream
+from cluster.storage.uris import open_store
+from data.order.order import Order
+from data.rows.stream import StreamError, TokenStream
+from data.shards.manifest import Manifest
+from data.shards.shards import read_fragment
 from tests.stream_workers import CONFIG, LANES, ROWS_PER_STEP, SEQ_LEN, Board, Group, Worker
 from tests.token_corpus import put_token_corpus
 

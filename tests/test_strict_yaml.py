@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ConfigError, load_config
-from cluster.errors import UserError
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from cluster.stored_file import read_yaml
-from cluster.strict_yaml import DEEPEST, LARGEST_BYTES, parse_yaml
+from cluster.configuration.config import load_config
+from cluster.configuration.stored_file import read_yaml
+from cluster.console.errors import ConfigError, UserError
+from cluster.limits.strict_yaml import DEEPEST, LARGEST_BYTES, parse_yaml
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
 from trainers import export
-from trainers.config import PretrainConfig
-from trainers.results import read_run
-from trainers.run_folder import check_unchanged
-from trainers.task import load_task
-from tune.judgement import refuse_after_judgement
-from tune.pretraining_text import stored_config
-from tune.sweep_config import SweepRunConfig
-from tune.sweep_folder import changes
+from trainers.pretraining.config import PretrainConfig
+from trainers.pretraining.run_folder import check_unchanged
+from trainers.reporting.results import read_run
+from trainers.tasks.task import load_task
+from tune.curves.pretraining_text import stored_config
+from tune.search.config import SweepRunConfig
+from tune.sweeps.folder import changes
+from tune.sweeps.judgement import refuse_after_judgement
 
 LAUGHS = "a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
@@ -129,4 +129,4 @@ def test_no_module_reads_yaml_by_itself() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("yaml.") and "load" in node.attr
     ]
-    assert reading == ["cluster/strict_yaml.py"]
+    assert reading == ["cluster/limits/strict_yaml.py"]

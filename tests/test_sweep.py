@@ -11,16 +11,17 @@ import pytest
 import yaml
 from task_files import put_backbone, put_lines, put_task, sentences
 
-from cluster.config import ConfigError, load_config
-from cluster.session import PROJECT
-from cluster.storage import open_store
+from cluster.configuration.config import load_config
+from cluster.console.errors import ConfigError
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
 from tests.small_run import start_command
 from trainers import finetune
-from trainers.checkpoint import committed, latest_attempt
-from trainers.finetune_config import FinetuneConfig
-from trainers.metrics import read_metrics
+from trainers.checkpoints.keeping import committed, latest_attempt
+from trainers.finetuning.config import FinetuneConfig
+from trainers.reporting.metrics import read_metrics
 from tune import sweep
-from tune.trial_records import read_trials
+from tune.trials.records import read_trials
 
 pytestmark = pytest.mark.cluster
 TRIALS, EVERY_STEPS = 5, 20

@@ -3,10 +3,11 @@
 import pytest
 import yaml
 
-from cluster.config import ConfigError, from_dict
-from cluster.session import PROJECT
-from tune.search_space import parse_space, with_point
-from tune.sweep_config import Room, SweepConfig, unshared_problem
+from cluster.configuration.config import from_dict
+from cluster.console.errors import ConfigError
+from cluster.sessions.session import PROJECT
+from tune.search.config import Room, SweepConfig, unshared_problem
+from tune.search.space import parse_space, with_point
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import pytest
 import yaml
 
-from cluster.config import ConfigError, from_dict
-from cluster.storage import open_store
-from tune.sweep_config import SweepConfig
-from tune.sweep_folder import pin
-from tune.trial_records import discard_scratch
+from cluster.configuration.config import from_dict
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from tune.search.config import SweepConfig
+from tune.sweeps.folder import pin
+from tune.trials.records import discard_scratch
 
 ORIGIN = {"task": "t1", "metric": "accuracy", "backbone": "b1"}
 

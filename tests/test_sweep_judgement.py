@@ -8,21 +8,23 @@ import pytest
 from rich.console import Console
 from task_files import put_backbone, put_lines, put_task, sentences
 
-from cluster.config import ConfigError, from_dict
-from cluster.storage import open_store
-from trainers import finetune_group
-from trainers.finetune_config import FinetuneConfig
-from trainers.task import load_task
-from trainers.task_data import prepare_task
-from tune import proposals, sweep
-from tune.finalists import finalists_before
-from tune.judgement import JUDGED, claim_judgement, judge, refuse_after_judgement
-from tune.measure import Measure
-from tune.search import search
-from tune.search_space import Dimension, SearchSpace, parse_space
-from tune.sweep_config import SweepConfig, SweepRunConfig
-from tune.sweep_folder import pin
-from tune.trial_records import TrialRecord, read_trials, record_outcome, record_start, trial_name
+from cluster.configuration.config import from_dict
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from trainers.finetuning import group as finetune_group
+from trainers.finetuning.config import FinetuneConfig
+from trainers.tasks.splits import prepare_task
+from trainers.tasks.task import load_task
+from tune import sweep
+from tune.search import proposals
+from tune.search.config import SweepConfig, SweepRunConfig
+from tune.search.measure import Measure
+from tune.search.space import Dimension, SearchSpace, parse_space
+from tune.sweeps.finalists import finalists_before
+from tune.sweeps.folder import pin
+from tune.sweeps.judgement import JUDGED, claim_judgement, judge, refuse_after_judgement
+from tune.sweeps.phases import search
+from tune.trials.records import TrialRecord, read_trials, record_outcome, record_start, trial_name
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def played(store, point, seed, number, score):
 
 
 def played_trials(config, experiment, store, ask, tell, *, first_number, num_trials, **more):
-    """As `tune.trials.run_trials`, without Ray and without training."""
+    """As `tune.trials.trials.run_trials`, without Ray and without training."""
     for number in range(first_number, first_number + num_trials):
         if (asked := ask()) is None:
             return
@@ -88,7 +90,7 @@ def played_trials(config, experiment, store, ask, tell, *, first_number, num_tri
 
 @pytest.mark.slow
 def test_a_search_that_gave_up_below_its_trials_has_ended_for_the_same_keys_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("tune.trials.run_trials", played_trials)
+    monkeypatch.setattr("tune.trials.trials.run_trials", played_trials)
     monkeypatch.setattr(proposals, "REPEATS", 1)  # TPE gives up at the first point that it knows
     space = SearchSpace((Dimension("rate", "int", (1, 30), {}),))
     config, store = SweepRunConfig(trials=30, best=2, seeds=2), open_store(str(tmp_path))

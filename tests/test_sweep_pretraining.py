@@ -9,14 +9,15 @@ from pydoc_data.topics import topics
 import pytest
 import yaml
 
-from cluster.config import ConfigError, from_dict
-from cluster.session import PROJECT
-from cluster.storage import open_store
+from cluster.configuration.config import from_dict
+from cluster.console.errors import ConfigError
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
 from tests.small_run import SETTINGS
-from tune.pretrain_trials import PretrainTrials
-from tune.search_space import parse_space
+from tune.search.space import parse_space
 from tune.sweep_pretraining import PretrainSweepConfig, range_problems
-from tune.trial_records import read_trials
+from tune.trials.pretraining import PretrainTrials
+from tune.trials.records import read_trials
 
 
 def nested(settings):

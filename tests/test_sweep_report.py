@@ -6,12 +6,12 @@ import re
 import pytest
 from rich.console import Console
 
-from cluster.storage import open_store
-from tune.finalists import Finalist
-from tune.measure import Measure
-from tune.search_space import Dimension, SearchSpace
-from tune.sweep_report import importances, sweep_table, write_sweep_report
-from tune.trial_records import TrialRecord, read_trials, record_outcome, trial_name
+from cluster.storage.uris import open_store
+from tune.search.measure import Measure
+from tune.search.space import Dimension, SearchSpace
+from tune.sweeps.finalists import Finalist
+from tune.sweeps.page import importances, sweep_table, write_sweep_report
+from tune.trials.records import TrialRecord, read_trials, record_outcome, trial_name
 
 SPACE = SearchSpace(
     (

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.task_batches import RecordOrder
+from trainers.finetuning.batches import RecordOrder
 
 
 @given(num=st.integers(1, 60), rows=st.integers(1, 20), seed=st.integers(0, 5))

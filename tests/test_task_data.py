@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from task_files import put_lines, put_task, sentences
 
-from cluster.config import ConfigError, from_dict
-from cluster.storage import open_store
-from cluster.stored_file import DamagedFileError
-from trainers.task import SPLITS, TaskColumns, TaskConfig, TaskFiles, TaskPrompt, TaskSplit, load_task
-from trainers.task_data import (
+from cluster.configuration.config import from_dict
+from cluster.configuration.stored_file import DamagedFileError
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from trainers.tasks.records import example_of, read_examples
+from trainers.tasks.splits import (
     RECORD,
     PreparedTask,
     digest_of,
@@ -22,7 +23,7 @@ from trainers.task_data import (
     read_given,
     without_contradictions,
 )
-from trainers.task_records import example_of, read_examples
+from trainers.tasks.task import SPLITS, TaskColumns, TaskConfig, TaskFiles, TaskPrompt, TaskSplit, load_task
 
 
 def prepared(tmp_path, records, **content) -> PreparedTask:

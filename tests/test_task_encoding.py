@@ -5,10 +5,10 @@ import pytest
 from task_files import small_tokenizer
 from tokenizers import Tokenizer
 
-from cluster.config import ConfigError
-from trainers.task import TaskColumns, TaskConfig, TaskPrompt
-from trainers.task_encoding import IGNORED, Encoder, collate, framed
-from trainers.task_records import Example
+from cluster.console.errors import ConfigError
+from trainers.tasks.encoding import IGNORED, Encoder, collate, framed
+from trainers.tasks.records import Example
+from trainers.tasks.task import TaskColumns, TaskConfig, TaskPrompt
 
 BOUNDARY = 0
 

@@ -7,13 +7,13 @@ import torch
 from task_files import SHAPE, small_tokenizer
 from tokenizers import Tokenizer
 
-from cluster.config import ConfigError
-from trainers.model import build
-from trainers.task import TaskConfig, TaskPrompt
-from trainers.task_encoding import Encoder, framed
-from trainers.task_evaluation import answers_to
-from trainers.task_model import AdaptConfig, TaskModel
-from trainers.task_records import Example
+from cluster.console.errors import ConfigError
+from trainers.model.backbone import build
+from trainers.tasks.encoding import Encoder, framed
+from trainers.tasks.evaluation import answers_to
+from trainers.tasks.heads import AdaptConfig, TaskModel
+from trainers.tasks.records import Example
+from trainers.tasks.task import TaskConfig, TaskPrompt
 
 CPU = torch.device("cpu")
 

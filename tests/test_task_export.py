@@ -9,13 +9,13 @@ import transformers
 from task_files import BACKBONES, put_backbone
 from tokenizers import Tokenizer
 
-from cluster.storage import open_store
-from trainers.export import load_exported
-from trainers.formats import OWN
-from trainers.task import TaskColumns, TaskConfig, TaskFiles
-from trainers.task_encoding import Encoder, framed
-from trainers.task_export import export_task_model, load_task_model
-from trainers.task_model import AdaptConfig, TaskModel
+from cluster.storage.uris import open_store
+from trainers.exported.folder import load_exported
+from trainers.exported.formats import OWN
+from trainers.tasks.encoding import Encoder, framed
+from trainers.tasks.export import export_task_model, load_task_model
+from trainers.tasks.heads import AdaptConfig, TaskModel
+from trainers.tasks.task import TaskColumns, TaskConfig, TaskFiles
 
 CLASSES = {
     "classification": transformers.AutoModelForSequenceClassification,

@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trainers.task import TaskConfig
-from trainers.task_encoding import Encoded
-from trainers.task_metrics import (
-    interval_told,
-    measure,
-    read_scores,
-    seeds_interval,
-    squad_scores,
-)
-from trainers.task_records import Example
+from trainers.tasks.encoding import Encoded
+from trainers.tasks.metrics import interval_told, measure, read_scores, seeds_interval, squad_scores
+from trainers.tasks.records import Example
+from trainers.tasks.task import TaskConfig
 
 LABELS = ("a", "b")
 

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from task_files import SHAPE
 
-from cluster.bounds import LARGEST_INTEGER
-from trainers.lora import LoRALinear, add_lora, merge_lora
-from trainers.model import build
-from trainers.optimizer import OptimizerConfig, parameter_groups
-from trainers.task import TaskColumns, TaskConfig
-from trainers.task_encoding import IGNORED
-from trainers.task_model import AdaptConfig, TaskModel, rate_scales
+from cluster.limits.bounds import LARGEST_INTEGER
+from trainers.model.backbone import build
+from trainers.model.lora import LoRALinear, add_lora, merge_lora
+from trainers.optim.optimizer import OptimizerConfig, parameter_groups
+from trainers.tasks.encoding import IGNORED
+from trainers.tasks.heads import AdaptConfig, TaskModel, rate_scales
+from trainers.tasks.task import TaskColumns, TaskConfig
 
 B, T = 3, 7
 TOKENS = torch.randint(6, SHAPE.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from task_files import put_lines
 
-from cluster.config import ConfigError
-from trainers.prediction_rows import pieces_of, rows_of
-from trainers.record_files import find_files, rows_in
-from trainers.task import TaskColumns, TaskConfig
-from trainers.task_records import example_of, read_examples
+from cluster.console.errors import ConfigError
+from trainers.prediction.rows import pieces_of, rows_of
+from trainers.tasks.record_files import find_files, rows_in
+from trainers.tasks.records import example_of, read_examples
+from trainers.tasks.task import TaskColumns, TaskConfig
 
 LABELS = TaskConfig(name="t", kind="classification")
 ANSWERS = TaskConfig(name="t", kind="generation")

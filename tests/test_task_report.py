@@ -11,14 +11,14 @@ from rich.console import Console
 from task_files import put_lines, small_tokenizer
 from tokenizers import Tokenizer
 
-from cluster.config import ConfigError
-from cluster.storage import open_store
-from trainers.task import TaskConfig, TaskFiles, TaskPrompt
-from trainers.task_data import PreparedTask, prepare_task
-from trainers.task_encoding import Encoder, framed
-from trainers.task_metrics import measure
-from trainers.task_records import Example, to_lines
-from trainers.task_report import MOST_LABELS, is_right, task_tables, write_task_report
+from cluster.console.errors import ConfigError
+from cluster.storage.uris import open_store
+from trainers.finetuning.report import MOST_LABELS, is_right, task_tables, write_task_report
+from trainers.tasks.encoding import Encoder, framed
+from trainers.tasks.metrics import measure
+from trainers.tasks.records import Example, to_lines
+from trainers.tasks.splits import PreparedTask, prepare_task
+from trainers.tasks.task import TaskConfig, TaskFiles, TaskPrompt
 
 
 @pytest.mark.parametrize(

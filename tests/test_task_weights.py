@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from task_files import put_backbone, put_lines, put_task
 
-from cluster.config import from_dict
-from cluster.storage import open_store
-from trainers.finetune import finetune
-from trainers.finetune_config import FinetuneConfig
-from trainers.task import TaskConfig
-from trainers.task_encoding import IGNORED, Batch
-from trainers.task_evaluation import class_weights
-from trainers.task_model import loss_sum, target_weight
-from trainers.task_records import Example
+from cluster.configuration.config import from_dict
+from cluster.storage.uris import open_store
+from trainers.finetuning.config import FinetuneConfig
+from trainers.finetuning.run import finetune
+from trainers.tasks.encoding import IGNORED, Batch
+from trainers.tasks.evaluation import class_weights
+from trainers.tasks.heads import loss_sum, target_weight
+from trainers.tasks.records import Example
+from trainers.tasks.task import TaskConfig
 
 ONE = TaskConfig(name="t", kind="classification", labels=("a", "b"))
 SEVERAL = TaskConfig(name="t", kind="classification", labels=("a", "b"), multi_label=True)

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.fleet import GPUS
-from trainers.published_speeds import MODELS, ROWS, errors
-from trainers.shape import count_parameters
-from trainers.throughput import (
+from cluster.hardware.fleet import GPUS
+from trainers.model.shape import count_parameters
+from trainers.planning.published_speeds import MODELS, ROWS, errors
+from trainers.planning.throughput import (
     HOST_BANDWIDTH,
     LINK_SHARE,
     Strategy,

@@ -10,11 +10,11 @@ import pytest
 from task_files import small_tokenizer
 from tokenizers import Tokenizer, models
 
-from cluster.session import PROJECT
-from data import tokenizer_file
-from data.tokenizer_file import MAX_IDS, TokenizerError, parse_tokenizer
-from data.tokens import fix_tokenizer, special_ids
-from data.vocabulary import Vocabulary
+from cluster.sessions.session import PROJECT
+from data.tokens import tokenizer_file
+from data.tokens.tokenizer import fix_tokenizer, special_ids
+from data.tokens.tokenizer_file import MAX_IDS, TokenizerError, parse_tokenizer
+from data.tokens.vocabulary import Vocabulary
 
 UNIGRAM = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("ab", -1.5)], unk_id=0)).to_str()
 
@@ -129,4 +129,4 @@ def test_no_module_reads_a_tokenizer_past_the_bounds() -> None:
         path for top in ("cluster", "data", "trainers", "tune") for path in (PROJECT / top).rglob("*.py")
     ]
     found = [path.name for path in paths if unbounded.search(path.read_text())]
-    assert found == ["tokenizer_file.py"], "use data.tokenizer_file.parse_tokenizer"
+    assert found == ["tokenizer_file.py"], "use data.tokens.tokenizer_file.parse_tokenizer"

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from cluster.session import PROJECT
-from cluster.storage import open_store
-from data.tokens import (
+from cluster.sessions.session import PROJECT
+from cluster.storage.uris import open_store
+from data.tokens.tokenizer import (
     ALPHABET_COVERAGE,
     SPECIAL_TOKENS,
     Encoder,
@@ -70,7 +70,7 @@ def test_text_never_yields_a_special_token(config: TokenizerConfig) -> None:
 @pytest.mark.parametrize("config", [BPE, WORDPIECE], ids=["bpe", "wordpiece"])
 def test_training_again_in_another_process_gives_the_same_tokenizer(config: TokenizerConfig) -> None:
     program = (
-        "import json, sys; from data.tokens import TokenizerConfig, train_tokenizer\n"
+        "import json, sys; from data.tokens.tokenizer import TokenizerConfig, train_tokenizer\n"
         "given = json.load(sys.stdin)\n"
         "print(train_tokenizer(given['sample'], TokenizerConfig(**given['config'])).fingerprint)"
     )
@@ -172,7 +172,7 @@ def test_no_module_reads_a_tokenizer_past_its_check() -> None:
     sources = [path for top in ("data", "trainers", "tune") for path in (PROJECT / top).rglob("*.py")]
     unchecked = re.compile(r"\.read\(\s*tokenizer_path\(")
     found = [str(path) for path in sources if unchecked.search(path.read_text())]
-    assert found == [], f"use data.tokens.read_tokenizer in {found}"
+    assert found == [], f"use data.tokens.tokenizer.read_tokenizer in {found}"
 
 
 @pytest.mark.parametrize("config", [BPE, WORDPIECE], ids=["bpe", "wordpiece"])

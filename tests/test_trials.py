@@ -14,13 +14,13 @@ from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 from trial_experiments import Doing, Training
 
-from cluster.storage import Store, open_store
-from tune.interrupts import interrupt
-from tune.measure import Measure
-from tune.search import search
-from tune.search_space import Dimension, SearchSpace
-from tune.sweep_config import SweepRunConfig
-from tune.trial_records import (
+from cluster.storage.uris import Store, open_store
+from tune.search.config import SweepRunConfig
+from tune.search.measure import Measure
+from tune.search.space import Dimension, SearchSpace
+from tune.sweeps.phases import search
+from tune.trials.interrupts import interrupt
+from tune.trials.records import (
     TrialRecord,
     discard_scratch,
     read_trials,
@@ -28,7 +28,7 @@ from tune.trial_records import (
     record_start,
     trial_name,
 )
-from tune.trials import scheduler
+from tune.trials.trials import scheduler
 
 pytestmark = pytest.mark.cluster
 RATES = (0.1, 0.2, 0.3)
@@ -85,7 +85,7 @@ def test_ctrl_c_ends_the_search_before_a_winner_is_chosen(sweep):
 
 
 def test_a_search_that_returned_before_its_end_chooses_nobody(sweep, monkeypatch):
-    from tune import trials
+    from tune.trials import trials
 
     real = trials.run_trials
     monkeypatch.setattr(trials, "run_trials", lambda *args, **more: real(*args, **(more | {"num_trials": 2})))

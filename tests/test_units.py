@@ -1,6 +1,6 @@
 import pytest
 
-from trainers.units import count, duration, energy, flop, mass, size
+from trainers.reporting.units import count, duration, energy, flop, mass, size
 
 
 @pytest.mark.parametrize(

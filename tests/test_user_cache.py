@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.session import PROJECT
-from cluster.store import ObjectInfo, Store
-from cluster.user_cache import NAME, PrivateFolderError, process_folder, user_cache
-from trainers import compiling
-from trainers.local_copy import local_copy
+from cluster.sessions.session import PROJECT
+from cluster.storage.store import ObjectInfo, Store
+from cluster.storage.user_cache import NAME, PrivateFolderError, process_folder, user_cache
+from trainers.exported.local_copy import local_copy
+from trainers.model import compiling
 
 SOMEBODY_ELSE = os.geteuid() + 1
 
@@ -150,7 +150,8 @@ def test_without_a_cache_a_process_says_so_and_has_a_folder_of_its_own(
 
 
 def test_a_folder_of_a_process_goes_with_it(tmp_path: Path) -> None:
-    code = "from cluster.user_cache import *; folder = process_folder('no home'); (folder / 'a').touch(); print(folder)"
+    code = "from cluster.storage.user_cache import *; "
+    code += "folder = process_folder('no home'); (folder / 'a').touch(); print(folder)"
     ended = subprocess.run(
         [sys.executable, "-c", code],
         cwd=PROJECT,
@@ -201,4 +202,4 @@ def test_no_module_names_a_place_in_the_shared_temporary_folder() -> None:
     named = re.compile(r"gettempdir|[\"\']/(var/)?tmp")
     found = {path.name for path in paths if named.search(path.read_text())}
     # nodes.py: Ray's own folder, whose size is told.
-    assert found == {"nodes.py", "scratch.py"}, "use cluster.scratch or cluster.user_cache"
+    assert found == {"nodes.py", "scratch.py"}, "use cluster.storage.scratch or cluster.storage.user_cache"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from cluster.storage import open_store
-from trainers.verdict import CLAIM, VERDICT, TestSplitError, claim_test_split, record_verdict
+from cluster.storage.uris import open_store
+from trainers.evaluation.verdict import CLAIM, VERDICT, TestSplitError, claim_test_split, record_verdict
 
 
 def test_test_split_is_read_once(tmp_path):

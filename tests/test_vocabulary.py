@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from data.tokens import Encoder, FixedTokenizer, TokenizerConfig, train_tokenizer
-from data.vocabulary import Vocabulary, character_begins
+from data.tokens.tokenizer import Encoder, FixedTokenizer, TokenizerConfig, train_tokenizer
+from data.tokens.vocabulary import Vocabulary, character_begins
 
 SAMPLE = ["今天天气真好，我们去公园吧。the love of Denmark, naïve 十二 kings and kingdoms 😀"] * 20
 

@@ -3,11 +3,11 @@ import pickle
 import numpy as np
 import pytest
 
-from cluster.storage import open_store
-from data.framing import NO_LABEL, FramingConfig, framing_of
-from data.order import Order, OrderConfig
-from data.shards import ShardError, read_fragment
-from data.window import FILLER_LANE, filler, plan_read, unpack
+from cluster.storage.uris import open_store
+from data.order.order import Order, OrderConfig
+from data.rows.framing import NO_LABEL, FramingConfig, framing_of
+from data.rows.window import FILLER_LANE, filler, plan_read, unpack
+from data.shards.shards import ShardError, read_fragment
 from tests.test_framing import PROSE, tokenizer
 from tests.token_corpus import put_text_corpus, put_token_corpus
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
-from data.tokens import Encoder, FixedTokenizer, TokenizerConfig, train_tokenizer
-from data.words import Words
+from data.tokens.tokenizer import Encoder, FixedTokenizer, TokenizerConfig, train_tokenizer
+from data.tokens.words import Words
 
 ENGLISH = "the unbelievable kingdoms of Denmark, don't they know? 3.14 kings\n\nnaïve ones "
 CHINESE = "今天天气真好，我们去公园吧。自然语言处理是人工智能领域中的一个重要方向。"

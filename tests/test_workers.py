@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.workers import ClusterConfig, fitting_workers, piece_shortages, shortages
+from cluster.sessions.workers import ClusterConfig, fitting_workers, piece_shortages, shortages
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from cluster.storage import Store
-from data.manifest import Fragments, Manifest, write_manifest
-from data.shards import ShardWriter
-from data.tokens import Encoder, FixedTokenizer
+from cluster.storage.uris import Store
+from data.shards.manifest import Fragments, Manifest, write_manifest
+from data.shards.shards import ShardWriter
+from data.tokens.tokenizer import Encoder, FixedTokenizer
 
 BOUNDARY = 0
 Document = tuple[str, np.ndarray, int]

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cluster.storage import RetryPolicy, S3Store, Store
-from cluster.workers import ClusterConfig
-from tune.experiment import Report, Score
-from tune.search_space import Point
+from cluster.sessions.workers import ClusterConfig
+from cluster.storage.uris import RetryPolicy, S3Store, Store
+from tune.search.experiment import Report, Score
+from tune.search.space import Point
 
 Training = Callable[[Store, Point, int, Report], Score]
 
@@ -93,7 +93,7 @@ def scored_near_hundredth(folder: Store, point: Point, seed: int, report: Report
 
 def in_two_workers(folder: Store, point: Point, seed: int, report: Report) -> Score:
     """In workers of Ray Train's, of which the first start meets with what the rate stands for."""
-    from trainers.run import run_group  # here: Ray reads its variables when it is imported
+    from trainers.pretraining.driver import run_group  # here: Ray reads its variables when it is imported
 
     cluster = ClusterConfig(num_workers=2, cpus_per_worker=0.5)
     run_group(meet_with, (folder, point["rate"]), cluster, folder, max_failures=0)

@@ -13,22 +13,22 @@ import pytest
 import torch
 from torch import nn
 
-from cluster.config import load_config
-from cluster.storage import Store, open_store
-from data.manifest import Manifest, read_manifest
-from data.order import Order
-from data.shards import read_fragment
-from data.tokens import read_tokenizer
+from cluster.configuration.config import load_config
+from cluster.storage.uris import Store, open_store
+from data.order.order import Order
+from data.shards.manifest import Manifest, read_manifest
+from data.shards.shards import read_fragment
+from data.tokens.tokenizer import read_tokenizer
 from tests.small_run import SmallRun, steps_by_number
-from trainers.config import PretrainConfig, model_of
-from trainers.model import build
-from trainers.objective import on_device
-from trainers.objectives import objective_of
-from trainers.optimizer import build_optimizer
-from trainers.schedule import rate_factor
+from trainers.model.backbone import build
+from trainers.objectives.kinds import objective_of
+from trainers.objectives.objective import on_device
+from trainers.optim.optimizer import build_optimizer
+from trainers.optim.schedule import rate_factor
+from trainers.pretraining.config import PretrainConfig, model_of
 
 if TYPE_CHECKING:
-    from data.stream import StepRows
+    from data.rows.stream import StepRows
 
 LOSS_TOLERANCE = 1e-5
 """Relative: in float32 workers and ZeRO's stages sum in other orders; two workers differed by 2e-7 in 1,500 steps."""
@@ -67,7 +67,7 @@ def trained_on(run: SmallRun, changes: Mapping[str, Any]) -> tuple[PretrainConfi
 
 def expected_rows(config: PretrainConfig, manifest: Manifest, steps: Iterable[int]) -> Iterator["StepRows"]:
     """All rows of each step."""
-    from data.stream import StepRows  # it imports Ray, which reads its settings then
+    from data.rows.stream import StepRows  # it imports Ray, which reads its settings then
 
     store, seq_len = open_store(config.corpus.prepared), config.batch.seq_len
     order = Order(manifest, config.order, seq_len=seq_len, rows_per_step=config.batch.rows_per_step)

@@ -14,14 +14,14 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 
 from rich.table import Table
 
-from cluster.bounds import whole_number
-from cluster.config import run_entry
-from cluster.storage import open_store
-from cluster.terminal import Terminal
-from data.manifest import read_manifest
-from data.words import WordKind
-from trainers.evaluate import WORDS_HELP, number_problems, score
-from trainers.evaluation import Evaluation
+from cluster.configuration.config import run_entry
+from cluster.console.terminal import Terminal
+from cluster.limits.bounds import whole_number
+from cluster.storage.uris import open_store
+from data.shards.manifest import read_manifest
+from data.tokens.words import WordKind
+from trainers.evaluation.loss import Evaluation
+from trainers.evaluation.scoring import WORDS_HELP, number_problems, score
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def losses(models: Mapping[str, str], options: argparse.Namespace) -> dict[str, dict[str, Evaluation]]:
-    """Evaluations by source and name of the model; raises as `trainers.evaluate.score`."""
+    """Evaluations by source and name of the model; raises as `trainers.evaluation.scoring.score`."""
     sources = read_manifest(open_store(options.corpus), options.manifest).sources
     return {
         source: {

@@ -24,14 +24,16 @@ import numpy as np
 import yaml
 from rich.table import Table
 
-from cluster.bounds import whole_number
-from cluster.config import ConfigError, run_entry
-from cluster.hardware import device_here
-from cluster.storage import open_store
-from cluster.terminal import Terminal
-from trainers.evaluate import number_problems
-from trainers.export import Exported, load_exported
-from trainers.few_shot import (
+from cluster.configuration.config import run_entry
+from cluster.console.errors import ConfigError
+from cluster.console.terminal import Terminal
+from cluster.hardware.machine import device_here
+from cluster.limits.bounds import whole_number
+from cluster.storage.uris import open_store
+from trainers.evaluation.scoring import number_problems
+from trainers.exported.folder import Exported, load_exported
+from trainers.exported.local_copy import local_copy
+from trainers.tasks.few_shot import (
     WRITTEN,
     FewShotConfig,
     cannot_be_asked,
@@ -40,9 +42,8 @@ from trainers.few_shot import (
     log_likelihoods,
     questions,
 )
-from trainers.local_copy import local_copy
-from trainers.task import load_task
-from trainers.task_data import PreparedTask, prepare_task
+from trainers.tasks.splits import PreparedTask, prepare_task
+from trainers.tasks.task import load_task
 
 NOTE = """\
 acc_norm is lm-eval's measure, here and there: a log-likelihood divided by its answer's characters. It is not what

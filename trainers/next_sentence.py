@@ -11,11 +11,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster.config import run_entry
-from cluster.hardware import device_here
-from cluster.storage import open_store
-from trainers.export import load_exported
-from trainers.reading import Reader
+from cluster.configuration.config import run_entry
+from cluster.hardware.machine import device_here
+from cluster.storage.uris import open_store
+from trainers.exported.folder import load_exported
+from trainers.exported.reading import Reader
 
 
 def main(argv: Sequence[str] | None = None) -> None:

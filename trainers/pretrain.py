@@ -17,26 +17,20 @@ try:
     from rich.console import Console
     from rich.text import Text
 
-    from cluster.config import ConfigError, load_config, run_entry
-    from cluster.hardware import this_host
-    from cluster.preflight import problems_of_nodes
-    from cluster.session import ray_session
-    from cluster.storage import open_store
-    from cluster.terminal import Terminal
-    from cluster.workers import Resources, piece_shortages, shortages
-    from data.assemble import existing_manifest
-    from data.manifest import Manifest, read_manifest
-    from data.prepare import EXPECTED, corpus_table, prepare
-    from data.progress import progress_line
-    from data.window import READ_CPUS
-    from trainers import closing, run_folder
-    from trainers.baselines import write_baselines
-    from trainers.config import PretrainConfig, absolute, run_store
-    from trainers.initial import with_initial
-    from trainers.lease import lease
-    from trainers.metrics import merge_metrics
-    from trainers.peak import keep_peak
-    from trainers.planning import (
+    from cluster.configuration.config import load_config, run_entry
+    from cluster.console.errors import ConfigError
+    from cluster.console.terminal import Terminal
+    from cluster.hardware.machine import this_host
+    from cluster.nodes.fitness import problems_of_nodes
+    from cluster.sessions.session import ray_session
+    from cluster.sessions.workers import Resources, piece_shortages, shortages
+    from cluster.storage.uris import open_store
+    from data.preparing.assemble import existing_manifest
+    from data.preparing.corpus import EXPECTED, corpus_table, prepare
+    from data.preparing.progress import progress_line
+    from data.rows.window import READ_CPUS
+    from data.shards.manifest import Manifest, read_manifest
+    from trainers.planning.checks import (
         corpus_remark,
         manifest_problems,
         objective_problems,
@@ -45,10 +39,17 @@ try:
         problems_before_start,
         resources_here,
     )
-    from trainers.progress import Progress
-    from trainers.report import write_report
-    from trainers.results import read_run, results_table
-    from trainers.stopping import STOP, RunFailed
+    from trainers.pretraining import closing, run_folder
+    from trainers.pretraining.baselines import write_baselines
+    from trainers.pretraining.config import PretrainConfig, absolute, run_store
+    from trainers.pretraining.initial import with_initial
+    from trainers.pretraining.peak import keep_peak
+    from trainers.recovery.lease import lease
+    from trainers.recovery.stopping import STOP, RunFailed
+    from trainers.reporting.metrics import merge_metrics
+    from trainers.reporting.page import write_report
+    from trainers.reporting.progress import Progress
+    from trainers.reporting.results import read_run, results_table
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
@@ -106,7 +107,7 @@ def train(config: PretrainConfig, console: Console, conclusion: closing.Conclusi
     run.delete(STOP)  # an earlier driver was asked
     with ray_session(config.cluster) as resources:
         # Here, for the session sets what Ray reads when imported.
-        from trainers.run import live_goodput, run_workers
+        from trainers.pretraining.driver import live_goodput, run_workers
 
         if problems := node_problems(config, resources):
             raise ConfigError(problems)

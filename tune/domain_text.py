@@ -16,13 +16,13 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the project's folder leads, not this one
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cluster.config import run_entry
-from cluster.storage import open_store
-from data.documents import raw_texts
-from data.overlap import Runs
-from trainers.task import load_task
-from trainers.task_data import PreparedTask, prepare_task
-from trainers.task_records import Example
+from cluster.configuration.config import run_entry
+from cluster.storage.uris import open_store
+from data.curation.overlap import Runs
+from data.reading.documents import raw_texts
+from trainers.tasks.records import Example
+from trainers.tasks.splits import PreparedTask, prepare_task
+from trainers.tasks.task import load_task
 
 TEXTS_PER_DOCUMENT = 32
 """Short texts fill a row together; a boundary between each two would be a tenth of the tokens."""

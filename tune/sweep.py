@@ -16,26 +16,27 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 try:
     from rich.console import Console
 
-    from cluster.config import ConfigError, load_config, run_entry, to_yaml
-    from cluster.session import ray_session
-    from cluster.storage import Store, open_store
-    from cluster.terminal import Terminal
-    from trainers.finetune_backbone import backbone_digest, backbone_name
-    from trainers.finetune_config import FinetuneConfig, absolute
-    from trainers.finetune_order import origin_of
-    from trainers.lease import lease
-    from trainers.task import load_task
-    from trainers.task_data import PreparedTask, prepare_task
-    from tune.finalists import Finalist, finalists_before
-    from tune.finetune_trials import FinetuneTrials, point_problems
-    from tune.interrupts import stopped_gently
-    from tune.judgement import JUDGED, claim_judgement, judge, refuse_after_judgement
-    from tune.search import living_nodes, search
-    from tune.search_space import SearchSpace, parse_space, with_point
-    from tune.sweep_config import BEST, SweepConfig, grid_problem, room_of, unshared_problem
-    from tune.sweep_folder import pin
-    from tune.sweep_report import sweep_table, write_sweep_report
-    from tune.trial_records import read_trials
+    from cluster.configuration.config import load_config, run_entry, to_yaml
+    from cluster.console.errors import ConfigError
+    from cluster.console.terminal import Terminal
+    from cluster.sessions.session import ray_session
+    from cluster.storage.uris import Store, open_store
+    from trainers.finetuning.backbone import backbone_digest, backbone_name
+    from trainers.finetuning.config import FinetuneConfig, absolute
+    from trainers.finetuning.job import origin_of
+    from trainers.recovery.lease import lease
+    from trainers.tasks.splits import PreparedTask, prepare_task
+    from trainers.tasks.task import load_task
+    from tune.search.config import BEST, SweepConfig, grid_problem, room_of, unshared_problem
+    from tune.search.space import SearchSpace, parse_space, with_point
+    from tune.sweeps.finalists import Finalist, finalists_before
+    from tune.sweeps.folder import pin
+    from tune.sweeps.judgement import JUDGED, claim_judgement, judge, refuse_after_judgement
+    from tune.sweeps.page import sweep_table, write_sweep_report
+    from tune.sweeps.phases import living_nodes, search
+    from tune.trials.finetuning import FinetuneTrials, point_problems
+    from tune.trials.interrupts import stopped_gently
+    from tune.trials.records import read_trials
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 

@@ -19,32 +19,33 @@ if __package__ in (None, ""):  # run as a file: the project's folder leads, not 
 try:
     from rich.console import Console
 
-    from cluster.config import ConfigError, load_config, run_entry, to_yaml
-    from cluster.session import ray_session
-    from cluster.storage import Store, open_store
-    from cluster.stored_file import read_json
-    from cluster.terminal import Terminal
-    from cluster.workers import piece_shortages
-    from data.manifest import Manifest
-    from data.order import Order, OrderError
-    from data.prepare import EXPECTED, corpus_table, prepare
-    from data.progress import progress_line
-    from data.window import READ_CPUS
-    from trainers.config import PretrainConfig, absolute
-    from trainers.initial import with_initial
-    from trainers.lease import lease
-    from trainers.model_digest import FORMER_LENGTH, content_digest, listing_digest
-    from trainers.planning import manifest_problems, objective_problems, problems_before_start
-    from tune.finalists import finalists_before
-    from tune.interrupts import stopped_gently
-    from tune.measure import Measure
-    from tune.pretrain_trials import PretrainTrials
-    from tune.search import living_nodes, search
-    from tune.search_space import SearchSpace, parse_space
-    from tune.sweep_config import BEST, SweepRunConfig, grid_problem, room_of, unshared_problem
-    from tune.sweep_folder import ORIGIN, PUT_BACK, pin
-    from tune.sweep_report import sweep_table, write_sweep_report
-    from tune.trial_records import read_trials
+    from cluster.configuration.config import load_config, run_entry, to_yaml
+    from cluster.configuration.stored_file import read_json
+    from cluster.console.errors import ConfigError
+    from cluster.console.terminal import Terminal
+    from cluster.sessions.session import ray_session
+    from cluster.sessions.workers import piece_shortages
+    from cluster.storage.uris import Store, open_store
+    from data.order.order import Order, OrderError
+    from data.preparing.corpus import EXPECTED, corpus_table, prepare
+    from data.preparing.progress import progress_line
+    from data.rows.window import READ_CPUS
+    from data.shards.manifest import Manifest
+    from trainers.exported.model_digest import FORMER_LENGTH, content_digest, listing_digest
+    from trainers.planning.checks import manifest_problems, objective_problems, problems_before_start
+    from trainers.pretraining.config import PretrainConfig, absolute
+    from trainers.pretraining.initial import with_initial
+    from trainers.recovery.lease import lease
+    from tune.search.config import BEST, SweepRunConfig, grid_problem, room_of, unshared_problem
+    from tune.search.measure import Measure
+    from tune.search.space import SearchSpace, parse_space
+    from tune.sweeps.finalists import finalists_before
+    from tune.sweeps.folder import ORIGIN, PUT_BACK, pin
+    from tune.sweeps.page import sweep_table, write_sweep_report
+    from tune.sweeps.phases import living_nodes, search
+    from tune.trials.interrupts import stopped_gently
+    from tune.trials.pretraining import PretrainTrials
+    from tune.trials.records import read_trials
 except ModuleNotFoundError as missing:
     raise SystemExit(f"{missing.name} is not installed: run `make setup`, then .venv/bin/python") from missing
 
@@ -61,7 +62,7 @@ class PretrainSweepConfig:
     base: PretrainConfig = field(default_factory=PretrainConfig)
     space: dict[str, Any] = field(default_factory=dict)
     """What is varied: optimizer.*, schedule.*, batch.rows_per_step and order.weights.SOURCE; see
-    tune/search_space.py."""
+    tune/search/space.py."""
 
     def problems(self, at: str = "") -> Iterator[str]:
         if self.sweep.judge:

@@ -1,0 +1,1 @@
+"""How fast can a machine or a GPU be, how much memory has it, what does it draw?"""

@@ -1,0 +1,1 @@
+"""Where are objects read and written? Stores by URI (local, S3, Google), scratch folders, this user's cache."""

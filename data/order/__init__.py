@@ -1,0 +1,1 @@
+"""Who trains what when? The order of all rows, by arithmetic alone."""

@@ -1,0 +1,1 @@
+"""How does a worker get its rows? Ray Data's stream, windows, fixed rows of evaluation, framing, masking."""

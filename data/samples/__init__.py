@@ -1,0 +1,1 @@
+"""Where do the sample corpora and sample tasks come from?"""

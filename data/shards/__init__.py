@@ -1,0 +1,1 @@
+"""How do tokens lie on storage? Token shards, their hashes, the manifest."""

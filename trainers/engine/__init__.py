@@ -1,0 +1,1 @@
+"""How is a step computed on all workers? DeepSpeed ZeRO, partitions, collectives."""

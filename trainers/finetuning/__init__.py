@@ -1,0 +1,1 @@
+"""How does a fine-tuning run go? Configuration, driver, worker, loop, end, page."""

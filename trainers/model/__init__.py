@@ -1,0 +1,1 @@
+"""What is the network? Backbone, layers, attention, loss over the vocabulary, LoRA."""

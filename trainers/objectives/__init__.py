@@ -1,0 +1,1 @@
+"""What is it trained for? One file per objective and one list."""

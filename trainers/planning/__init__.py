@@ -1,0 +1,1 @@
+"""What will a run take? Memory, time, energy, storage; what is wrong before it starts."""

@@ -1,0 +1,1 @@
+"""How are records without labels answered? A Ray Data job of pieces."""

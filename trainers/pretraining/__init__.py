@@ -1,0 +1,1 @@
+"""How does a pretraining run go? Configuration, driver, worker, loop, samples and floor."""

@@ -1,0 +1,1 @@
+"""What happens when something breaks? Lease, heartbeat, guard, stopping, rendezvous."""

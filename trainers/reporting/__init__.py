@@ -1,0 +1,1 @@
+"""What is a run seen by? Records, live metrics, progress, goodput, charts, the page."""

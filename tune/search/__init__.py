@@ -1,0 +1,1 @@
+"""What is searched? Space, proposals, measure, configuration of a sweep."""

@@ -1,0 +1,1 @@
+"""How does a sweep go? Phases, finalists, judgement, page."""

@@ -1,0 +1,1 @@
+"""How does one trial run on Ray Tune, and what is kept of it?"""
