@@ -78,10 +78,20 @@ def test_one_command_goes_from_raw_text_to_a_judged_exported_and_reported_model(
         f"byte {json.loads(store.read('floor.json'))['order']}-gram",
         f"test (step {test['step']})",
         "waited for data",
+        "of a measured peak of",
         printable(json.loads(store.read("samples.json"))[0]["continuation"].splitlines()[0]),
         f"report: {run.root}/runs/pretrain/report.html",
     )
     assert sorted(map(told.index, in_order)) == [told.index(line) for line in in_order]
+
+
+def test_the_run_says_which_peak_its_utilization_counts_against_and_keeps_it(unbroken):
+    _, store = unbroken
+    [kept] = json.loads(store.read("environment.json"))["measured"].values()
+    [start] = events_of(read_attempts(store), "start")
+    assert start["peak_is_measured"] and start["peak_flops_per_second"] == kept["peak_flops_per_second"]
+    assert kept["product"] in start["peak_source"]
+    assert "of a measured peak of" in store.read("report.html").decode()
 
 
 def test_the_exported_model_has_the_validation_loss_that_chose_it(unbroken, capsys):

@@ -68,7 +68,8 @@ class Parts:
     now: Callable[[], float] = time.time
     """The run's clock."""
     hardware: dict[str, Any] = field(default_factory=dict)
-    """Of this worker, for the record: `device`, and `watts` that it is taken to draw. The driver may have another."""
+    """Of this worker, for the record: `device`, `watts` that it is taken to draw, and its peak. The driver may have
+    another."""
 
 
 SECTIONS = ("identity", "guard", "selection")

@@ -215,7 +215,13 @@ def assemble(
         run=run,
         stop_requested=stack.enter_context(StopRequest(run)) if leads else lambda: False,
         now=clock.now,
-        hardware={"device": name, "watts": watts_per_worker(config, device, name)},
+        hardware={
+            "device": name,
+            "watts": watts_per_worker(config, device, name),
+            "peak_flops_per_second": peak.flops_per_second,
+            "peak_source": peak.source,
+            "peak_is_measured": peak.is_measured,
+        },
     )
 
 
