@@ -1,5 +1,6 @@
 """What a comparison of texts sees, and what it does not."""
 
+import time
 import unicodedata
 
 import pytest
@@ -50,3 +51,17 @@ def test_a_folded_text_folds_to_itself_and_no_text_to_nothing(text: str) -> None
     once = folded(text)
     assert folded(once) == once
     assert bool(once) == bool(text)
+
+
+def test_a_hidden_character_beside_a_blank_makes_no_difference_to_punctuation_alone() -> None:
+    assert folded("! \u200b") == folded("\u200b !") == folded("!")
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0323", "\u0301\u200b\u0323", "\u0301.\u0323", "\uff9e\u0301"])
+def test_a_text_of_marks_takes_time_in_proportion_to_its_length(marks: str) -> None:
+    def seconds(number: int) -> float:
+        start = time.process_time()
+        assert len(folded("a" + marks * number)) < 40
+        return time.process_time() - start
+
+    assert seconds(300_000) < 40 * max(seconds(30_000), 0.01)
