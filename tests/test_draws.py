@@ -81,6 +81,21 @@ def test_a_run_older_than_the_choice_of_a_draw_goes_on_as_balanced_and_is_refuse
     assert identity_of(order)["batch"]["draw"] == "random"
 
 
+def test_a_run_older_than_the_choice_goes_on_where_it_took_all_records(made):
+    config, prepared, run = made
+    whole = replace(
+        config,
+        batch=replace(config.batch, label_budget=0),
+        validation=replace(config.validation, max_rows=prepared.counts["validation"]),
+    )
+    write_start(run, FinetuneOrder(whole, prepared, 0, "of-weights"))
+    old = yaml.safe_load(run.read("config.yaml"))
+    del old["batch"]["draw"]
+    run.put("config.yaml", yaml.safe_dump(old).encode())
+    check_unchanged(run, whole, prepared, "of-weights")
+    assert "draw" not in identity_of(FinetuneOrder(whole, prepared, 0, "of-weights"))["batch"]
+
+
 def test_a_run_older_than_the_choice_goes_on_where_no_label_could_take_turns(made, tmp_path):
     config, _, run = made
     records = [record | {"label": float(i)} for i, record in enumerate(sentences(200))]

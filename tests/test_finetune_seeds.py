@@ -62,7 +62,17 @@ def lose_a_weight(run):
     run.put(info.path, safetensors.torch.save(weights))
 
 
+def flip_a_bit(run):
+    (info,) = run.list("best/")
+    content = bytearray(run.read(info.path))
+    content[-5] ^= 1
+    run.put(info.path, bytes(content))
+
+
 FAULTS = {
+    "a bit of the weights flipped": (flip_a_bit, DamagedFileError),
+    "verdict torn": (lambda run: run.put(VERDICT, b'{"metrics"'), DamagedFileError),
+    "configuration gone": (lambda run: run.delete("config.yaml"), ConfigError),
     "diverged": (diverge, DivergedModelError),
     "weights cut": (cut_weights, ModelFolderError),
     "a weight lost": (lose_a_weight, ModelFolderError),

@@ -1,6 +1,7 @@
 """What a killed writer leaves in a folder is removed once it is nobody's for certain, a living one's is not."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,19 @@ def test_what_a_killed_writer_left_goes_after_an_hour_and_not_before(how: str, t
         retire(store, CheckpointConfig(), newest="step-00000002-w1-a1")
     assert not left.exists()
     assert [info.path for info in store.list()] == ([again] if how == "write" else [])
+
+
+@pytest.mark.slow
+def test_a_writer_that_lives_keeps_its_file_however_long_it_sleeps(tmp_path: Path) -> None:
+    writer, file = start_writer(tmp_path)
+    with writer:
+        writer.send_signal(signal.SIGSTOP)
+        age(file, 2 * ABANDONED_SECONDS)
+        open_store(str(tmp_path)).sweep()
+        kept = file.exists()
+        writer.kill()
+    open_store(str(tmp_path)).sweep()
+    assert kept and not file.exists()
 
 
 def test_a_file_of_another_name_is_nobodys_left_over(tmp_path: Path) -> None:

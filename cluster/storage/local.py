@@ -244,19 +244,26 @@ def _remove_abandoned(folder: Path, now: float) -> None:
             if not (ours := _TEMPORARY.fullmatch(path.name)):
                 continue
             with suppress(FileNotFoundError):  # its writer lives after all, or another one removed it
-                if path.lstat().st_mtime < now - ABANDONED_SECONDS:
+                is_old = path.lstat().st_mtime < now - ABANDONED_SECONDS
+                if is_old and ours[1] != _KERNEL:
                     path.unlink()
                 elif ours[1] == _KERNEL:
-                    _remove_unless_locked(path)
+                    _remove_unless_locked(path, is_old)
 
 
-def _remove_unless_locked(path: Path) -> None:
-    """Remove an unfinished file of this kernel's unless its writer lives, which holds a lock on it until it ends."""
+def _remove_unless_locked(path: Path, is_old: bool) -> None:
+    """Remove an unfinished file of this kernel's unless its writer lives, which holds a lock on it until it ends,
+    however long it sleeps. Where a file system knows no locks, age decides."""
     lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        with suppress(BlockingIOError):
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        except BlockingIOError:
+            return
+        except OSError:
+            if not is_old:
+                return
+        path.unlink()
     finally:
         os.close(lock)
 

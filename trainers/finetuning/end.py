@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from cluster.configuration.stored_file import read_json
+from cluster.configuration.stored_file import DamagedFileError, checksum_of, place_of, read_json
 from cluster.console.errors import ConfigError
 from cluster.hardware.machine import device_here
 from cluster.storage.uris import Store
@@ -37,6 +37,7 @@ from trainers.finetuning.result import RESULT, TaskVerdict
 from trainers.model.backbone import Backbone
 from trainers.model.diverged import LOWER_RATE, DivergedModelError
 from trainers.model.lora import merge_lora
+from trainers.pretraining.run_folder import CONFIG
 from trainers.recovery.heartbeat import Heartbeat
 from trainers.recovery.stopping import RunStopped
 from trainers.reporting.metrics import finite
@@ -63,6 +64,8 @@ class Chosen:
     validation_records: int
     scale: tuple[float, float]
     """Of a regression's targets."""
+    weights: str = ""
+    """Checksum of the file of chosen weights; empty where none was kept, and of runs of before."""
 
 
 def keep_chosen(
@@ -85,7 +88,9 @@ def keep_chosen(
         )
     chosen = Chosen(at.choice, at.step, train_records, validation_records, encoder.scale)
     if order.judge or order.keep_model:
-        run.put(best_path(at.choice.best_step), safetensors.torch.save(at.weights))
+        content = safetensors.torch.save(at.weights)
+        run.put(best_path(at.choice.best_step), content)
+        chosen = replace(chosen, weights=checksum_of(content))
     run.put(CHOSEN, json.dumps(asdict(chosen), allow_nan=False).encode())
     return chosen
 
@@ -122,6 +127,10 @@ def check_chosen(order: FinetuneOrder, run: Store) -> None:
     """
     if (chosen := read_chosen(order, run)) is None:
         raise RunStopped(run.uri)
+    if not run.exists(CONFIG):
+        raise ConfigError([f"{run.uri}/{CONFIG} is missing, which the run was begun with; {PUT_BACK}"])
+    if run.exists(VERDICT):
+        read_json(run, VERDICT, TaskVerdict, PUT_BACK, not_finite=True)
     if not (order.judge or order.keep_model):
         return
     with torch.device("meta"):
@@ -129,6 +138,8 @@ def check_chosen(order: FinetuneOrder, run: Store) -> None:
         model = TaskModel(backbone, order.prepared.task, order.config.adapt, order.seed)
     path = best_path(chosen.choice.best_step)
     check_weights(model, read_header(run, path), f"{run.uri}/{path}")
+    if chosen.weights and checksum_of(run.read(path)) != chosen.weights:
+        raise DamagedFileError(place_of(run, path), f"its checksum is not that of {CHOSEN}", PUT_BACK)
     refuse_other_claim(run, checkpoint_of(chosen.choice.best_step))
     if problem := foreign_problem(run.child(EXPORT)):
         raise ConfigError([problem])

@@ -63,16 +63,19 @@ def identity_of(order: FinetuneOrder) -> dict[str, Any]:
     sections = to_dict(order.config)
     tokenizer = fingerprint_of(open_store(order.config.backbone.uri).read("tokenizer.json"))
     kept = {name: sections[name] for name in ("backbone", "adapt", "batch", "optimizer", "schedule")}
-    if order.config.batch.draw == draw_before(order.config, order.prepared.task):
+    if order.config.batch.draw == draw_before(order.config, order.prepared):
         del kept["batch"]["draw"]  # an older run's checkpoints have none
     origin = origin_of(order.prepared, order.backbone)
     origin["weights"] = origin.pop("backbone")  # the section of that name is among the kept ones
     return {**origin, "tokenizer": tokenizer, **kept}
 
 
-def draw_before(config: FinetuneConfig, task: TaskConfig) -> Draw:
-    """How a run drew its records that is older than `batch.draw`: labels took turns wherever a record has one."""
-    return "balanced" if one_label(task) else config.batch.draw
+def draw_before(config: FinetuneConfig, prepared: PreparedTask) -> Draw:
+    """How a run drew its records that is older than `batch.draw`: labels took turns wherever a record has one. Where
+    all records are taken it is the same either way."""
+    limits = {"train": config.batch.label_budget, "validation": config.validation.max_rows}
+    draws = any(0 < limit < prepared.counts[split] for split, limit in limits.items())
+    return "balanced" if draws and one_label(prepared.task) else config.batch.draw
 
 
 def drawn(order: FinetuneOrder) -> dict[str, Any]:

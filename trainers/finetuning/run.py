@@ -112,7 +112,7 @@ def check_unchanged(run: Store, config: FinetuneConfig, task: PreparedTask, back
         config,
         judged=run.exists(CLAIM),
         finished=run.exists(RESULT),
-        former={"batch.draw": draw_before(config, task.task)},
+        former={"batch.draw": draw_before(config, task)},
     )
     before = read_json(run, ORIGIN, dict[str, str], PUT_BACK) if run.exists(ORIGIN) else {}
     now = origin_of(task, backbone)
