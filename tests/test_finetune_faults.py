@@ -80,7 +80,7 @@ def test_two_workers_killed_hung_and_stopped_and_one_that_goes_on_learn_what_an_
     hung = time.monotonic()
     wait_for(driver, lambda: commits(run, reached))
     assert time.monotonic() - hung < 150
-    assert any("finetune_loop.py" in run.read(info.path).decode() for info in run.list("stacks/"))
+    assert any("finetuning/loop.py" in run.read(info.path).decode() for info in run.list("stacks/"))
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(120) == 0, (place / "broken.txt").read_text()[-4000:]
     assert not run.exists("result.json") and not run.exists(STOP)

@@ -181,7 +181,7 @@ def test_a_suspended_driver_ends_at_once_without_a_trace_when_it_wakes(run, tmp_
     program = f"""
 import atexit, signal
 from cluster.storage.uris import open_store
-from trainers import lease as leases
+from trainers.recovery import lease as leases
 leases.RENEW_SECONDS = 1.0
 run = open_store({str(tmp_path)!r})
 signal.signal(signal.SIGTERM, lambda *_: run.put("stop", b""))

@@ -12,7 +12,6 @@ from cluster.storage.uris import Store, open_store
 from trainers.finetuning.report import write_task_report
 from trainers.reporting.metrics import MetricsWriter
 from trainers.reporting.page import write_report
-from trainers.tasks.task import TaskConfig
 from tune.curves.curve import CurvePoint
 from tune.curves.page import write_curve_report
 from tune.search.measure import Measure
@@ -116,7 +115,8 @@ def curve_page(store: Store, text: str) -> None:
         for arm in ("pretrained", "scratch")
         for budget in (8, 16)
     ]
-    write_curve_report(store, TaskConfig(name=text, kind="classification"), points, {text: []})
+    prepared = prepared_with(Path(store.uri.removeprefix("file://")), [text, "b"])
+    write_curve_report(store, prepared, points, {text: []}, "balanced")
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ main(["--cluster.address", cluster.address, *sys.argv[1:]])
 # Ray's workers have another working folder than the driver: a path below it is what an unshared disk is.
 BUSY = """
 import os, ray, time
-from cluster.preflight import problems_of_nodes
+from cluster.nodes.fitness import problems_of_nodes
 from cluster.sessions.session import ray_session
 from cluster.sessions.workers import ClusterConfig
 
@@ -164,7 +164,7 @@ CUT = """
 import ray, time
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.nodes.nodes import witnesses
-from cluster.preflight import PreflightConfig, judge_network, measure_network
+from cluster.nodes.fitness import PreflightConfig, judge_network, measure_network
 from cluster.sessions.session import ray_session
 from cluster.sessions.workers import ClusterConfig
 from cluster.nodes.witness import Witness
@@ -190,8 +190,8 @@ from dataclasses import replace
 import ray
 from ray._raylet import GcsClient
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from cluster import nodes
-from cluster.preflight import problems_of_nodes
+from cluster.nodes import nodes
+from cluster.nodes.fitness import problems_of_nodes
 from cluster.sessions.session import draining_nodes, ray_session
 from cluster.sessions.workers import ClusterConfig
 from cluster.nodes.witness import Witness

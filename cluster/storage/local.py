@@ -239,11 +239,11 @@ def _locked_file(folder: Path) -> tuple[Path, int]:
 
 def _remove_abandoned(folder: Path, now: float) -> None:
     """Remove what killed writers left in a folder; `now` by the clock of its file system, whatever this host's says."""
-    with suppress(OSError):  # of another user, or of a file system that is read-only: it is in nobody's way
+    with suppress(OSError):  # another user's folder
         for path in folder.glob(f"{_UNFINISHED}*"):
             if not (ours := _TEMPORARY.fullmatch(path.name)):
                 continue
-            with suppress(FileNotFoundError):  # its writer lives after all, or another one removed it
+            with suppress(OSError):  # gone meanwhile, or a link, or another user's: it is in nobody's way
                 is_old = path.lstat().st_mtime < now - ABANDONED_SECONDS
                 if is_old and ours[1] != _KERNEL:
                     path.unlink()

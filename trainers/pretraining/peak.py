@@ -17,6 +17,8 @@ from trainers.stored.run_files import MADE_ANEW, Environment, MeasuredPeak
 ENVIRONMENT = "environment.json"
 MOST_TOKENS = 2_048
 """Rows of a product that is measured: longer ones are no faster, and less often undisturbed."""
+MOST_WIDTH = 4_096
+"""Sides of its weight: a larger one is no faster, and that of a large vocabulary takes a gigabyte."""
 
 
 def peak_of_run(run: Store, config: PretrainConfig, model: ModelConfig, device_name: str) -> Peak:
@@ -32,7 +34,10 @@ def peak_of_run(run: Store, config: PretrainConfig, model: ModelConfig, device_n
         source = f"measured at the run's start: {kept['product']} in {engine.precision}"
         return Peak(kept["peak_flops_per_second"], source, is_measured=True)
     tokens = min(engine.micro_batch_rows * config.batch.seq_len, MOST_TOKENS)
-    return measured_peak(device, engine.precision, config.cluster.threads, matrix_products(model, tokens))
+    products = dict.fromkeys(
+        (m, min(k, MOST_WIDTH), min(n, MOST_WIDTH)) for m, k, n in matrix_products(model, tokens)
+    )
+    return measured_peak(device, engine.precision, config.cluster.threads, tuple(products))
 
 
 def keep_peak(run: Store, config: PretrainConfig, device_name: str, peak: Peak) -> None:
